@@ -1,0 +1,1 @@
+"""Hard Patches Mining for masked image modelling."""

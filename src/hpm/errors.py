@@ -1,0 +1,9 @@
+"""The two ways a run may end early: the user's input was wrong, or a signal asked it to stop."""
+
+
+class InputError(ValueError):
+    """The user's input breaks a rule; the message names the field, the rule and the value (exit code 2)."""
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error: the run is saved and can go on)
+    """A signal stopped the run after it was saved (exit code 3)."""

@@ -1,0 +1,289 @@
+"""Hard Patches Mining, the method, in one file.
+
+A teacher (EMA of the student) sees the whole image and predicts for every patch how hard it is to reconstruct. The
+student gets a mask that hides the hardest of them, a growing share, and learns two things from the visible rest: to
+reconstruct the hidden patches, and to predict its own reconstruction loss on them. The second is what the teacher
+uses in the next step.
+
+    image (B C H W) ---> Teacher (EMA, no grad) predict_loss ---> scores (B N)
+      |                                                            |
+      |                           mask policy(scores, noise, ...)  v ---> hidden (B N) bool, exactly M True per image
+      |---> Target(image), no grad ---> (B N P)
+      v
+    encoder on the K visible patches ---> tokens (B T+K D)
+      |---> reconstructor  ---> prediction (B M P) ---> patch loss (B M) ---> mean = L_rec
+      '---> loss predictor ---> scores     (B M)   ---> against the patch loss, detached = L_pred
+
+Source: Wang et al., "Hard Patches Mining for Masked Image Modeling", CVPR 2023, arXiv 2304.05919.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from hpm.masking import MaskPolicy, split_patches
+from hpm.targets import Target
+from hpm.vit import Decoder, encode, grid_size, initialise, sincos_positions, take
+
+PredictedLoss = Callable[[Tensor, Tensor], Tensor]
+"""(scores (B, M), patch loss (B, M)) -> L_pred, a scalar."""
+
+
+class StudentOutput(NamedTuple):
+    """What the student says about the hidden patches, in image order."""
+
+    prediction: Float[Tensor, "b m p"]
+    """The reconstruction."""
+    scores: Float[Tensor, "b m"] | None
+    """The predicted loss, higher = harder; None without a loss predictor."""
+
+
+class Losses(NamedTuple):
+    """The losses of one batch."""
+
+    reconstruction: Float[Tensor, ""]
+    """L_rec: mean patch loss over the hidden patches."""
+    prediction: Float[Tensor, ""]
+    """L_pred; 0 without a loss predictor."""
+    total: Float[Tensor, ""]
+    """L_rec + weight * L_pred: what is differentiated."""
+    rank_correlation: Float[Tensor, ""]
+    """Spearman correlation, per image, of the teacher's scores with the true patch loss: does mining see anything?"""
+
+
+class Student(nn.Module):
+    """Encoder on the visible patches, and two parallel decoders on the same sequence.
+
+    Neither decoder is detached: L_pred trains the encoder too, as published.
+
+    Args:
+        encoder: A stock timm ViT.
+        target_dim: P, width of one patch's target.
+        decoder_dim: Token width of both decoders.
+        decoder_depth: Blocks of the reconstructor.
+        decoder_heads: Attention heads of both decoders.
+        predictor_depth: Blocks of the loss predictor; 0 builds none (plain MAE).
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        *,
+        target_dim: int,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        predictor_depth: int = 8,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
+        self.positions = nn.Buffer(sincos_positions(grid_size(encoder), decoder_dim).unsqueeze(0))
+        self.reconstructor = Decoder(decoder_dim, depth=decoder_depth, heads=decoder_heads, out_dim=target_dim)
+        self.predictor: Decoder | None = None
+        if predictor_depth:
+            # As published, the head is as wide as a patch's pixels and its mean is the score: the same functions as
+            # a head of width 1, with other training dynamics.
+            self.predictor = Decoder(
+                decoder_dim,
+                depth=predictor_depth,
+                heads=decoder_heads,
+                out_dim=encoder.patch_embed.proj.weight[0].numel(),
+            )
+        for part in (self.decoder_embed, self.reconstructor, self.predictor):
+            if part is not None:
+                initialise(part)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, images: Float[Tensor, "b c h w"], hidden: Bool[Tensor, "b n"], *, num_hidden: int
+    ) -> StudentOutput:
+        """Reconstruct the hidden patches and predict how large the loss on each will be.
+
+        Args:
+            images: Normalised images.
+            hidden: True = hidden; exactly ``num_hidden`` per image.
+            num_hidden: M.
+        """
+        visible_index, hidden_index = split_patches(hidden, num_hidden)
+        tokens = self.decoder_sequence(encode(self.encoder, images, visible_index), visible_index, hidden_index)
+        return StudentOutput(
+            prediction=self.reconstructor(tokens, last=num_hidden),
+            scores=None if self.predictor is None else self.predictor(tokens, last=num_hidden).mean(dim=-1),
+        )
+
+    def decoder_sequence(
+        self,
+        features: Float[Tensor, "b t d"],
+        visible_index: Int[Tensor, "b k"],
+        hidden_index: Int[Tensor, "b m"],
+    ) -> Float[Tensor, "b s c"]:
+        """Prefix tokens, visible patches + position, mask tokens + position, in this order.
+
+        Attention does not care about the order of its tokens, so the sequence need not be put back in image order.
+        """
+        prefix, visible = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
+        positions = self.positions.expand(len(features), -1, -1)
+        visible = visible + take(positions, visible_index)
+        masked = self.mask_token + take(positions, hidden_index)
+        return torch.cat([prefix, visible, masked.to(visible.dtype)], dim=1)
+
+    def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+        """Predicted loss of every patch of the *full* image, higher = harder (no mask tokens, no reconstructor)."""
+        if self.predictor is None:
+            raise ValueError("this student was built without a loss predictor (predictor_depth=0)")
+        features = encode(self.encoder, images)
+        prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
+        tokens = torch.cat([prefix, patches + self.positions], dim=1)
+        return self.predictor(tokens, last=self.positions.shape[1]).float().mean(dim=-1)
+
+
+class Teacher(nn.Module):
+    """Exponential moving average of the whole student: its reconstructor too, though only scores are asked of it."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(student).eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode: a teacher never drops anything."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+        """Predicted loss of every patch of the full image, higher = harder."""
+        return self.model.predict_loss(images)
+
+    @torch.no_grad()
+    def update(self, student: Student, decay: float) -> None:
+        """Move every tensor to ``decay`` * teacher + (1 - ``decay``) * student."""
+        mine, theirs = list(self.model.state_dict().values()), list(student.state_dict().values())
+        get_ema_multi_avg_fn(decay)(mine, theirs, None)
+
+
+def relative_loss(scores: Float[Tensor, "b m"], patch_loss: Float[Tensor, "b m"]) -> Float[Tensor, ""]:
+    """Relative predicted loss: which of two patches of an image is harder? Binary cross-entropy over all pairs.
+
+    Over ordered pairs with different losses, the cross-entropy of sigmoid(s_i - s_j) against [l_i > l_j]. Both orders
+    of a pair give the same value, so the mean runs once over the pairs with l_i > l_j. The published 1e-6 inside the
+    logarithm stays: it bounds the loss of one pair, and trajectories are only equal with it.
+
+    Args:
+        scores: Predicted loss s.
+        patch_loss: True loss l; no gradient flows into it.
+    """
+    patch_loss = patch_loss.detach()
+    harder = patch_loss.unsqueeze(2) > patch_loss.unsqueeze(1)  # (B, M, M): is i harder than j?
+    margin = scores.float().unsqueeze(2) - scores.float().unsqueeze(1)
+    cross_entropy = -(torch.sigmoid(margin) + 1e-6).log()
+    return (cross_entropy * harder).sum() / harder.sum().clamp(min=1)
+
+
+def absolute_loss(scores: Float[Tensor, "b m"], patch_loss: Float[Tensor, "b m"]) -> Float[Tensor, ""]:
+    """Absolute predicted loss: mean squared error against the true loss, standardised within each image.
+
+    Args:
+        scores: Predicted loss.
+        patch_loss: True loss; no gradient flows into it.
+    """
+    variance, mean = torch.var_mean(patch_loss.detach(), dim=1, keepdim=True)
+    return F.mse_loss(scores.float(), (patch_loss.detach() - mean) / (variance + 1e-6).sqrt())
+
+
+PREDICTED_LOSSES: dict[str, PredictedLoss | None] = {
+    "relative": relative_loss,
+    "absolute": absolute_loss,
+    "none": None,
+}
+
+
+def rank_correlation(a: Float[Tensor, "b m"], b: Float[Tensor, "b m"]) -> Float[Tensor, " b"]:
+    """Spearman's rank correlation of each row; ties are ranked in the order in which they stand."""
+    ranks = torch.stack([a, b]).argsort(dim=-1, stable=True).argsort(dim=-1).float()
+    ranks = ranks - ranks.mean(dim=-1, keepdim=True)
+    return (ranks[0] * ranks[1]).sum(-1) / (ranks.square().sum(-1).prod(0).sqrt() + 1e-12)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The choices of a run, and what they make of one batch.
+
+    Args:
+        target: What is reconstructed.
+        mask_policy: Which patches are hidden.
+        num_hidden: M.
+        predicted_loss: How the loss is predicted; None without a loss predictor.
+        prediction_weight: Weight of L_pred in the total; published: 1.
+    """
+
+    target: Target
+    mask_policy: MaskPolicy
+    num_hidden: int
+    predicted_loss: PredictedLoss | None
+    prediction_weight: float = 1.0
+
+    def step(
+        self,
+        student: Callable[..., StudentOutput],
+        teacher: Teacher | None,
+        images: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b n"],
+        *,
+        num_hard: int | Int[Tensor, ""],
+    ) -> Losses:
+        """One forward pass in the paper's order; the caller differentiates, optimises and updates the teacher.
+
+        Args:
+            student: The student, or DDP around it.
+            teacher: Its EMA; None where nobody needs predicted losses.
+            images: Normalised images.
+            noise: Uniform in [0, 1), the randomness of the masks.
+            num_hard: ``int(M * a_t)`` patches are hidden by predicted loss.
+        """
+        # Step 1. The teacher sets the exercise.
+        scores = None if teacher is None else teacher.predict_loss(images)
+        hidden = self.mask_policy(scores, noise, num_hidden=self.num_hidden, num_hard=num_hard)
+        # Step 2. The student solves it.
+        output = student(images, hidden, num_hidden=self.num_hidden)
+        return self.losses(output, images, hidden, scores)
+
+    def losses(
+        self,
+        output: StudentOutput,
+        images: Float[Tensor, "b c h w"],
+        hidden: Bool[Tensor, "b n"],
+        teacher_scores: Float[Tensor, "b n"] | None,
+    ) -> Losses:
+        """Step 3. How well the student reconstructed, and how well it knew."""
+        _, hidden_index = split_patches(hidden, self.num_hidden)
+        with torch.no_grad():
+            target = take(self.target(images), hidden_index)
+        patch_loss = self.target.patch_loss(output.prediction, target)
+        reconstruction = patch_loss.mean()
+        prediction = reconstruction.new_zeros(())
+        if self.predicted_loss is not None and output.scores is not None:
+            prediction = self.predicted_loss(output.scores, patch_loss)
+        scores = output.scores if teacher_scores is None else teacher_scores.gather(1, hidden_index)
+        with torch.no_grad():
+            correlation = (
+                reconstruction.new_full((), torch.nan)
+                if scores is None
+                else rank_correlation(scores.float(), patch_loss).mean()
+            )
+        return Losses(
+            reconstruction=reconstruction,
+            prediction=prediction,
+            total=reconstruction + self.prediction_weight * prediction,
+            rank_correlation=correlation,
+        )

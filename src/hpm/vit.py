@@ -1,0 +1,204 @@
+"""The transformers: a stock timm ViT run on the visible patches only, and a light decoder.
+
+Nothing here subclasses or patches timm: the encoder that is trained *is* the ``timm`` model, so its weights load
+anywhere that timm weights load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import timm
+import torch
+from jaxtyping import Float, Int
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from hpm.errors import InputError
+
+LAYER_NORM_EPS = 1e-6
+
+
+def create_encoder(
+    name: str,
+    *,
+    image_size: tuple[int, int],
+    channels: int = 3,
+    patch_size: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+) -> VisionTransformer:
+    """Build a timm ``VisionTransformer`` without a head, with fixed sin-cos positions.
+
+    Args:
+        name: Name of any timm model of class ``VisionTransformer``, e.g. ``vit_base_patch16_224``.
+        image_size: Height and width in pixels; the patch size must divide both.
+        channels: Channels of the images.
+        patch_size: Side of a patch in pixels; ``None`` keeps the model's own.
+        width: Token width; ``None`` keeps the model's own.
+        depth: Number of blocks; ``None`` keeps the model's own.
+        heads: Attention heads; ``None`` keeps the model's own.
+
+    Returns:
+        The encoder with MAE's initialisation and a frozen position table.
+
+    Raises:
+        InputError: The name is unknown, is no ViT with absolute positions, or a size does not fit.
+    """
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        hint = f" (timm has for example: {close})" if close else ""
+        raise InputError(f"encoder: timm has no model named {name!r}{hint}")
+    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+    options = {key: value for key, value in sizes.items() if value is not None}
+    try:
+        vit = timm.create_model(name, img_size=image_size, in_chans=channels, num_classes=0, fc_norm=False, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        # Models of other families do not take these arguments; a size that does not fit fails an assert of timm's.
+        raise InputError(f"encoder: timm cannot build {name!r} as a ViT of image size {image_size} "
+                         f"with {options or 'its own sizes'}: {error}") from error  # fmt: skip
+    if not isinstance(vit, VisionTransformer):
+        raise InputError(f"encoder: must be a timm VisionTransformer, got {name!r}, a {type(vit).__name__}")
+    patch = vit.patch_embed.patch_size
+    if image_size[0] % patch[0] or image_size[1] % patch[1]:
+        raise InputError(f"image_size: must be divisible by the patch size {patch[0]}x{patch[1]}, "
+                         f"got {image_size[0]}x{image_size[1]}")  # fmt: skip
+    if vit.pos_embed is None:
+        raise InputError(f"encoder: {name!r} has no absolute position table; choose one that has")
+    initialise(vit)
+    fix_positions(vit)
+    return vit
+
+
+def grid_size(vit: VisionTransformer) -> tuple[int, int]:
+    """Rows and columns of the encoder's patch grid."""
+    rows, columns = vit.patch_embed.grid_size
+    return int(rows), int(columns)
+
+
+def patch_size(vit: VisionTransformer) -> tuple[int, int]:
+    """Height and width of one patch in pixels."""
+    height, width = vit.patch_embed.patch_size
+    return int(height), int(width)
+
+
+def sincos_positions(grid: Sequence[int], dim: int) -> Float[Tensor, "n d"]:
+    """The fixed 2-D sin-cos position table of MAE for a grid of any height and width.
+
+    timm's table has the rows' features first, MAE's has the columns' first: the channel halves are swapped.
+
+    Args:
+        grid: Rows and columns.
+        dim: Width of a position; divisible by 4.
+
+    Returns:
+        One row per patch, in image order.
+
+    Raises:
+        InputError: ``dim`` is not divisible by 4.
+    """
+    if dim % 4:
+        raise InputError(f"width: sin-cos positions need a width divisible by 4, got {dim}")
+    table = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True)
+    return table.roll(dim // 2, dims=1)
+
+
+def fix_positions(vit: VisionTransformer) -> None:
+    """Set the encoder's position table to sin-cos (zero for prefix tokens) and freeze it."""
+    table = sincos_positions(grid_size(vit), vit.embed_dim)
+    with torch.no_grad():
+        vit.pos_embed.zero_()
+        vit.pos_embed[0, -len(table) :] = table
+    vit.pos_embed.requires_grad_(False)
+
+
+def initialise(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier-uniform linear layers and patch embedding, normal(0.02) tokens."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    if isinstance(module, VisionTransformer):
+        weight = module.patch_embed.proj.weight
+        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+        for token in (module.cls_token, module.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+
+def take(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """Per image, the tokens at ``index``."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def encode(
+    vit: VisionTransformer, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None
+) -> Float[Tensor, "b t d"]:
+    """Run a stock timm ViT on the visible patches only (``forward_features`` with a choice of patches).
+
+    Args:
+        vit: The encoder.
+        images: Normalised images.
+        visible: Indices of the visible patches in image order; ``None`` means all.
+
+    Returns:
+        Normalised tokens: the prefix tokens (class, registers), then the visible patches.
+    """
+    tokens = vit._pos_embed(vit.patch_embed(images))
+    if visible is not None:
+        prefix, patches = tokens.tensor_split([vit.num_prefix_tokens], dim=1)
+        tokens = torch.cat([prefix, take(patches, visible)], dim=1)
+    encoded: Tensor = vit.norm(vit.blocks(vit.norm_pre(tokens)))
+    return encoded
+
+
+class Decoder(nn.Module):
+    """Blocks, norm and a linear head on the decoder sequence: the reconstructor and the loss predictor alike.
+
+    Args:
+        dim: Token width.
+        depth: Number of blocks.
+        heads: Attention heads; must divide ``dim``.
+        out_dim: Width of the head's output.
+    """
+
+    def __init__(self, dim: int, *, depth: int, heads: int, out_dim: int) -> None:
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+        self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
+        self.norm = norm(dim)
+        self.head = nn.Linear(dim, out_dim)
+
+    def forward(self, tokens: Float[Tensor, "b t d"], *, last: int) -> Float[Tensor, "b m p"]:
+        """Decode the whole sequence; return the head's output for its ``last`` tokens."""
+        decoded: Tensor = self.head(self.norm(self.blocks(tokens)[:, -last:]))
+        return decoded
+
+
+def patchify(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Float[Tensor, "b n p"]:
+    """Cut images into flattened patches in image order, channel last inside a patch (MAE's layout).
+
+    Args:
+        images: Any number of channels, any height and width that ``patch`` divides.
+        patch: Height and width of a patch in pixels.
+
+    Returns:
+        P = patch height × patch width × channels.
+    """
+    b, c, h, w = images.shape
+    rows, columns = h // patch[0], w // patch[1]
+    cut = images.reshape(b, c, rows, patch[0], columns, patch[1])
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(b, rows * columns, -1)
+
+
+def unpatchify(
+    patches: Float[Tensor, "b n p"], patch: tuple[int, int], grid: tuple[int, int]
+) -> Float[Tensor, "b c h w"]:
+    """Inverse of :func:`patchify` for a grid of ``grid`` = (rows, columns) patches."""
+    b = patches.shape[0]
+    cut = patches.reshape(b, grid[0], grid[1], patch[0], patch[1], -1)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, grid[0] * patch[0], grid[1] * patch[1])
