@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,15 @@ from hpm.masking import MaskPolicy, split_patches
 from hpm.targets import Target
 from hpm.vit import Decoder, encode, grid_size, initialise, sincos_positions, take
 
+PredictorView = Literal["masked", "full", "both"]
+"""On which view the loss predictor learns.
+
+``masked``, as published: at the mask tokens of the student's masked view; its gradient trains the encoder too. But it
+is *asked* on the full image, at visible patches, where it never learnt (the authors concede the mismatch).
+``full``: on the teacher's encoding of the full image, exactly where it is asked; no gradient reaches the encoder.
+``both``: the sum of the two.
+"""
+
 PredictedLoss = Callable[[Tensor, Tensor], Tensor]
 """(scores (B, M), patch loss (B, M)) -> L_pred, a scalar."""
 
@@ -45,7 +54,9 @@ class StudentOutput(NamedTuple):
     prediction: Float[Tensor, "b m p"]
     """The reconstruction."""
     scores: Float[Tensor, "b m"] | None
-    """The predicted loss, higher = harder; None without a loss predictor."""
+    """Predicted loss from the masked view, higher = harder; None where the predictor does not learn there."""
+    full_scores: Float[Tensor, "b m"] | None
+    """Predicted loss from the teacher's encoding of the full image; None where the predictor does not learn there."""
 
 
 class Losses(NamedTuple):
@@ -73,6 +84,7 @@ class Student(nn.Module):
         decoder_depth: Blocks of the reconstructor.
         decoder_heads: Attention heads of both decoders.
         predictor_depth: Blocks of the loss predictor; 0 builds none (plain MAE).
+        predictor_view: Where the loss predictor learns.
     """
 
     def __init__(
@@ -84,9 +96,11 @@ class Student(nn.Module):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         predictor_depth: int = 8,
+        predictor_view: PredictorView = "masked",
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.predictor_view = predictor_view
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.positions = nn.Buffer(sincos_positions(grid_size(encoder), decoder_dim).unsqueeze(0))
@@ -107,7 +121,12 @@ class Student(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, images: Float[Tensor, "b c h w"], hidden: Bool[Tensor, "b n"], *, num_hidden: int
+        self,
+        images: Float[Tensor, "b c h w"],
+        hidden: Bool[Tensor, "b n"],
+        *,
+        num_hidden: int,
+        full_features: Float[Tensor, "b t d"] | None = None,
     ) -> StudentOutput:
         """Reconstruct the hidden patches and predict how large the loss on each will be.
 
@@ -115,13 +134,16 @@ class Student(nn.Module):
             images: Normalised images.
             hidden: True = hidden; exactly ``num_hidden`` per image.
             num_hidden: M.
+            full_features: The teacher's encoding of the full images, for a predictor that learns on it.
         """
         visible_index, hidden_index = split_patches(hidden, num_hidden)
         tokens = self.decoder_sequence(encode(self.encoder, images, visible_index), visible_index, hidden_index)
-        return StudentOutput(
-            prediction=self.reconstructor(tokens, last=num_hidden),
-            scores=None if self.predictor is None else self.predictor(tokens, last=num_hidden).mean(dim=-1),
-        )
+        scores = full_scores = None
+        if self.predictor is not None and self.predictor_view != "full":
+            scores = self.predictor(tokens, last=num_hidden).mean(dim=-1)
+        if self.predictor is not None and self.predictor_view != "masked" and full_features is not None:
+            full_scores = self.score(full_features).gather(1, hidden_index)
+        return StudentOutput(self.reconstructor(tokens, last=num_hidden), scores, full_scores)
 
     def decoder_sequence(
         self,
@@ -139,14 +161,17 @@ class Student(nn.Module):
         masked = self.mask_token + take(positions, hidden_index)
         return torch.cat([prefix, visible, masked.to(visible.dtype)], dim=1)
 
-    def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """Predicted loss of every patch of the *full* image, higher = harder (no mask tokens, no reconstructor)."""
+    def score(self, features: Float[Tensor, "b t d"]) -> Float[Tensor, "b n"]:
+        """Predicted loss of every patch from an encoding of the full image; the reconstructor stays idle."""
         if self.predictor is None:
             raise ValueError("this student was built without a loss predictor (predictor_depth=0)")
-        features = encode(self.encoder, images)
         prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
         tokens = torch.cat([prefix, patches + self.positions], dim=1)
         return self.predictor(tokens, last=self.positions.shape[1]).float().mean(dim=-1)
+
+    def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+        """Predicted loss of every patch of the full image, higher = harder."""
+        return self.score(encode(self.encoder, images))
 
 
 class Teacher(nn.Module):
@@ -161,9 +186,18 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
+        """Tokens of the full image."""
+        return encode(self.model.encoder, images)
+
+    @torch.no_grad()
+    def score(self, features: Float[Tensor, "b t d"]) -> Float[Tensor, "b n"]:
+        """Predicted loss of every patch from :meth:`encode`'s tokens, higher = harder."""
+        return self.model.score(features)
+
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """Predicted loss of every patch of the full image, higher = harder."""
-        return self.model.predict_loss(images)
+        """Predicted loss of every patch of the full image, higher = harder, without gradient."""
+        return self.score(self.encode(images))
 
     @torch.no_grad()
     def update(self, student: Student, decay: float) -> None:
@@ -252,10 +286,13 @@ class Method:
             num_hard: ``int(M * a_t)`` patches are hidden by predicted loss.
         """
         # Step 1. The teacher sets the exercise.
-        scores = None if teacher is None else teacher.predict_loss(images)
+        features = scores = None
+        if teacher is not None:
+            features = teacher.encode(images)
+            scores = teacher.score(features)
         hidden = self.mask_policy(scores, noise, num_hidden=self.num_hidden, num_hard=num_hard)
         # Step 2. The student solves it.
-        output = student(images, hidden, num_hidden=self.num_hidden)
+        output = student(images, hidden, num_hidden=self.num_hidden, full_features=features)
         return self.losses(output, images, hidden, scores)
 
     def losses(
@@ -272,15 +309,13 @@ class Method:
         patch_loss = self.target.patch_loss(output.prediction, target)
         reconstruction = patch_loss.mean()
         prediction = reconstruction.new_zeros(())
-        if self.predicted_loss is not None and output.scores is not None:
-            prediction = self.predicted_loss(output.scores, patch_loss)
-        scores = output.scores if teacher_scores is None else teacher_scores.gather(1, hidden_index)
-        with torch.no_grad():
-            correlation = (
-                reconstruction.new_full((), torch.nan)
-                if scores is None
-                else rank_correlation(scores.float(), patch_loss).mean()
-            )
+        for scores in (output.scores, output.full_scores):
+            if self.predicted_loss is not None and scores is not None:
+                prediction = prediction + self.predicted_loss(scores, patch_loss)
+        correlation = reconstruction.new_full((), torch.nan)
+        if teacher_scores is not None:
+            with torch.no_grad():
+                correlation = rank_correlation(teacher_scores.gather(1, hidden_index), patch_loss).mean()
         return Losses(
             reconstruction=reconstruction,
             prediction=prediction,

@@ -1,0 +1,187 @@
+"""Checkpoints that survive: atomic, verified, and the one before is used when the newest is damaged.
+
+    checkpoints/step_00001234.pt           everything that an exact resume needs
+    checkpoints/step_00001234.pt.sha256    its checksum, in the format of sha256sum
+    checkpoints/last                       link to the newest
+    checkpoints/weights.safetensors        the encoder alone, timm's names
+
+A file appears under its own name only when it is complete: it is written under a temporary name, flushed to the disk
+and renamed. A checkpoint whose checksum does not fit is never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from hpm.errors import InputError
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is damaged and the one before it is used."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file, flush it to the disk and rename it to ``path``.
+
+    Raises:
+        OSError: Writing failed (a full disk, say); ``path`` is as it was before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file that is either the old or the new one, never half."""
+    write_atomically(path, lambda temporary: temporary.write_text(text) and None)
+
+
+class CheckpointFolder:
+    """The ``checkpoints`` folder of a run.
+
+    Args:
+        path: The folder; made if it is not there.
+        keep_last: How many of the newest checkpoints stay.
+        keep_steps: Checkpoints at multiples of this step stay for good.
+    """
+
+    def __init__(self, path: Path, *, keep_last: int = 3, keep_steps: int | None = None) -> None:
+        self.path = path
+        self.keep_last = keep_last
+        self.keep_steps = keep_steps
+        path.mkdir(parents=True, exist_ok=True)
+
+    def clear_temporary(self) -> None:
+        """Remove what a killed process left half-written."""
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, oldest first."""
+        found = (re.fullmatch(r"step_(\d+)\.pt", file.name) for file in self.path.glob("step_*.pt"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def file(self, step: int) -> Path:
+        """Name of the checkpoint of a step."""
+        return self.path / f"step_{step:08d}.pt"
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Save the state of ``state["step"]`` and drop checkpoints that need not be kept.
+
+        Raises:
+            OSError: Writing failed; the checkpoints from before are untouched.
+        """
+        target = self.file(state["step"])
+
+        def write(temporary: Path) -> None:
+            torch.save(state, temporary)
+            # The checksum comes first: a checkpoint without one would be worthless, the reverse is harmless.
+            write_text_atomically(_checksum_file(target), f"{_digest(temporary)}  {target.name}\n")
+
+        write_atomically(target, write)
+        link = self.path / ".last.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.replace(self.path / "last")
+        self._prune()
+        return target
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        kept = set(steps[-self.keep_last :])
+        if self.keep_steps:
+            kept |= {step for step in steps if step % self.keep_steps == 0}
+        for step in set(steps) - kept:
+            self.file(step).unlink(missing_ok=True)
+            _checksum_file(self.file(step)).unlink(missing_ok=True)
+
+    def load_latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, or None if there is none at all.
+
+        Warns:
+            CheckpointWarning: A newer one is damaged; it is passed over.
+
+        Raises:
+            InputError: There are checkpoints, but every one is damaged.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            try:
+                return load_verified(self.file(step))
+            except InputError as error:
+                problems.append(str(error))
+                warnings.warn(f"{error}; trying the checkpoint before it", CheckpointWarning, stacklevel=2)
+        if problems:
+            raise InputError(
+                "resume: every checkpoint is damaged; use --resume never to start over\n" + "\n".join(problems)
+            )
+        return None
+
+
+def load_verified(path: Path, *, require_checksum: bool = True) -> dict[str, Any]:
+    """Load a checkpoint after checking it against its checksum.
+
+    Args:
+        path: A ``.pt`` file written by :class:`CheckpointFolder`.
+        require_checksum: Refuse a file without checksum; otherwise it is only checked where there is one.
+
+    Raises:
+        InputError: Missing, damaged, or no checkpoint of hpm.
+    """
+    checksum = _checksum_file(path)
+    try:
+        if checksum.is_file():
+            if checksum.read_text().split()[:1] != [_digest(path)]:
+                raise InputError(f"checkpoint {path} is damaged: its checksum does not fit")
+        elif require_checksum:
+            raise InputError(f"checkpoint {path} cannot be verified: {checksum.name} is missing")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # whatever unpickling a damaged file may raise
+        raise InputError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or "student" not in state:
+        raise InputError(f"checkpoint {path} is not one of hpm's (no 'student' in it)")
+    return state
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def save_weights(path: Path, state: dict[str, Tensor], timm_arguments: dict[str, Any]) -> None:
+    """Write an encoder as safetensors under timm's names; ``timm.create_model(**timm_arguments)`` fits it."""
+    content = safetensors_bytes(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
+        metadata={"timm": json.dumps(timm_arguments)},
+    )
+    write_atomically(path, lambda temporary: temporary.write_bytes(content) and None)

@@ -1,0 +1,351 @@
+"""Everything a run can be told, as typed frozen dataclasses: written once here, shown by ``--help``, read from YAML.
+
+Sections keep apart what decides the result (data, model, method, optimisation) from what cannot change it (run).
+Field names are unique over all sections, so that every field is a flag of its own name on the command line and a
+keyword of :func:`hpm.pretrain`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from hpm.errors import InputError
+from hpm.schedules import EmaSchedule, adapted_ema, adapted_warmup_steps
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are cut."""
+
+    __pydantic_config__ = _STRICT
+
+    data: str = ""
+    """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N."""
+    val: str = ""
+    """Labelled images for the kNN accuracy during training; without it, labelled training images are split."""
+    image_size: tuple[Positive, Positive] = (224, 224)
+    """Height and width of the crops, pixels; the patch size must divide both."""
+    channels: Positive = 3
+    """Channels of the images."""
+    crop_scale: tuple[OpenShare | Literal[1], OpenShare | Literal[1]] = (0.2, 1.0)
+    """Area of the random resized crop, share of the image (1 1: no crop, only resize)."""
+    flip: bool = True
+    """Mirror half of the images."""
+    mean: tuple[float, ...] = ()
+    """Channel means, of values in 0..1; empty: ImageNet's for 3 channels, measured on the data otherwise."""
+    std: tuple[PositiveFloat, ...] = ()
+    """Channel standard deviations; empty as for mean."""
+    max_damaged: Share = 0.01
+    """Stop when more than this share of the images read cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and decoders."""
+
+    __pydantic_config__ = _STRICT
+
+    encoder: str = "vit_base_patch16_224"
+    """Any timm VisionTransformer."""
+    patch_size: Positive | None = None
+    """Side of a patch, pixels; none: the encoder's own."""
+    encoder_width: Positive | None = None
+    """Token width of the encoder; none: its own."""
+    encoder_depth: Positive | None = None
+    """Blocks of the encoder; none: its own."""
+    encoder_heads: Positive | None = None
+    """Attention heads of the encoder; none: its own."""
+    decoder_width: Positive = 512
+    """Token width of reconstructor and loss predictor."""
+    decoder_depth: Positive = 8
+    """Blocks of the reconstructor."""
+    decoder_heads: Positive = 16
+    """Attention heads of reconstructor and loss predictor."""
+    predictor_depth: Positive = 8
+    """Blocks of the loss predictor."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What is hidden, what is reconstructed, how the loss is predicted."""
+
+    __pydantic_config__ = _STRICT
+
+    target: Literal["pixels", "norm_pix"] = "pixels"
+    """Reconstruction target; norm_pix: pixels normalised within each patch."""
+    mask: Literal["hard", "random"] = "hard"
+    """Mask policy: by predicted loss (HPM) or uniformly random (MAE)."""
+    mask_ratio: OpenShare = 0.75
+    """Share of the patches that is hidden."""
+    hard_share_start: Share = 0.0
+    """a_0, share of the hidden patches chosen by predicted loss at the start."""
+    hard_share_end: Share = 0.5
+    """a_T, the same at the end."""
+    hard_share_unit: Literal["step", "epoch"] = "step"
+    """How the share grows: every step (paper) or every epoch (published code)."""
+    predicted_loss: Literal["relative", "absolute", "none"] = "relative"
+    """Loss predictor: ranks pairs of patches, regresses the loss, or none (MAE)."""
+    predictor_view: Literal["masked", "full", "both"] = "masked"
+    """Where the loss predictor learns: masked view (published), full view (where it is asked), or both."""
+    prediction_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the predictor's loss in the total."""
+
+
+@dataclass(frozen=True)
+class OptimisationConfig:
+    """Length of the run, optimizer, schedules."""
+
+    __pydantic_config__ = _STRICT
+
+    epochs: Positive = 200
+    """Passes over the data."""
+    batch_size: Positive = 256
+    """Images per optimizer step over all processes."""
+    base_learning_rate: PositiveFloat = 1.5e-4
+    """Peak learning rate per 256 images of batch."""
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    """Linear warm-up, epochs; none: a tenth of the run, at most the published 50,000 steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """AdamW's weight decay, not on biases and one-dimensional tensors."""
+    betas: tuple[OpenShare, OpenShare] = (0.9, 0.95)
+    """AdamW's betas."""
+    gradient_clip: PositiveFloat | None = 5.0
+    """Clip the global gradient norm; none: do not."""
+    ema_start: Share | None = None
+    """Teacher's EMA decay at the start; none: adapted to the length of the run."""
+    ema_end: Share | None = None
+    """Teacher's EMA decay after the ramp; none: adapted."""
+    ema_ramp_epochs: Annotated[float, Field(ge=0)] | None = None
+    """Length of the ramp, epochs; none: adapted."""
+    seed: NotNegative = 0
+    """Seed of initialisation, order, crops and masks."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how it runs; nothing here changes what is learnt (beyond rounding)."""
+
+    __pydantic_config__ = _STRICT
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device; auto: CUDA, then MPS, then CPU."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Autocast precision; auto: bf16 where the hardware has it."""
+    micro_batch_size: Positive | None = None
+    """Images per process and forward pass; gradients are accumulated up to batch_size. None: all at once."""
+    workers: NotNegative | None = None
+    """Data processes per training process; none: 1 per core beyond the first, at most 8."""
+    deterministic: bool = False
+    """Use only deterministic kernels (slower on CUDA; a CPU is deterministic anyway)."""
+    log_steps: Positive = 20
+    """Steps between two records in metrics.jsonl."""
+    checkpoint_steps: Positive | None = None
+    """Steps between two checkpoints with figures; none: a tenth of the run."""
+    checkpoint_minutes: PositiveFloat = 10.0
+    """Save at least this often, minutes."""
+    keep_last: Positive = 3
+    """Keep this many of the newest checkpoints."""
+    keep_steps: Positive | None = None
+    """Keep checkpoints of every multiple of this step for good."""
+    knn: bool = True
+    """Measure kNN accuracy at every checkpoint where labels exist."""
+    knn_images: Positive = 2000
+    """Labelled images that the neighbours are looked for among, during training."""
+    figures: bool = True
+    """Draw hardness figures at every checkpoint and the report at the end."""
+    num_figure_images: Positive = 6
+    """Images in the hardness figures."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole pre-training run."""
+
+    __pydantic_config__ = _STRICT
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+RESULT_SECTIONS = ("data", "model", "method", "optimisation")
+"""Sections that decide what is learnt: a run can only be resumed with the same values here."""
+
+
+def section_of() -> dict[str, str]:
+    """Name of every field -> name of its section."""
+    return {
+        item.name: section.name
+        for section in dataclasses.fields(Config)
+        for item in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+    }
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """Replace fields by name, whatever section they are in.
+
+    Raises:
+        InputError: A name is no field of the config, or a value breaks its rule.
+    """
+    sections = section_of()
+    nested: dict[str, dict[str, Any]] = dataclasses.asdict(config)
+    for name, value in values.items():
+        if name not in sections:
+            raise InputError(f"{name}: no such field{_suggest(name, sections)}")
+        if name == "image_size" and isinstance(value, int):
+            value = (value, value)
+        nested[sections[name]][name] = str(value) if isinstance(value, Path) else value
+    return validated(nested)
+
+
+def validated(nested: Mapping[str, Any]) -> Config:
+    """Check every value and every rule between fields.
+
+    Raises:
+        InputError: Names each field, its rule and the value.
+    """
+    try:
+        config = TypeAdapter(Config).validate_python(nested)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal")))
+            if problem["type"] == "unexpected_keyword_argument":
+                known = [*section_of(), *(f.name for f in dataclasses.fields(Config))]
+                lines.append(f"{place}: no such field{_suggest(str(problem['loc'][-1]), known)}")
+            else:
+                lines.append(f"{place}: {problem['msg'].lower()}, got {problem['input']!r}")
+        raise InputError("\n".join(lines)) from None
+    _check_together(config)
+    return config
+
+
+def _check_together(config: Config) -> None:
+    """Rules between fields."""
+    data, model, method = config.data, config.model, config.method
+    if method.mask == "hard" and method.predicted_loss == "none":
+        raise InputError("mask: 'hard' chooses by predicted loss, so predicted_loss must not be 'none'")
+    if data.crop_scale[0] > data.crop_scale[1]:
+        raise InputError(f"crop_scale: must go from small to large, got {data.crop_scale}")
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        if values and len(values) != data.channels:
+            raise InputError(f"{name}: needs one value per channel ({data.channels}), got {len(values)}")
+    if bool(data.mean) != bool(data.std):
+        raise InputError("mean, std: give both or neither")
+    if model.decoder_width % model.decoder_heads:
+        raise InputError(
+            f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}"
+        )
+    if model.decoder_width % 4:
+        raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
+
+
+def _suggest(name: str, known: Any) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def load_config(path: Path) -> Config:
+    """Read a YAML file as written by :func:`to_yaml`: sections, or fields without sections.
+
+    Raises:
+        InputError: The file is missing or no YAML, or a key or value is wrong.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config: {path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"config: {path} must hold a mapping of fields, got {type(content).__name__}")
+    content.pop("about", None)
+    sections = {item.name for item in dataclasses.fields(Config)}
+    flat = {}
+    for key, value in content.items():
+        if key in sections and isinstance(value, dict):
+            flat.update(value)
+        else:
+            flat[key] = value
+    return with_fields(Config(), flat)
+
+
+def to_yaml(config: Config, about: Mapping[str, Any]) -> str:
+    """The resolved config as YAML, with ``about`` (versions, git sha, command) beside it."""
+    text: str = yaml.safe_dump({**_plain(dataclasses.asdict(config)), "about": dict(about)}, sort_keys=False)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that the YAML stays plain."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Fields that decide the result and differ, as readable lines."""
+    lines = []
+    for section in RESULT_SECTIONS:
+        old, new = dataclasses.asdict(getattr(a, section)), dataclasses.asdict(getattr(b, section))
+        lines += [f"{name}: {old[name]!r} -> {new[name]!r}" for name in old if old[name] != new[name]]
+    return lines
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of a run, resolved to steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak_learning_rate: float
+    ema: EmaSchedule
+
+
+def resolve_schedule(config: OptimisationConfig, num_images: int) -> Schedule:
+    """Turn epochs into steps and fill in the constants that adapt to the run's length.
+
+    Raises:
+        InputError: The batch is larger than the data.
+    """
+    if config.batch_size > num_images:
+        raise InputError(f"batch_size: must be at most the number of images ({num_images}), got {config.batch_size}")
+    steps_per_epoch = num_images // config.batch_size
+    total_steps = config.epochs * steps_per_epoch
+    ema = adapted_ema(total_steps)
+    if config.ema_start is not None:
+        ema = ema._replace(start=config.ema_start)
+    if config.ema_end is not None:
+        ema = ema._replace(end=config.ema_end)
+    if config.ema_ramp_epochs is not None:
+        ema = ema._replace(ramp_steps=math.ceil(config.ema_ramp_epochs * steps_per_epoch))
+    warmup = config.warmup_epochs
+    return Schedule(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=adapted_warmup_steps(total_steps) if warmup is None else math.ceil(warmup * steps_per_epoch),
+        peak_learning_rate=config.base_learning_rate * config.batch_size / 256,
+        ema=ema,
+    )

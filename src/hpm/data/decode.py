@@ -1,0 +1,96 @@
+"""From bytes to pixels, by written rules; what cannot be decoded faithfully is refused with a reason.
+
+Rules for RGB (3 channels): grey is repeated, palettes are looked up, CMYK is converted, transparent pixels are laid
+on black, EXIF orientation is applied, of animations the first frame is taken. For 1 channel the luminance is taken.
+``.npy`` files hold (H, W), (H, W, C) or (C, H, W) arrays of uint8 with any number of channels. 16-bit, float, Lab and
+multi-band images are refused for now: Pillow would clip or drop values without a word.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 64_000_000
+"""Larger images are refused before they are decoded."""
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"})
+"""Endings of files that are taken for images; the content decides how they are read."""
+
+_PILLOW_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
+
+
+class DecodeError(Exception):
+    """The bytes are no image that can be decoded faithfully; the message is the reason."""
+
+
+def decode(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
+    """Decode one image.
+
+    Args:
+        content: The file's bytes.
+        channels: How many channels the result must have.
+
+    Raises:
+        DecodeError: Damaged, too large, or of a kind that would not come out faithfully.
+    """
+    if not content:
+        raise DecodeError("empty file")
+    try:
+        if content.startswith(b"\x93NUMPY"):
+            return _decode_array(content, channels)
+        return _decode_picture(content, channels)
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, TypeError, ... on damaged files
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode_array(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+    if array.dtype != np.uint8:
+        raise DecodeError(f"array of type {array.dtype}; only uint8 is read for now")
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[-1] == channels:
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3 or array.shape[0] != channels:
+        raise DecodeError(f"array of shape {array.shape} does not hold {channels} channels")
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _decode_picture(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
+    if channels not in (1, 3):
+        raise DecodeError(f"a picture file cannot be read as {channels} channels; use .npy arrays")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged EXIF and large-image warnings: both are handled here
+        with Image.open(io.BytesIO(content)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DecodeError(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS:,}")
+            bits = _bits_per_sample(picture)
+            if picture.mode not in _PILLOW_MODES or any(bit > 8 for bit in bits):
+                raise DecodeError(f"mode {picture.mode} with {max(bits, default=8)} bits per sample is not read yet")
+            if len(bits) > 4:
+                raise DecodeError(f"{len(bits)} bands; Pillow reads only the first")
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            has_alpha = "A" in upright.mode or "a" in upright.mode or "transparency" in upright.info
+            if has_alpha:
+                over = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
+            array = np.array(upright.convert("RGB" if channels == 3 else "L"))
+    if array.size == 0:
+        raise DecodeError("image without pixels")
+    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
+
+
+def _bits_per_sample(picture: Image.Image) -> tuple[int, ...]:
+    """TIFF says how deep its samples are; of a 16-bit colour PNG Pillow would only keep 8 bits, as documented."""
+    tags = getattr(picture, "tag_v2", None)
+    return tuple(tags.get(258, (8,))) if tags is not None else ()

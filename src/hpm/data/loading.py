@@ -1,0 +1,273 @@
+"""From a source to batches on the device: order, crops, workers.
+
+The training order is a pure function of (seed, epoch); which images a process sees at a step follows from the step
+alone, so that a loader can start at any step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
+
+from hpm.data.decode import DecodeError
+from hpm.data.sources import Sample, Source
+from hpm.errors import InputError
+from hpm.seeding import Stream, derive_seed
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Damage(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Images of one batch, and what was found damaged on the way."""
+
+    images: UInt8[Tensor, "b c h w"]
+    damaged: list[Damage]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Which part of every global batch this process takes, and in how many micro-batches.
+
+    Args:
+        rank: Number of this process.
+        world_size: Number of processes.
+        num_micro_batches: Micro-batches of a step on each process.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    num_micro_batches: int = 1
+
+    def slices(self, batch_size: int) -> list[slice]:
+        """This process's micro-batches as slices of the global batch."""
+        share = batch_size // self.world_size
+        micro = share // self.num_micro_batches
+        start = self.rank * share
+        return [slice(start + i * micro, start + (i + 1) * micro) for i in range(self.num_micro_batches)]
+
+
+class TrainingOrder(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of (epoch, index), from ``first_step`` to the end of the run; a last partial batch is left out."""
+
+    def __init__(
+        self, num_images: int, *, batch_size: int, first_step: int, total_steps: int, seed: int, position: Position
+    ) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.first_step = first_step
+        self.total_steps = total_steps
+        self.seed = seed
+        self.position = position
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        steps_per_epoch = self.num_images // self.batch_size
+        order, order_epoch = torch.empty(0), -1
+        for step in range(self.first_step, self.total_steps):
+            epoch, step_in_epoch = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.ORDER, epoch))
+                order, order_epoch = torch.randperm(self.num_images, generator=generator), epoch
+            batch = order[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
+            for part in self.position.slices(self.batch_size):
+                yield [(epoch, int(index)) for index in batch[part]]
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.first_step) * self.position.num_micro_batches
+
+
+class TrainingImages(Dataset[tuple[UInt8[Tensor, "c h w"], list[Damage]]]):
+    """Randomly cropped images of a source, each crop a function of (seed, epoch, index).
+
+    A damaged image is reported and the next readable one of the source takes its place.
+    """
+
+    def __init__(
+        self, source: Source, *, size: tuple[int, int], crop_scale: tuple[float, float], flip: bool, seed: int
+    ) -> None:
+        self.source = source
+        self.seed = seed
+        steps: list[nn.Module] = [
+            v2.RandomResizedCrop(size, crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+            if crop_scale != (1, 1)
+            else Cover(size)
+        ]
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+        self.augment = v2.Compose(steps)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[UInt8[Tensor, "c h w"], list[Damage]]:
+        epoch, index = key
+        sample, damaged = read_or_next(self.source, index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, Stream.AUGMENTATION, epoch, index))
+            return self.augment(sample.image), damaged
+
+
+def read_or_next(source: Source, index: int, *, patience: int = 100) -> tuple[Sample, list[Damage]]:
+    """Read an image, or where it is damaged the first readable one after it.
+
+    Raises:
+        InputError: ``patience`` images in a row are damaged.
+    """
+    damaged: list[Damage] = []
+    for offset in range(min(patience, len(source))):
+        number = (index + offset) % len(source)
+        try:
+            return source.read(number), damaged
+        except (DecodeError, OSError) as error:
+            damaged.append(Damage(source.name(number), str(error)))
+    first = damaged[0]
+    raise InputError(f"data: {len(damaged)} images in a row cannot be read; the first: {first.name}: {first.reason}")
+
+
+class Cover(nn.Module):
+    """Resize so that the image just covers ``size``, then cut out the centre: how every evaluation sees an image."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Resize and cut (..., H, W)."""
+        height, width = image.shape[-2:]
+        if (height, width) == self.size:
+            return image
+        scale = max(self.size[0] / height, self.size[1] / width)
+        resized = v2.functional.resize(
+            image,
+            [max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))],
+            interpolation=InterpolationMode.BICUBIC if image.dtype == torch.uint8 else InterpolationMode.NEAREST,
+            antialias=True,
+        )
+        cut: Tensor = v2.functional.center_crop(resized, list(self.size))
+        return cut
+
+
+class Normalise(nn.Module):
+    """uint8 images to normalised float images, on whatever device they are."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.mean = nn.Buffer(torch.tensor(mean).view(-1, 1, 1) * 255)
+        self.std = nn.Buffer(torch.tensor(std).view(-1, 1, 1) * 255)
+
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """(x - mean) / std."""
+        return (images.float() - self.mean) / self.std
+
+    def to_display(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Back to 0..1."""
+        return ((images * self.std + self.mean) / 255).clamp(0, 1)
+
+
+def measure_statistics(
+    source: Source, *, max_images: int = 1000
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel in 0..1, over at most ``max_images`` images spread over the source."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for index in torch.linspace(0, len(source) - 1, min(len(source), max_images)).long().tolist():
+        pixels = read_or_next(source, index)[0].image.double().flatten(1) / 255
+        count, total = count + pixels.shape[1], total + pixels.sum(1)
+        squares = squares + pixels.square().sum(1)
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+    return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
+def default_workers() -> int:
+    """One data process per core beyond the first, at most 8, shared among this machine's training processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(8, cores // local_processes - 1))
+
+
+def _stack(items: list[tuple[Tensor, list[Damage]]]) -> Batch:
+    return Batch(torch.stack([image for image, _ in items]), [damage for _, found in items for damage in found])
+
+
+def training_batches(
+    images: TrainingImages, order: TrainingOrder, *, workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Micro-batches in the given order; the workers live through the whole run."""
+    loader = DataLoader(
+        images, batch_sampler=order, collate_fn=_stack, num_workers=workers, pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+    return iter(loader)
+
+
+class OrderedBatch(NamedTuple):
+    """Images of a source in its own order, without augmentation."""
+
+    images: UInt8[Tensor, "b c h w"]
+    indices: list[int]
+    """Positions in the source."""
+    masks: Bool[Tensor, "b h w"] | None
+    """True = foreground, where the source knows."""
+    damaged: list[Damage]
+    """Left out of the batch."""
+
+
+class _OrderedImages(Dataset[tuple[int, Tensor, Tensor | None, Damage | None]]):
+    def __init__(self, source: Source, indices: list[int], size: tuple[int, int]) -> None:
+        self.source = source
+        self.indices = indices
+        self.cover = Cover(size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor, Tensor | None, Damage | None]:
+        index = self.indices[position]
+        try:
+            sample = self.source.read(index)
+        except (DecodeError, OSError) as error:
+            return index, torch.empty(0), None, Damage(self.source.name(index), str(error))
+        mask = None if sample.mask is None else self.cover(sample.mask[None])[0]
+        return index, self.cover(sample.image), mask, None
+
+
+def _stack_ordered(items: list[tuple[int, Tensor, Tensor | None, Damage | None]]) -> OrderedBatch:
+    good = [(index, image, mask) for index, image, mask, damage in items if damage is None]
+    masks = [mask for _, _, mask in good if mask is not None]
+    return OrderedBatch(
+        images=torch.stack([image for _, image, _ in good]) if good else torch.empty(0, 1, 1, 1, dtype=torch.uint8),
+        indices=[index for index, _, _ in good],
+        masks=torch.stack(masks) if masks and len(masks) == len(good) else None,
+        damaged=[damage for *_, damage in items if damage is not None],
+    )
+
+
+def ordered_batches(
+    source: Source, *, size: tuple[int, int], indices: list[int] | None = None, batch_size: int = 128, workers: int = 0
+) -> Iterator[OrderedBatch]:
+    """Every image once, in order, resized to cover ``size`` and cut to its centre; no batch is dropped.
+
+    Args:
+        source: The images.
+        size: Height and width in pixels.
+        indices: Only these images; all by default.
+        batch_size: Images per batch.
+        workers: Data processes.
+    """
+    chosen = list(range(len(source))) if indices is None else indices
+    loader = DataLoader(
+        _OrderedImages(source, chosen, size), batch_size=batch_size, collate_fn=_stack_ordered, num_workers=workers
+    )
+    return iter(loader)

@@ -1,0 +1,116 @@
+"""Processes: one, or many under ``torchrun``, by the same code. There is always a process group, of size one too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from hpm.errors import InputError
+
+_OWN_PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that ``torchrun`` describes, or form one of size one; leave it at the end.
+
+    Small messages between processes (a signal arrived, an accuracy) always go over gloo and the CPU, so that they
+    never make the host wait for the device.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=_OWN_PROCESS_GROUP_TIMEOUT)
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Is this the process that writes files and talks to the user?"""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def any_process(flag: bool) -> bool:
+    """True on every process if ``flag`` is true on one."""
+    if world_size() == 1:
+        return flag
+    message = torch.tensor(int(flag))
+    dist.all_reduce(message, op=dist.ReduceOp.MAX)
+    return bool(message.item())
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """What every process holds, in the order of ranks, on every process."""
+    if world_size() == 1:
+        return [item]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
+def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
+    """The mean of each value over all processes."""
+    if world_size() == 1:
+        return values
+    message = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(message)
+    return dict(zip(values, (message / world_size()).tolist()))
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        InputError: The device asked for is not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise InputError(f"device: {name!r} is not available here; choose auto or cpu")
+    if name == "cuda" or (name == "auto" and cuda):
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"device: process {local_rank} of this machine has no GPU; there are {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if name == "mps" or (name == "auto" and mps):
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Does the hardware compute in bf16, rather than emulate it?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False

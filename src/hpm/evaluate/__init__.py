@@ -1,0 +1,1 @@
+"""What a pre-trained encoder and its loss predictor are worth."""

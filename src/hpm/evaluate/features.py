@@ -1,0 +1,95 @@
+"""Features of a frozen encoder, of every image of a source, in order and without augmentation."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from hpm.data.loading import Damage, Normalise, ordered_batches
+from hpm.data.sources import Source
+from hpm.distributed import gather_objects, rank, world_size
+from hpm.log import tracked
+from hpm.vit import encode
+
+Pooling = Literal["class", "mean", "both"]
+"""The class token, the mean of the patch tokens, or both side by side, each of length one."""
+
+
+class Features(NamedTuple):
+    """Features of a source."""
+
+    values: Float[Tensor, "n d"]
+    """float32, on the CPU."""
+    indices: list[int]
+    """Position of each row in the source."""
+    damaged: list[Damage]
+    """Images that could not be read; they have no row."""
+
+
+def pool(tokens: Float[Tensor, "b t d"], vit: VisionTransformer, pooling: Pooling) -> Float[Tensor, "b f"]:
+    """One vector per image from the encoder's tokens.
+
+    Raises:
+        ValueError: The class token is asked of an encoder that has none.
+    """
+    mean = tokens[:, vit.num_prefix_tokens :].mean(dim=1)
+    if pooling == "mean":
+        return mean
+    if not vit.has_class_token:
+        raise ValueError(f"pooling {pooling!r} needs a class token; this encoder has none, use 'mean'")
+    first = tokens[:, 0]
+    return first if pooling == "class" else torch.cat([F.normalize(first, dim=-1), F.normalize(mean, dim=-1)], dim=-1)
+
+
+@torch.no_grad()
+def extract_features(
+    vit: VisionTransformer,
+    source: Source,
+    normalise: Normalise,
+    *,
+    size: tuple[int, int],
+    pooling: Pooling,
+    device: torch.device,
+    bf16: bool = False,
+    indices: list[int] | None = None,
+    workers: int = 0,
+    description: str = "features",
+) -> Features:
+    """Run the encoder over a source; with several processes each takes a part and all get the whole.
+
+    Args:
+        vit: The encoder; used in evaluation mode.
+        source: The images.
+        normalise: The run's normalisation.
+        size: Height and width to which images are brought.
+        pooling: Which tokens to keep.
+        device: Where ``vit`` is.
+        bf16: Autocast.
+        indices: Only these images.
+        workers: Data processes.
+        description: Name beside the bar.
+    """
+    chosen = list(range(len(source))) if indices is None else indices
+    mine = chosen[rank() :: world_size()]
+    was_training = vit.training
+    vit.eval()
+    values, kept, damaged = [], [], []
+    batches = ordered_batches(source, size=size, indices=mine, workers=workers)
+    for batch in tracked(batches, description, total=-(-len(mine) // 128)):
+        damaged += batch.damaged
+        if batch.indices:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                tokens = encode(vit, normalise(batch.images.to(device)))
+            values.append(pool(tokens.float(), vit, pooling).cpu())
+            kept += batch.indices
+    vit.train(was_training)
+    parts = gather_objects((torch.cat(values) if values else torch.empty(0, 0), kept, damaged))
+    rows = torch.cat([part for part, _, _ in parts if len(part)])
+    where = [index for _, part, _ in parts for index in part]
+    order = torch.tensor(where).argsort()
+    return Features(rows[order], [where[i] for i in order.tolist()], [item for _, _, part in parts for item in part])

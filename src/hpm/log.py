@@ -1,0 +1,161 @@
+"""What a run says while it works: a progress bar, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from hpm.checkpoint import write_text_atomically
+
+Item = TypeVar("Item")
+
+console = Console(stderr=True, highlight=False)
+"""Logs and bars go to standard error; figures for the user go to standard output."""
+
+
+def say(message: str) -> None:
+    """One line to the user."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """One line that the user should not miss."""
+    console.print(f"[yellow]warning:[/yellow] {_escape(message)}", soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+class RunLog:
+    """Progress bar, ``metrics.jsonl`` and TensorBoard of one run; only the main process makes one.
+
+    Args:
+        folder: The run folder.
+        total_steps: Length of the run.
+        first_step: Where it starts or goes on; records of later steps, left by a run that was killed, are dropped.
+    """
+
+    def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
+        self.metrics_file = folder / "metrics.jsonl"
+        records = [record for record in read_metrics(folder) if record["step"] <= first_step]
+        write_text_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in records))
+        self._tensorboard = SummaryWriter(folder / "events", purge_step=first_step + 1)
+        self._bar = _bar(TextColumn("{task.fields[figures]}"))
+        self._task: TaskID = self._bar.add_task("pre-training", total=total_steps, completed=first_step, figures="")
+        self._is_terminal = console.is_terminal
+        self._last_line = -math.inf
+
+    def __enter__(self) -> RunLog:
+        if self._is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._tensorboard.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def record(self, metrics: Mapping[str, float | int | None]) -> None:
+        """Append one record, and show it."""
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+        for key, value in clean.items():
+            if value is not None and key != "step":
+                self._tensorboard.add_scalar(key, value, int(metrics["step"] or 0))
+        line = summary_line(clean)
+        if line:
+            self._bar.update(self._task, figures=line)
+            # Without a terminal a bar would fill the log file: one line every ten seconds instead.
+            if not self._is_terminal and time.monotonic() - self._last_line > 10:
+                self._last_line = time.monotonic()
+                task = self._bar.tasks[0]
+                say(f"step {metrics['step']}/{int(task.total or 0)}  {line}  left {_clock(metrics.get('seconds_left'))}")
+
+
+def summary_line(metrics: Mapping[str, float | int | None]) -> str:
+    """The figures that stand beside the bar."""
+    parts = []
+    for key, text in (
+        ("epoch", "epoch {:.1f}"),
+        ("reconstruction_loss", "rec {:.3f}"),
+        ("prediction_loss", "pred {:.3f}"),
+        ("predictor_rank_correlation", "rank corr {:+.2f}"),
+        ("hard_share", "hard {:.0%}"),
+        ("images_per_second", "{:.0f} img/s"),
+        ("data_wait", "wait {:.0%}"),
+    ):
+        value = metrics.get(key)
+        if value is not None:
+            parts.append(text.format(value))
+    return "  ".join(parts) if "reconstruction_loss" in metrics else ""
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The records of a run, oldest first; a half-written last line of a killed run is left out."""
+    file = folder / "metrics.jsonl"
+    records = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _bar(*extra: TextColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), *extra,
+        console=console,
+    )  # fmt: skip
+
+
+@contextmanager
+def quiet_unless_terminal() -> Iterator[bool]:
+    """Whether bars may be drawn."""
+    yield console.is_terminal
+
+
+def tracked(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
+    """Show a bar with rate and time left while going through ``items``; nothing where there is no terminal."""
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+        yield from items
+        return
+    with _bar() as bar:
+        yield from bar.track(items, description=description, total=total)
+
+
+def _clock(seconds: float | int | None) -> str:
+    if seconds is None:
+        return "?"
+    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"
+
+
+def print_result(text: str) -> None:
+    """Figures for the user, on standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,516 @@
+"""Pre-training: the loop, and everything around it that must not be seen in it.
+
+Everything random is a function of the seed and the step (:mod:`hpm.seeding`), every schedule a function of the step
+(:mod:`hpm.schedules`). So a state is: the step, the student, the teacher, the optimizer. Nothing else is saved, and a
+run that was killed ends bit-identical to one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from hpm import distributed
+from hpm.build import build_method, build_normalise, build_optimizer, build_student, choose_attention, timm_arguments
+from hpm.checkpoint import CheckpointFolder, save_weights, write_text_atomically
+from hpm.config import Config, Schedule, load_config, resolve_schedule, with_fields
+from hpm.data.loading import (
+    Batch,
+    Position,
+    TrainingImages,
+    TrainingOrder,
+    default_workers,
+    measure_statistics,
+    training_batches,
+)
+from hpm.data.sources import Source, open_source
+from hpm.errors import InputError, Interrupted
+from hpm.log import RunLog, read_metrics, say, warn
+from hpm.meter import Meter
+from hpm.method import Losses, Method, Student, StudentOutput, Teacher
+from hpm.recipes import recipe as named_recipe
+from hpm.run_folder import RunFolder
+from hpm.schedules import ema_decay, hard_share, hard_share_by_epoch, learning_rate, untouched_share
+from hpm.seeding import Stream, derive_seed, mask_noise
+from hpm.stopping import StopSignal
+from hpm.watching import Watcher
+
+Resume = Literal["auto", "never", "restart"]
+
+
+def pretrain(
+    data: str | Path,
+    out: str | Path,
+    *,
+    recipe: str = "hpm",
+    config: str | Path | None = None,
+    resume: Resume = "auto",
+    **fields: Any,
+) -> dict[str, Any]:
+    """Pre-train a ViT with Hard Patches Mining; what ``hpm pretrain`` runs.
+
+    Args:
+        data: Images to learn from: a folder, a list, a table, tar shards, or ``shapes:N``.
+        out: The run folder.
+        recipe: Named starting point, see :mod:`hpm.recipes`.
+        config: A YAML file instead of a recipe.
+        resume: ``auto`` goes on with an unfinished run in ``out``; ``never`` refuses to; ``restart`` starts over.
+        **fields: Any field of :class:`hpm.config.Config` by its name, e.g. ``epochs=100``.
+
+    Returns:
+        The figures of the run, as in ``result.json``.
+
+    Raises:
+        InputError: A field, the data or the folder breaks a rule.
+        Interrupted: A signal stopped the run after it was saved.
+    """
+    base = load_config(Path(config)) if config is not None else named_recipe(recipe)
+    return train(with_fields(base, {"data": str(data), **fields}), Path(out), resume=resume)
+
+
+def train(config: Config, out: Path, *, resume: Resume = "auto") -> dict[str, Any]:
+    """Run a whole config in a folder: start or go on, train, evaluate, report."""
+    device = distributed.choose_device(config.run.device)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(distributed.process_group(device))
+        stack.enter_context(_kernels(config.run.deterministic))
+        run = prepare(config, out, device=device, resume=resume)
+        if run.state.step >= run.schedule.total_steps and (finished := run.folder.result()):
+            say(f"{run.folder.path} holds a finished run of {run.schedule.total_steps} steps; nothing to do")
+            return finished
+        train_steps(run, stop)
+        return finish(run)
+
+
+@contextmanager
+def _kernels(deterministic: bool) -> Iterator[None]:
+    """Only deterministic kernels, where asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@dataclass
+class State:
+    """All that changes while training: what a checkpoint holds."""
+
+    student: Student
+    teacher: Teacher
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self, config: Config) -> dict[str, Any]:
+        """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "config": asdict(config),
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.student.load_state_dict(saved["student"])
+        self.teacher.model.load_state_dict(saved["teacher"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+
+@dataclass
+class Run:
+    """Everything a run needs, checked and put together."""
+
+    config: Config
+    folder: RunFolder
+    device: torch.device
+    bf16: bool
+    source: Source
+    schedule: Schedule
+    position: Position
+    method: Method
+    state: State
+    checkpoints: CheckpointFolder
+
+    def num_hard(self, step: int) -> int:
+        """``int(M * a_t)``."""
+        share = self.hard_share(step)
+        return int(self.method.num_hidden * share)
+
+    def hard_share(self, step: int) -> float:
+        """a_t."""
+        method, schedule = self.config.method, self.schedule
+        if method.mask != "hard":
+            return 0.0
+        ends = {"start": method.hard_share_start, "end": method.hard_share_end, "total_steps": schedule.total_steps}
+        if method.hard_share_unit == "epoch":
+            return hard_share_by_epoch(step, **ends, steps_per_epoch=schedule.steps_per_epoch)  # type: ignore[arg-type]
+        return hard_share(step, **ends)  # type: ignore[arg-type]
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        schedule = self.schedule
+        return learning_rate(
+            step,
+            peak=schedule.peak_learning_rate,
+            warmup_steps=schedule.warmup_steps,
+            total_steps=schedule.total_steps,
+        )
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between two scheduled checkpoints."""
+        return self.config.run.checkpoint_steps or max(1, math.ceil(self.schedule.total_steps / 10))
+
+    def save(self) -> None:
+        """Save the state and the encoder; the main process alone does."""
+        if distributed.is_main():
+            self.checkpoints.save(self.state.to_dict(self.config))
+            save_weights(
+                self.folder.weights_file, self.state.student.encoder.state_dict(), timm_arguments(self.config)
+            )
+
+
+def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) -> Run:
+    """Check everything that can be checked before work starts, and put the run together.
+
+    Raises:
+        InputError: Names the field, the rule and the value.
+    """
+    folder = RunFolder(out)
+    source = open_source(
+        config.data.data, channels=config.data.channels, image_size=config.data.image_size, field="data"
+    )
+    schedule = resolve_schedule(config.optimisation, len(source))
+    position = _position(config)
+    student = build_student(config)
+    method = build_method(config, student)
+    if not config.data.mean and config.data.channels != 3:
+        mean, std = measure_statistics(source)
+        config = replace(config, data=replace(config.data, mean=mean, std=std))
+    folder.check_usable(config, resume)
+    watcher_source(config)
+    _check_disk(folder.path, student, config.run.keep_last)
+
+    student.to(device)
+    choose_attention(student, device)
+    state = State(student, Teacher(student), build_optimizer(config.optimisation, student))
+    checkpoints = CheckpointFolder(
+        folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps
+    )
+    if distributed.is_main():
+        if resume == "restart":
+            folder.clear()
+        checkpoints.clear_temporary()
+    distributed.barrier()
+    if saved := checkpoints.load_latest():
+        state.load(saved)
+        say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
+    elif distributed.is_main():
+        folder.write_config(config, device)
+    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))
+    return Run(config, folder, device, bf16, source, schedule, position, method, state, checkpoints)
+
+
+def watcher_source(config: Config) -> Source | None:
+    """The labelled validation images, if the config names some."""
+    if not config.data.val:
+        return None
+    source = open_source(
+        config.data.val, channels=config.data.channels, image_size=config.data.image_size, field="val"
+    )
+    if source.labels is None:
+        raise InputError(f"val: {config.data.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
+    return source
+
+
+def _position(config: Config) -> Position:
+    """Split the global batch over processes and micro-batches.
+
+    Raises:
+        InputError: It does not divide.
+    """
+    batch, processes = config.optimisation.batch_size, distributed.world_size()
+    if batch % processes:
+        raise InputError(f"batch_size: must be divisible by the number of processes ({processes}), got {batch}")
+    share = batch // processes
+    micro = min(config.run.micro_batch_size or share, share)
+    if share % micro:
+        raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
+    return Position(distributed.rank(), processes, share // micro)
+
+
+def _check_disk(path: Path, student: Student, keep_last: int) -> None:
+    """Refuse a run whose checkpoints cannot fit: student, teacher and two moments, one more than is kept.
+
+    Raises:
+        InputError: Too little space.
+    """
+    needed = 4 * 4 * sum(p.numel() for p in student.parameters()) * (keep_last + 1)
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"out: {str(path)!r} needs about {needed / 1e9:.1f} GB for {keep_last} checkpoints (keep_last) and one "
+            f"being written, and {free / 1e9:.1f} GB are free"
+        )
+
+
+def train_steps(run: Run, stop: StopSignal) -> None:
+    """The loop: from the run's step to the last one.
+
+    Raises:
+        Interrupted: A signal arrived; the run is saved.
+        InputError: The loss is not finite any more, too many images are damaged, or the disk is full.
+    """
+    config, state, schedule, device = run.config, run.state, run.schedule, run.device
+    _announce(run)
+    batches = _batches(run)
+    model = _parallel(state.student, device)
+    normalise = build_normalise(config).to(device)
+    parameters = [p for p in state.student.parameters() if p.requires_grad]
+    meter = Meter(device)
+    slices = run.position.slices(config.optimisation.batch_size)
+    num_patches = state.student.positions.shape[1]
+    with _reporter(run) as report:
+        report.start()
+        for step in range(state.step, schedule.total_steps):
+            for group in state.optimizer.param_groups:
+                group["lr"] = run.learning_rate(step)
+            torch.manual_seed(derive_seed(config.optimisation.seed, Stream.STEP, step, run.position.rank))
+            noise = mask_noise(
+                config.optimisation.seed, step,
+                batch_size=config.optimisation.batch_size, num_patches=num_patches, device=device,
+            )  # fmt: skip
+            step_loss = torch.zeros((), device=device)
+            for number, part in enumerate(slices):
+                batch, damaged = meter.next_batch(batches)
+                report.damaged(damaged)
+                images = normalise(batch.images.to(device, non_blocking=True))
+                with _sync(model, last=number == len(slices) - 1):
+                    losses = _forward(run, model, images, noise[part], step)
+                    (losses.total / len(slices)).backward()
+                meter.add(losses)
+                step_loss += losses.total.detach()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimisation.gradient_clip or math.inf)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.teacher.update(state.student, ema_decay(step, schedule.ema))
+            meter.end_step(step, step_loss, norm)
+            state.step = step + 1
+            report.after_step(meter)
+            if distributed.any_process(stop.name is not None):
+                report.stop_check(meter)
+                run.save()
+                raise Interrupted(
+                    f"stopped by {stop.name or 'a signal to another process'} and saved at step {state.step} of "
+                    f"{schedule.total_steps}; the same command goes on from there"
+                )
+
+
+def _forward(
+    run: Run, model: Callable[..., StudentOutput], images: torch.Tensor, noise: torch.Tensor, step: int
+) -> Losses:
+    """The method's step under the run's precision."""
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+        teacher = None if run.state.student.predictor is None else run.state.teacher
+        return run.method.step(model, teacher, images, noise, num_hard=run.num_hard(step))
+
+
+def _announce(run: Run) -> None:
+    """Say what is about to happen, and warn of what would go wrong silently."""
+    schedule, config = run.schedule, run.config
+    if not distributed.is_main():
+        return
+    rows, columns = run.state.student.encoder.patch_embed.grid_size
+    say(
+        f"{len(run.source):,} images, {config.optimisation.epochs} epochs of {schedule.steps_per_epoch} steps of "
+        f"{config.optimisation.batch_size}; {config.model.encoder} on {rows}x{columns} patches, "
+        f"{run.method.num_hidden} hidden; {run.device.type}, {'bf16' if run.bf16 else 'float32'}, "
+        f"{run.position.world_size} process(es), {run.position.num_micro_batches} micro-batch(es)"
+    )
+    stale = untouched_share(schedule.ema, schedule.total_steps)
+    if config.method.predicted_loss != "none" and stale > 0.05:
+        warn(
+            f"after this run the teacher will still be {stale:.0%} its own random start (EMA decay "
+            f"{schedule.ema.start:g} to {schedule.ema.end:g} over {schedule.total_steps} steps): its masks will be "
+            "close to noise. Leave ema_start and ema_end unset to adapt them to the length of the run."
+        )
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    """Training batches from the run's step on."""
+    config = run.config
+    images = TrainingImages(
+        run.source, size=config.data.image_size, crop_scale=config.data.crop_scale, flip=config.data.flip,
+        seed=config.optimisation.seed,
+    )  # fmt: skip
+    order = TrainingOrder(
+        len(run.source), batch_size=config.optimisation.batch_size, first_step=run.state.step,
+        total_steps=run.schedule.total_steps, seed=config.optimisation.seed, position=run.position,
+    )  # fmt: skip
+    workers = default_workers() if config.run.workers is None else config.run.workers
+    return training_batches(images, order, workers=workers, pin_memory=run.device.type == "cuda")
+
+
+def _parallel(student: Student, device: torch.device) -> Callable[..., StudentOutput]:
+    """The student, wrapped for several processes where there are several."""
+    if distributed.world_size() == 1:
+        return student
+    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _sync(model: Callable[..., StudentOutput], *, last: bool) -> Any:
+    """Exchange gradients between processes only with the last micro-batch of a step."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+class Reporter:
+    """Between two steps: records, checkpoints, figures, kNN, damage, divergence.
+
+    Args:
+        run: The run.
+        log: Bar and files; None on all but the main process.
+        watcher: What is looked at with every checkpoint.
+    """
+
+    def __init__(self, run: Run, log: RunLog | None, watcher: Watcher) -> None:
+        self.run = run
+        self.log = log
+        self.watcher = watcher
+        self._last_save = time.monotonic()
+        self._since = time.monotonic()
+
+    def start(self) -> None:
+        """Look at the untrained model, once."""
+        if self.run.state.step == 0:
+            self._record(self.watcher.watch(0))
+        self._since = self._last_save = time.monotonic()
+
+    def damaged(self, news: list[Any]) -> None:
+        """Name every damaged image once."""
+        for item in news:
+            warn(f"damaged image left out: {item.name}: {item.reason}")
+
+    def after_step(self, meter: Meter) -> None:
+        """Record and save when it is time to.
+
+        Raises:
+            InputError: Diverged, too much damage, or a full disk.
+        """
+        run, step = self.run, self.run.state.step
+        if self.log:
+            self.log.advance(step)
+        last = step == run.schedule.total_steps
+        due = step % run.checkpoint_steps == 0 or last
+        if step % run.config.run.log_steps == 0 or due:
+            self.stop_check(meter)
+            self._clock()
+            self._record({**meter.read(batch_size=run.config.optimisation.batch_size), **self._progress()})
+        if due:
+            run.save()
+            self._record(self.watcher.watch(step))
+        elif distributed.is_main() and time.monotonic() - self._last_save > 60 * run.config.run.checkpoint_minutes:
+            if (bad := meter.first_bad_step_here()) is not None:
+                self._diverged(bad)
+            self._clock()
+            run.save()
+        else:
+            return
+        self._last_save = self._since = time.monotonic()
+
+    def _clock(self) -> None:
+        """Add the time since the last call to the run's training time."""
+        now = time.monotonic()
+        self.run.state.seconds += now - self._since
+        self._since = now
+
+    def stop_check(self, meter: Meter) -> None:
+        """Stop a run that has diverged or whose images are damaged, before a bad state is saved."""
+        if (bad := meter.first_bad_step()) is not None:
+            self._diverged(bad)
+        limit = self.run.config.data.max_damaged
+        if len(meter.damaged) > limit * meter.images_read:
+            raise InputError(
+                f"max_damaged: at most {limit:.1%} of the images may be damaged, and {len(meter.damaged)} of the "
+                f"{meter.images_read} read so far are; the first: {next(iter(meter.damaged.items()))}"
+            )
+
+    def _diverged(self, step: int) -> None:
+        saved = self.run.checkpoints.steps()
+        last = self.run.checkpoints.file(saved[-1]) if saved else "none yet"
+        raise InputError(
+            f"the loss or its gradient was not finite at step {step + 1}; last good checkpoint: {last}. Try a lower "
+            "--base-learning-rate, a longer --warmup-epochs, a smaller --gradient-clip or --precision float32 (as a "
+            "new run), and look for constant or broken images"
+        )
+
+    def _progress(self) -> dict[str, float]:
+        run, step = self.run, self.run.state.step
+        seconds_per_step = run.state.seconds / step
+        return {
+            "epoch": step / run.schedule.steps_per_epoch,
+            "samples_seen": step * run.config.optimisation.batch_size,
+            "learning_rate": run.learning_rate(step - 1),
+            "ema_decay": ema_decay(step - 1, run.schedule.ema),
+            "hard_share": run.hard_share(step - 1),
+            "seconds": run.state.seconds,
+            "seconds_left": seconds_per_step * (run.schedule.total_steps - step),
+        }
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        if self.log and metrics:
+            self.log.record({"step": self.run.state.step, **metrics})
+
+
+@contextmanager
+def _reporter(run: Run) -> Iterator[Reporter]:
+    """A reporter whose files are closed at the end."""
+    watcher = Watcher(run, watcher_source(run.config))
+    if not distributed.is_main():
+        yield Reporter(run, None, watcher)
+        return
+    with RunLog(run.folder.path, total_steps=run.schedule.total_steps, first_step=run.state.step) as log:
+        yield Reporter(run, log, watcher)
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Write ``result.json`` and the report of a run whose last step is done."""
+    records = read_metrics(run.folder.path)
+    training = [record for record in records if "reconstruction_loss" in record]
+    knn = [record["knn_top1"] for record in records if "knn_top1" in record]
+    result: dict[str, Any] = {
+        "run": str(run.folder.path),
+        "steps": run.state.step,
+        "samples_seen": run.state.step * run.config.optimisation.batch_size,
+        "seconds": run.state.seconds,
+        "images_per_second": run.state.step * run.config.optimisation.batch_size / max(run.state.seconds, 1e-9),
+        "reconstruction_loss": training[-1]["reconstruction_loss"] if training else None,
+        "prediction_loss": training[-1]["prediction_loss"] if training else None,
+        "predictor_rank_correlation": training[-1]["predictor_rank_correlation"] if training else None,
+    }
+    if knn:
+        result |= {"knn_top1": knn[-1], "knn_top1_untrained": knn[0]}
+    if distributed.is_main():
+        write_text_atomically(run.folder.result_file, json.dumps(result, indent=2) + "\n")
+        if run.config.run.figures:
+            from hpm.report import write_report
+
+            write_report(run.folder)
+    return result

@@ -1,0 +1,187 @@
+"""A run folder: what is in it, and getting models back out of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models.vision_transformer import VisionTransformer
+
+from hpm.build import build_normalise, build_student
+from hpm.checkpoint import CheckpointFolder, load_verified, write_text_atomically
+from hpm.config import Config, differences, load_config, to_yaml, validated
+from hpm.errors import InputError
+from hpm.method import Student, Teacher
+
+
+class RunFolder:
+    """Paths of a run.
+
+    Args:
+        path: The folder; need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.config_file = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.weights_file = self.checkpoints / "weights.safetensors"
+        self.figures = self.path / "figures"
+        self.result_file = self.path / "result.json"
+        self.report_file = self.path / "report.html"
+
+    def check_usable(self, config: Config, resume: Literal["auto", "never", "restart"]) -> None:
+        """Can a run with this config start or go on here?
+
+        Raises:
+            InputError: A file is in the way, the folder holds other things, another run, or cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"out: must be a folder, got the file {str(self.path)!r}")
+        if self.config_file.is_file():
+            if resume == "never":
+                raise InputError(f"out: {str(self.path)!r} holds a run already and resume is 'never'")
+            if resume == "auto" and (changed := differences(load_config(self.config_file), config)):
+                raise InputError(
+                    f"out: {str(self.path)!r} holds a run with another config; choose another folder, or go on with "
+                    "that run's values, or start over with --resume restart. Changed:\n  " + "\n  ".join(changed)
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"out: {str(self.path)!r} is not empty and holds no run; choose a new folder")
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"out: cannot write in {str(parent)!r}")
+
+    def clear(self) -> None:
+        """Forget the run that is in this folder, so that another can start: checkpoints, metrics, result."""
+        for step in CheckpointFolder(self.checkpoints).steps():
+            CheckpointFolder(self.checkpoints).file(step).unlink()
+        for file in (self.path / "metrics.jsonl", self.result_file, self.report_file, *self.figures.glob("*.png")):
+            file.unlink(missing_ok=True)
+
+    def write_config(self, config: Config, device: torch.device) -> None:
+        """Save the resolved config with versions, git sha and command."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.config_file, to_yaml(config, about_this_run(device)))
+
+    def result(self) -> dict[str, Any] | None:
+        """The figures of a finished run, or None."""
+        if not self.result_file.is_file():
+            return None
+        content: dict[str, Any] = json.loads(self.result_file.read_text())
+        return content
+
+
+def about_this_run(device: torch.device) -> dict[str, str]:
+    """Versions, hardware, time and command: what a number needs beside it."""
+    return {
+        **versions(device),
+        "git": _git_sha(),
+        "command": " ".join(sys.argv),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions of hpm, torch and timm, and the device's name."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{os.cpu_count()}"
+    return {"hpm": version("hpm"), "torch": torch.__version__, "timm": timm.__version__, "device": name}
+
+
+def _git_sha() -> str:
+    try:
+        sha = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],  # noqa: S607
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return sha.stdout.strip()
+
+
+def locate_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """Load the state of a run folder (its newest whole checkpoint) or of one ``.pt`` file.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        state = CheckpointFolder(folder).load_latest() if any(folder.glob("step_*.pt")) else None
+        if state is None:
+            raise InputError(f"checkpoint: no checkpoint in {str(path)!r}; is it a run folder?")
+        return state
+    if not path.exists():
+        raise InputError(f"checkpoint: {str(path)!r} does not exist")
+    return load_verified(path.resolve(), require_checksum=False)
+
+
+class LoadedRun:
+    """A trained student and teacher with their config.
+
+    Args:
+        checkpoint: A run folder, or one of its ``.pt`` files.
+        device: Where to put the models.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+
+    def __init__(self, checkpoint: str | Path, *, device: torch.device | None = None) -> None:
+        state = locate_checkpoint(checkpoint)
+        device = device or torch.device("cpu")
+        self.config = validated(state["config"])
+        self.step: int = state["step"]
+        self.student: Student = build_student(self.config)
+        self.student.load_state_dict(state["student"])
+        self.student.to(device).eval()
+        self.teacher = Teacher(self.student)
+        self.teacher.model.load_state_dict(state["teacher"])
+        self.normalise = build_normalise(self.config).to(device)
+        self.device = device
+
+
+def load_teacher(checkpoint: str | Path) -> Teacher:
+    """The EMA teacher of a run, in evaluation mode; ``teacher.predict_loss(images)`` says what is hard.
+
+    Args:
+        checkpoint: A run folder, or one of its ``.pt`` files.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    return LoadedRun(checkpoint).teacher
+
+
+def load_encoder(checkpoint: str | Path) -> VisionTransformer:
+    """The pre-trained backbone as a plain timm model in evaluation mode.
+
+    Args:
+        checkpoint: A run folder, its ``weights.safetensors``, or one of its ``.pt`` files.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    path = Path(checkpoint).expanduser()
+    weights = RunFolder(path).weights_file if path.is_dir() else path
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        return LoadedRun(path).student.encoder
+    try:
+        with safe_open(weights, framework="pt") as file:
+            arguments = json.loads((file.metadata() or {})["timm"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"checkpoint: {str(weights)!r} holds no encoder of hpm: {error}") from error
+    model: VisionTransformer = timm.create_model(**arguments)
+    model.load_state_dict(state)
+    return model.eval()
