@@ -27,9 +27,10 @@ class Meter:
         self.damaged: dict[str, str] = {}
         """Every damaged image of this process so far, and why."""
         self.images_read = 0
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begin a new interval: after a record, and after other work that must not count as training time."""
         self._sums = torch.zeros(4, device=self._device)
         self._norms = torch.zeros((), device=self._device)
         self._count, self._steps = 0, 0
@@ -81,5 +82,5 @@ class Meter:
             "images_per_second": self._steps * batch_size / elapsed if elapsed else math.nan,
             "data_wait": self._waited / elapsed if elapsed else 0.0,
         }
-        self._restart()
+        self.restart()
         return mean_over_processes(values)

@@ -290,6 +290,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     num_patches = state.student.positions.shape[1]
     with _reporter(run) as report:
         report.start()
+        meter.restart()
         for step in range(state.step, schedule.total_steps):
             for group in state.optimizer.param_groups:
                 group["lr"] = run.learning_rate(step)
@@ -433,6 +434,7 @@ class Reporter:
             run.save()
         else:
             return
+        meter.restart()
         self._last_save = self._since = time.monotonic()
 
     def _clock(self) -> None:

@@ -94,7 +94,7 @@ def about_this_run(device: torch.device) -> dict[str, str]:
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of hpm, torch and timm, and the device's name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{os.cpu_count()}"
-    return {"hpm": version("hpm"), "torch": torch.__version__, "timm": timm.__version__, "device": name}
+    return {"hpm": version("hpm"), "torch": str(torch.__version__), "timm": timm.__version__, "device": name}
 
 
 def _git_sha() -> str:

@@ -1,0 +1,237 @@
+"""Does the predicted loss find the objects? The paper's Figure 2 claim as a number.
+
+Every patch gets a score by each measure; a patch is foreground if more than half of its pixels are. Scores are
+compared within an image (predicted losses only mean something there), figures are means over images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from sklearn.metrics import average_precision_score, roc_auc_score
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from hpm.build import build_method, choose_attention
+from hpm.data.decode import DecodeError, decode
+from hpm.data.loading import Cover, Normalise, ordered_batches
+from hpm.data.sources import Source, open_source
+from hpm.distributed import choose_device, has_bf16
+from hpm.errors import InputError
+from hpm.log import tracked
+from hpm.method import Method, Student, Teacher
+from hpm.run_folder import LoadedRun
+from hpm.seeding import Stream, derive_seed
+from hpm.vit import patch_size, patchify
+from hpm.visualize import measure_hardness
+
+MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
+
+
+@dataclass(frozen=True)
+class ForegroundConfig:
+    """Foreground evaluation."""
+
+    checkpoint: str
+    """Run folder or checkpoint file."""
+    images: str
+    """Images; shapes:N brings its own masks."""
+    masks: str = ""
+    """Folder of masks, one per image with the same name up to the ending; bright = foreground."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+class Finding(NamedTuple):
+    """How well one measure finds the foreground: means over images, in 0..1."""
+
+    auroc: float
+    average_precision: float
+    pointing_game: float
+    """Share of images whose highest-scored patch is foreground."""
+
+
+@dataclass(frozen=True)
+class ForegroundResult:
+    """One finding per measure, over all images and by group."""
+
+    measures: dict[str, Finding | None]
+    """None for attention where the encoder has no class token."""
+    by_group: dict[str, dict[str, Finding | None]]
+    num_images: int
+
+
+def find(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray, "b n"]) -> Finding:
+    """Compare scores with foreground patches, image by image; images without any contrast are left out."""
+    rows = [(s, f) for s, f in zip(scores, foreground) if 0 < f.sum() < f.size]
+    if not rows:
+        return Finding(float("nan"), float("nan"), float("nan"))
+    return Finding(
+        auroc=float(np.mean([roc_auc_score(f, s) for s, f in rows])),
+        average_precision=float(np.mean([average_precision_score(f, s) for s, f in rows])),
+        pointing_game=float(np.mean([f[s.argmax()] for s, f in rows])),
+    )
+
+
+def foreground_patches(masks: Bool[Tensor, "b h w"], patch: tuple[int, int]) -> Bool[Tensor, "b n"]:
+    """Patches of which more than half of the pixels are foreground."""
+    return patchify(masks.unsqueeze(1).float(), patch).mean(dim=-1) > 0.5
+
+
+def patch_variance(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Float[Tensor, "b n"]:
+    """Variance of the pixels of each patch, mean over channels."""
+    cut = patchify(images, patch)
+    return cut.reshape(*cut.shape[:2], -1, images.shape[1]).var(dim=2).mean(dim=-1)
+
+
+def edge_density(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Float[Tensor, "b n"]:
+    """Mean gradient magnitude (forward differences of the channel mean) in each patch."""
+    grey = images.mean(dim=1, keepdim=True)
+    down = F.pad(grey[:, :, 1:] - grey[:, :, :-1], (0, 0, 0, 1))
+    right = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1))
+    return patchify((down.square() + right.square()).sqrt(), patch).mean(dim=-1)
+
+
+@torch.no_grad()
+def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+    """Attention of the class token to the patches in the last block, mean over heads."""
+    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    *blocks, last = vit.blocks
+    for block in blocks:
+        tokens = block(tokens)
+    b, t, _ = tokens.shape
+    attention = last.attn
+    qkv = attention.qkv(last.norm1(tokens)).reshape(b, t, 3, attention.num_heads, -1)
+    query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
+    weights = torch.einsum("bqhd,bkhd->bhqk", query * attention.scale, key).softmax(dim=-1)
+    return weights.mean(dim=1)[:, 0, vit.num_prefix_tokens :]
+
+
+def measure_patches(
+    student: Student,
+    teacher: Teacher,
+    method: Method,
+    normalise: Normalise,
+    images: Tensor,
+    *,
+    generator: torch.Generator,
+    bf16: bool,
+) -> dict[str, Float[np.ndarray, "b n"] | None]:
+    """Every measure of every patch of some uint8 images."""
+    vit, patch = student.encoder, patch_size(student.encoder)
+    normalised = normalise(images)
+    hardness = measure_hardness(student, teacher, method, normalised, share=0, generator=generator, bf16=bf16)
+    values = {
+        "predicted_loss": hardness.predicted_loss,
+        "reconstruction_error": hardness.true_loss,
+        "patch_variance": patch_variance(images / 255, patch),
+        "edge_density": edge_density(images / 255, patch),
+        "attention": class_attention(vit, normalised) if vit.has_class_token else None,
+    }
+    return {name: None if value is None else value.float().cpu().numpy() for name, value in values.items()}
+
+
+def evaluate_foreground(
+    student: Student,
+    teacher: Teacher,
+    method: Method,
+    normalise: Normalise,
+    source: Source,
+    *,
+    size: tuple[int, int],
+    device: torch.device,
+    bf16: bool,
+    masks: Sequence[Bool[Tensor, "h w"]] | None = None,
+) -> ForegroundResult:
+    """Measure all images of a source that knows its masks (or is given them).
+
+    Raises:
+        InputError: Neither the source nor the caller knows masks.
+    """
+    scores: dict[str, list[npt.NDArray[np.float32] | None]] = {name: [] for name in MEASURES}
+    foreground, indices = [], []
+    generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
+    for batch in tracked(ordered_batches(source, size=size), "foreground", total=-(-len(source) // 128)):
+        found = batch.masks if masks is None else torch.stack([masks[i] for i in batch.indices])
+        if found is None:
+            raise InputError("masks: the images bring no masks of their own; name a folder of masks")
+        foreground.append(foreground_patches(found, patch_size(student.encoder)).numpy())
+        indices += batch.indices
+        measured = measure_patches(
+            student, teacher, method, normalise, batch.images.to(device), generator=generator, bf16=bf16
+        )
+        for name, value in measured.items():
+            scores[name].append(value)
+    truth = np.concatenate(foreground)
+    joined = {
+        name: None if parts[0] is None else np.concatenate([part for part in parts if part is not None])
+        for name, parts in scores.items()
+    }
+
+    def findings(rows: npt.NDArray[np.bool_]) -> dict[str, Finding | None]:
+        return {name: None if v is None else find(v[rows], truth[rows]) for name, v in joined.items()}
+
+    groups = source.groups()
+    names = np.array([] if groups is None else [groups[i] for i in indices])
+    return ForegroundResult(
+        measures=findings(np.ones(len(truth), dtype=bool)),
+        by_group={str(name): findings(names == name) for name in dict.fromkeys(names.tolist())},
+        num_images=len(truth),
+    )
+
+
+def run(config: ForegroundConfig) -> ForegroundResult:
+    """``hpm evaluate foreground``.
+
+    Raises:
+        InputError: No masks, masks that do not fit the images, or a bad checkpoint.
+    """
+    device = choose_device(config.device)  # type: ignore[arg-type]
+    loaded = LoadedRun(config.checkpoint, device=device)
+    data = loaded.config.data
+    source = open_source(config.images, channels=data.channels, image_size=data.image_size, field="images")
+    masks = _read_masks(Path(config.masks).expanduser(), source, data.image_size) if config.masks else None
+    choose_attention(loaded.student, device)
+    choose_attention(loaded.teacher, device)
+    return evaluate_foreground(
+        loaded.student, loaded.teacher, build_method(loaded.config, loaded.student), loaded.normalise, source,
+        size=data.image_size, device=device, bf16=has_bf16(device), masks=masks,
+    )  # fmt: skip
+
+
+def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> list[Bool[Tensor, "h w"]]:
+    """The mask of every image, matched by name.
+
+    Raises:
+        InputError: A mask is missing, damaged, or of another size than its image.
+    """
+    if not folder.is_dir():
+        raise InputError(f"masks: must be a folder, got {str(folder)!r}")
+    by_stem = {file.stem: file for file in sorted(folder.iterdir())}
+    cover, masks = Cover(size), []
+    for index in range(len(source)):
+        stem = Path(source.name(index).rpartition(":")[2]).stem
+        if stem not in by_stem:
+            raise InputError(f"masks: {str(folder)!r} has no mask for the image {source.name(index)}")
+        try:
+            mask = decode(by_stem[stem].read_bytes(), 1)[0] > 127
+            shape = source.read(index).image.shape[-2:]
+        except DecodeError as error:
+            raise InputError(f"masks: cannot read {by_stem[stem]} or its image: {error}") from error
+        if mask.shape != shape:
+            raise InputError(
+                f"masks: {by_stem[stem]} is {tuple(mask.shape)} pixels and its image {tuple(shape)}; "
+                "they must be of the same size"
+            )
+        masks.append(cover(mask[None])[0])
+    return masks
+
+

@@ -1,0 +1,183 @@
+"""The paper's Figure 2 for any images: what is hard, what the model thinks is hard, and the exercise it sets itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hpm.checkpoint import write_atomically
+from hpm.data.loading import Normalise
+from hpm.masking import hide_hard, hide_random, split_patches
+from hpm.method import Method, Student, Teacher, rank_correlation
+from hpm.targets import PixelTarget
+from hpm.vit import grid_size, patch_size, patchify, take, unpatchify
+
+NUM_MASKS = 10
+"""Masks over which the true loss of a patch is averaged, as in the paper's Figure 2."""
+
+
+class Hardness(NamedTuple):
+    """What is hard in some images."""
+
+    true_loss: Float[Tensor, "b n"]
+    """The student's reconstruction loss of each patch, averaged over the masks that hide it."""
+    predicted_loss: Float[Tensor, "b n"] | None
+    """The teacher's scores on the full image; None without a loss predictor."""
+    hidden: Bool[Tensor, "b n"]
+    """The mask that the scores lead to (random without a loss predictor)."""
+    reconstruction: Float[Tensor, "b c h w"]
+    """Normalised images with the hidden patches reconstructed."""
+
+    @property
+    def rank_correlation(self) -> float:
+        """Mean Spearman correlation of predicted and true loss over all patches of an image."""
+        if self.predicted_loss is None:
+            return float("nan")
+        return float(rank_correlation(self.predicted_loss, self.true_loss).mean())
+
+
+@torch.no_grad()
+def measure_hardness(
+    student: Student,
+    teacher: Teacher,
+    method: Method,
+    images: Float[Tensor, "b c h w"],
+    *,
+    share: float,
+    generator: torch.Generator,
+    bf16: bool = False,
+) -> Hardness:
+    """Measure the true loss over :data:`NUM_MASKS` masks, predict it, and set one exercise.
+
+    Args:
+        student: Reconstructs.
+        teacher: Predicts.
+        method: Target and number of hidden patches.
+        images: Normalised images.
+        share: a_t of the exercise.
+        generator: Of the masks, on the CPU.
+        bf16: Autocast.
+    """
+    was_training = student.training
+    student.eval()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        true_loss = _average_loss(student, method, images, generator)
+        predicted = None if student.predictor is None else teacher.predict_loss(images)
+        noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
+        policy = hide_random if predicted is None else hide_hard
+        hidden = policy(
+            predicted, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share)
+        )
+        prediction = student(images, hidden, num_hidden=method.num_hidden).prediction.float()
+    student.train(was_training)
+    return Hardness(true_loss, predicted, hidden, _fill_in(student, method, images, hidden, prediction))
+
+
+def _average_loss(
+    student: Student, method: Method, images: Float[Tensor, "b c h w"], generator: torch.Generator
+) -> Float[Tensor, "b n"]:
+    """Mean loss of every patch over random masks that rotate, so that each patch is hidden equally often."""
+    num_patches = student.positions.shape[1]
+    target = method.target(images)
+    total = torch.zeros(len(images), num_patches, device=images.device)
+    count = torch.zeros_like(total)
+    rank = torch.rand(len(images), num_patches, generator=generator).argsort(1).to(images.device)
+    for number in range(NUM_MASKS):
+        turned = (rank + number * num_patches // NUM_MASKS) % num_patches
+        hidden = turned < method.num_hidden
+        _, index = split_patches(hidden, method.num_hidden)
+        output = student(images, hidden, num_hidden=method.num_hidden)
+        total.scatter_add_(1, index, method.target.patch_loss(output.prediction, take(target, index)))
+        count += hidden
+    return total / count.clamp(min=1)
+
+
+def _fill_in(
+    student: Student,
+    method: Method,
+    images: Float[Tensor, "b c h w"],
+    hidden: Bool[Tensor, "b n"],
+    prediction: Float[Tensor, "b m p"],
+) -> Float[Tensor, "b c h w"]:
+    """The images with their hidden patches replaced by the prediction, as pixels."""
+    patch, grid = patch_size(student.encoder), grid_size(student.encoder)
+    patches = patchify(images, patch)
+    if not isinstance(method.target, PixelTarget):  # features cannot be shown as pixels
+        return images
+    _, index = split_patches(hidden, method.num_hidden)
+    wide = index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+    pixels = method.target.to_pixels(torch.zeros_like(patches).scatter(1, wide, prediction), images)
+    return unpatchify(torch.where(hidden.unsqueeze(-1), pixels, patches), patch, grid)
+
+
+def displayable(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w k"]:
+    """Images in 0..1 as RGB or grey for display; of more than three channels the first three are shown."""
+    shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return np.asarray((shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def draw_hardness(
+    images: Float[Tensor, "b c h w"], hardness: Hardness, normalise: Normalise, grid: tuple[int, int], title: str
+) -> Figure:
+    """One row per image: input, true loss, predicted loss, masked input, reconstruction.
+
+    Args:
+        images: Normalised images.
+        hardness: What :func:`measure_hardness` says of them.
+        normalise: The run's normalisation, to undo.
+        grid: Rows and columns of patches.
+        title: Line above the figure.
+    """
+    patch = (images.shape[2] // grid[0], images.shape[3] // grid[1])
+    covered = hardness.hidden.reshape(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
+    shown = normalise.to_display(images)
+    masked = torch.where(covered, torch.full_like(shown, 0.5), shown)
+    pictures = {
+        "image": displayable(shown),
+        f"loss, {NUM_MASKS} masks": hardness.true_loss,
+        "predicted loss": hardness.predicted_loss,
+        "hidden": displayable(masked),
+        "reconstruction": displayable(normalise.to_display(hardness.reconstruction)),
+    }
+    columns = {name: content for name, content in pictures.items() if content is not None}
+    height = 1.5 * images.shape[2] / images.shape[3]
+    figure, axes = plt.subplots(
+        len(images), len(columns), figsize=(1.5 * len(columns), height * len(images) + 0.6), squeeze=False
+    )
+    for row in range(len(images)):
+        for column, (name, content) in enumerate(columns.items()):
+            axis = axes[row, column]
+            if isinstance(content, Tensor):
+                axis.imshow(content[row].float().reshape(grid).cpu(), cmap="magma", interpolation="nearest")
+            else:
+                axis.imshow(content[row], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if row == 0:
+                axis.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG that is either whole or not there.
+
+    Raises:
+        OSError: Writing failed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)

@@ -1,0 +1,105 @@
+"""What is looked at with every checkpoint: hardness figures of fixed images, kNN accuracy, foreground AUROC."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hpm import distributed
+from hpm.build import build_normalise
+from hpm.data.loading import Cover, default_workers, read_or_next
+from hpm.data.sources import Source, class_indices
+from hpm.evaluate.foreground import evaluate_foreground
+from hpm.evaluate.knn import LabelledSplit, knn_accuracy
+from hpm.log import warn
+from hpm.seeding import Stream, derive_seed
+from hpm.vit import grid_size
+from hpm.visualize import draw_hardness, measure_hardness, save_figure
+
+if TYPE_CHECKING:
+    from hpm.pretrain import Run
+
+NEIGHBOURS = 20
+"""k of the kNN accuracy during training."""
+
+
+class Watcher:
+    """Looks at the model from outside, without touching its randomness.
+
+    Args:
+        run: The run.
+        val: Labelled validation images, if there are any.
+    """
+
+    def __init__(self, run: Run, val: Source | None) -> None:
+        self.run = run
+        self.val = val
+        self.normalise = build_normalise(run.config).to(run.device)
+        self.split = self._labelled_split() if run.config.run.knn else None
+        shown = val or run.source
+        count = min(run.config.run.num_figure_images, len(shown))
+        cover = Cover(run.config.data.image_size)
+        positions = torch.linspace(0, len(shown) - 1, count).long().tolist()
+        self.images = torch.stack([cover(read_or_next(shown, i)[0].image) for i in positions])
+
+    def _labelled_split(self) -> LabelledSplit | None:
+        """Neighbours from the training images; queries from the validation images, or from held-back labels."""
+        source, limit = self.run.source, self.run.config.run.knn_images
+        if source.labels is None or len(set(source.labels)) < 2:
+            return None
+        generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
+        order = torch.randperm(len(source), generator=generator)[: limit + limit // 2].tolist()
+        if self.val is not None:
+            classes = sorted(set(source.labels))
+            class_indices(self.val.labels or [], classes)
+            queries = torch.randperm(len(self.val), generator=generator)[: limit // 2].tolist()
+            neighbours = order[:limit]
+            val = self.val
+        else:
+            # Without validation images a third of the sample is classified by the rest. The model has seen these
+            # images, never their labels.
+            third = len(order) // 3
+            queries, neighbours, val = order[:third], order[third:], source
+        if len(neighbours) < NEIGHBOURS or not queries:
+            return None
+        return LabelledSplit(source, val, sorted(neighbours), sorted(queries), sorted(set(source.labels)))
+
+    def watch(self, step: int) -> dict[str, float]:
+        """Draw the figures of this step and return what was measured."""
+        run, metrics = self.run, {}
+        if self.split is not None:
+            accuracy = knn_accuracy(
+                run.state.student.encoder, self.split, self.normalise, size=run.config.data.image_size,
+                ks=(NEIGHBOURS,), temperature=0.07, pooling="mean", device=run.device, bf16=run.bf16,
+                workers=default_workers() if run.config.run.workers is None else run.config.run.workers,
+            )  # fmt: skip
+            metrics["knn_top1"] = accuracy[NEIGHBOURS][0]
+        if run.config.run.figures and distributed.is_main():
+            metrics |= self._figures(step)
+        distributed.barrier()
+        return metrics
+
+    def _figures(self, step: int) -> dict[str, float]:
+        run = self.run
+        images = self.normalise(self.images.to(run.device))
+        share = run.config.method.hard_share_end if run.config.method.mask == "hard" else 0.0
+        hardness = measure_hardness(
+            run.state.student, run.state.teacher, run.method, images, share=share, bf16=run.bf16,
+            generator=torch.Generator().manual_seed(derive_seed(run.config.optimisation.seed, Stream.FIGURES)),
+        )  # fmt: skip
+        figure = draw_hardness(
+            images, hardness, self.normalise, grid_size(run.state.student.encoder),
+            f"step {step}, rank correlation of predicted and true loss {hardness.rank_correlation:+.2f}",
+        )  # fmt: skip
+        try:
+            save_figure(figure, run.folder.figures / f"hardness_{step:08d}.png")
+        except OSError as error:
+            warn(f"could not save the hardness figure of step {step}: {error}")
+        if self.val is None or self.val.groups() is None or run.state.student.predictor is None:
+            return {}
+        found = evaluate_foreground(
+            run.state.student, run.state.teacher, run.method, self.normalise, self.val,
+            size=run.config.data.image_size, device=run.device, bf16=run.bf16,
+        ).measures["predicted_loss"]  # fmt: skip
+        return {"foreground_auroc": found.auroc} if found else {}
