@@ -1,5 +1,5 @@
-"""Shape types are enforced in every test, and torch uses one thread where tests compare bits."""
+"""Shape types are enforced in every test."""
 
 from jaxtyping import install_import_hook
 
-install_import_hook("hpm", "beartype.beartype").install()
+install_import_hook("hpm", "beartype.beartype")

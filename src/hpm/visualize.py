@@ -152,7 +152,8 @@ def draw_hardness(
     columns = {name: content for name, content in pictures.items() if content is not None}
     height = 1.5 * images.shape[2] / images.shape[3]
     figure, axes = plt.subplots(
-        len(images), len(columns), figsize=(1.5 * len(columns), height * len(images) + 0.6), squeeze=False
+        len(images), len(columns), figsize=(1.5 * len(columns), height * len(images) + 0.6), squeeze=False,
+        layout="constrained",
     )
     for row in range(len(images)):
         for column, (name, content) in enumerate(columns.items()):
@@ -168,7 +169,6 @@ def draw_hardness(
             if row == 0:
                 axis.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout(pad=0.4)
     return figure
 
 
