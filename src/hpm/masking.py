@@ -11,13 +11,14 @@ batch is split over processes or micro-batches.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+@runtime_checkable
 class MaskPolicy(Protocol):
     """The one signature of all mask policies."""
 

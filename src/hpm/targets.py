@@ -6,7 +6,7 @@ error for pixels, cross-entropy for tokens). The loss predictor and the mining o
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from hpm.vit import patchify
 
 
+@runtime_checkable
 class Target(Protocol):
     """What every reconstruction target offers."""
 
