@@ -30,7 +30,7 @@ def timm_arguments(config: Config) -> dict[str, Any]:
     }
     return {
         "model_name": model.encoder,
-        "img_size": list(data.image_size),
+        "img_size": list(data.size),
         "in_chans": data.channels,
         "num_classes": 0,
         "fc_norm": False,
@@ -54,7 +54,7 @@ def build_student(config: Config) -> Student:
         torch.manual_seed(derive_seed(config.optimisation.seed, Stream.INITIALISATION))
         encoder = create_encoder(
             model.encoder,
-            image_size=config.data.image_size,
+            image_size=config.data.size,
             channels=config.data.channels,
             patch_size=model.patch_size,
             width=model.encoder_width,

@@ -31,7 +31,7 @@ class CheckpointWarning(UserWarning):
     """A checkpoint is damaged and the one before it is used."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file, flush it to the disk and rename it to ``path``.
 
     Raises:
@@ -40,8 +40,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -53,9 +52,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.close(folder)
 
 
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file that is either the old or the new one, never half."""
-    write_atomically(path, lambda temporary: temporary.write_text(text) and None)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 class CheckpointFolder:
@@ -96,7 +100,12 @@ class CheckpointFolder:
         target = self.file(state["step"])
 
         def write(temporary: Path) -> None:
-            torch.save(state, temporary)
+            with temporary.open("wb") as file:  # a Python file: a full disk is an OSError, as everywhere
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # torch's complaint about the unfinished file hides the cause
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error
+            _flush(temporary)
             # The checksum comes first: a checkpoint without one would be worthless, the reverse is harmless.
             write_text_atomically(_checksum_file(target), f"{_digest(temporary)}  {target.name}\n")
 
@@ -105,11 +114,12 @@ class CheckpointFolder:
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(self.path / "last")
-        self._prune()
+        self._prune(state["step"])
         return target
 
-    def _prune(self) -> None:
-        steps = self.steps()
+    def _prune(self, saved: int) -> None:
+        """Newer ones than ``saved`` are damaged, or the run would have gone on from there: they do not count."""
+        steps = [step for step in self.steps() if step <= saved]
         kept = set(steps[-self.keep_last :])
         if self.keep_steps:
             kept |= {step for step in steps if step % self.keep_steps == 0}
@@ -184,4 +194,4 @@ def save_weights(path: Path, state: dict[str, Tensor], timm_arguments: dict[str,
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
         metadata={"timm": json.dumps(timm_arguments)},
     )
-    write_atomically(path, lambda temporary: temporary.write_bytes(content) and None)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))

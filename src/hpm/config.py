@@ -24,7 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -39,11 +39,11 @@ class DataConfig:
     """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N."""
     val: str = ""
     """Labelled images for the kNN accuracy during training; without it, labelled training images are split."""
-    image_size: tuple[Positive, Positive] = (224, 224)
-    """Height and width of the crops, pixels; the patch size must divide both."""
+    image_size: tuple[Positive, ...] = (224, 224)
+    """Height and width of the crops, pixels (one number: square); the patch size must divide both."""
     channels: Positive = 3
     """Channels of the images."""
-    crop_scale: tuple[OpenShare | Literal[1], OpenShare | Literal[1]] = (0.2, 1.0)
+    crop_scale: tuple[Share, Share] = (0.2, 1.0)
     """Area of the random resized crop, share of the image (1 1: no crop, only resize)."""
     flip: bool = True
     """Mirror half of the images."""
@@ -53,6 +53,11 @@ class DataConfig:
     """Channel standard deviations; empty as for mean."""
     max_damaged: Share = 0.01
     """Stop when more than this share of the images read cannot be decoded."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the crops."""
+        return self.image_size[0], self.image_size[-1]
 
 
 @dataclass(frozen=True)
@@ -209,9 +214,10 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     nested: dict[str, dict[str, Any]] = dataclasses.asdict(config)
     for name, value in values.items():
         if name not in sections:
-            raise InputError(f"{name}: no such field{_suggest(name, sections)}")
+            known = [*sections, *(item.name for item in dataclasses.fields(Config))]
+            raise InputError(f"{name}: no such field{_suggest(name, known)}")
         if name == "image_size" and isinstance(value, int):
-            value = (value, value)
+            value = (value,)
         nested[sections[name]][name] = str(value) if isinstance(value, Path) else value
     return validated(nested)
 
@@ -227,7 +233,9 @@ def validated(nested: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            place = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal")))
+            place = ".".join(
+                str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal"))
+            )
             if problem["type"] == "unexpected_keyword_argument":
                 known = [*section_of(), *(f.name for f in dataclasses.fields(Config))]
                 lines.append(f"{place}: no such field{_suggest(str(problem['loc'][-1]), known)}")
@@ -235,7 +243,7 @@ def validated(nested: Mapping[str, Any]) -> Config:
                 lines.append(f"{place}: {problem['msg'].lower()}, got {problem['input']!r}")
         raise InputError("\n".join(lines)) from None
     _check_together(config)
-    return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=config.data.size))
 
 
 def _check_together(config: Config) -> None:
@@ -243,8 +251,10 @@ def _check_together(config: Config) -> None:
     data, model, method = config.data, config.model, config.method
     if method.mask == "hard" and method.predicted_loss == "none":
         raise InputError("mask: 'hard' chooses by predicted loss, so predicted_loss must not be 'none'")
-    if data.crop_scale[0] > data.crop_scale[1]:
-        raise InputError(f"crop_scale: must go from small to large, got {data.crop_scale}")
+    if len(data.image_size) not in (1, 2):
+        raise InputError(f"image_size: must be one number or height and width, got {data.image_size}")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1]:
+        raise InputError(f"crop_scale: must go from a small area above 0 to a large one, got {data.crop_scale}")
     for name in ("mean", "std"):
         values = getattr(data, name)
         if values and len(values) != data.channels:
@@ -252,9 +262,7 @@ def _check_together(config: Config) -> None:
     if bool(data.mean) != bool(data.std):
         raise InputError("mean, std: give both or neither")
     if model.decoder_width % model.decoder_heads:
-        raise InputError(
-            f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}"
-        )
+        raise InputError(f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}")
     if model.decoder_width % 4:
         raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
 
@@ -288,7 +296,7 @@ def load_config(path: Path) -> Config:
             flat.update(value)
         else:
             flat[key] = value
-    return with_fields(Config(), flat)
+    return with_fields(Config(), {str(key): value for key, value in flat.items()})
 
 
 def to_yaml(config: Config, about: Mapping[str, Any]) -> str:

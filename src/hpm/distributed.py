@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from hpm.errors import InputError
 
@@ -30,7 +31,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_OWN_PROCESS_GROUP_TIMEOUT)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
@@ -50,6 +51,11 @@ def world_size() -> int:
 def is_main() -> bool:
     """Is this the process that writes files and talks to the user?"""
     return rank() == 0
+
+
+def is_main_of_environment() -> bool:
+    """Is this the main process, judged by ``torchrun``'s variables alone (before and after the group exists)?"""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def barrier() -> None:
@@ -110,7 +116,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Does the hardware compute in bf16, rather than emulate it?"""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False

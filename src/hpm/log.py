@@ -93,7 +93,9 @@ class RunLog:
             if not self._is_terminal and time.monotonic() - self._last_line > 10:
                 self._last_line = time.monotonic()
                 task = self._bar.tasks[0]
-                say(f"step {metrics['step']}/{int(task.total or 0)}  {line}  left {_clock(metrics.get('seconds_left'))}")
+                say(
+                    f"step {metrics['step']}/{int(task.total or 0)}  {line}  left {_clock(metrics.get('seconds_left'))}"
+                )
 
 
 def summary_line(metrics: Mapping[str, float | int | None]) -> str:

@@ -82,9 +82,7 @@ def hide_hard(
     return hide_top(torch.where(difficulty_rank < num_hard, noise + 1, noise), num_hidden)
 
 
-def split_patches(
-    hidden: Bool[Tensor, "b n"], num_hidden: int
-) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
+def split_patches(hidden: Bool[Tensor, "b n"], num_hidden: int) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
     """Indices of the visible and of the hidden patches, each in image order.
 
     ``num_hidden`` is given rather than counted: counting would make the host wait for the device.

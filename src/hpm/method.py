@@ -140,7 +140,7 @@ class Student(nn.Module):
         tokens = self.decoder_sequence(encode(self.encoder, images, visible_index), visible_index, hidden_index)
         scores = full_scores = None
         if self.predictor is not None and self.predictor_view != "full":
-            scores = self.predictor(tokens, last=num_hidden).mean(dim=-1)
+            scores = self.predictor(tokens, last=num_hidden).float().mean(dim=-1)
         if self.predictor is not None and self.predictor_view != "masked" and full_features is not None:
             full_scores = self.score(full_features).gather(1, hidden_index)
         return StudentOutput(self.reconstructor(tokens, last=num_hidden), scores, full_scores)
@@ -167,7 +167,8 @@ class Student(nn.Module):
             raise ValueError("this student was built without a loss predictor (predictor_depth=0)")
         prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
         tokens = torch.cat([prefix, patches + self.positions], dim=1)
-        return self.predictor(tokens, last=self.positions.shape[1]).float().mean(dim=-1)
+        scores: Tensor = self.predictor(tokens, last=self.positions.shape[1]).float().mean(dim=-1)
+        return scores
 
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """Predicted loss of every patch of the full image, higher = harder."""

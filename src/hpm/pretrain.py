@@ -21,7 +21,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm import distributed
-from hpm.build import build_method, build_normalise, build_optimizer, build_student, choose_attention, timm_arguments
+from hpm.build import (
+    build_method,
+    build_normalise,
+    build_optimizer,
+    build_student,
+    choose_attention,
+    timm_arguments,
+)
 from hpm.checkpoint import CheckpointFolder, save_weights, write_text_atomically
 from hpm.config import Config, Schedule, load_config, resolve_schedule, with_fields
 from hpm.data.loading import (
@@ -158,7 +165,11 @@ class Run:
         method, schedule = self.config.method, self.schedule
         if method.mask != "hard":
             return 0.0
-        ends = {"start": method.hard_share_start, "end": method.hard_share_end, "total_steps": schedule.total_steps}
+        ends = {
+            "start": method.hard_share_start,
+            "end": method.hard_share_end,
+            "total_steps": schedule.total_steps,
+        }
         if method.hard_share_unit == "epoch":
             return hard_share_by_epoch(step, **ends, steps_per_epoch=schedule.steps_per_epoch)  # type: ignore[arg-type]
         return hard_share(step, **ends)  # type: ignore[arg-type]
@@ -182,9 +193,7 @@ class Run:
         """Save the state and the encoder; the main process alone does."""
         if distributed.is_main():
             self.checkpoints.save(self.state.to_dict(self.config))
-            save_weights(
-                self.folder.weights_file, self.state.student.encoder.state_dict(), timm_arguments(self.config)
-            )
+            save_weights(self.folder.weights_file, self.state.student.encoder.state_dict(), timm_arguments(self.config))
 
 
 def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) -> Run:
@@ -194,9 +203,7 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
         InputError: Names the field, the rule and the value.
     """
     folder = RunFolder(out)
-    source = open_source(
-        config.data.data, channels=config.data.channels, image_size=config.data.image_size, field="data"
-    )
+    source = open_source(config.data.data, channels=config.data.channels, image_size=config.data.size, field="data")
     schedule = resolve_schedule(config.optimisation, len(source))
     position = _position(config)
     student = build_student(config)
@@ -211,9 +218,7 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     student.to(device)
     choose_attention(student, device)
     state = State(student, Teacher(student), build_optimizer(config.optimisation, student))
-    checkpoints = CheckpointFolder(
-        folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps
-    )
+    checkpoints = CheckpointFolder(folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps)
     if distributed.is_main():
         if resume == "restart":
             folder.clear()
@@ -232,9 +237,7 @@ def watcher_source(config: Config) -> Source | None:
     """The labelled validation images, if the config names some."""
     if not config.data.val:
         return None
-    source = open_source(
-        config.data.val, channels=config.data.channels, image_size=config.data.image_size, field="val"
-    )
+    source = open_source(config.data.val, channels=config.data.channels, image_size=config.data.size, field="val")
     if source.labels is None:
         raise InputError(f"val: {config.data.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
     return source
@@ -359,7 +362,7 @@ def _batches(run: Run) -> Iterator[Batch]:
     """Training batches from the run's step on."""
     config = run.config
     images = TrainingImages(
-        run.source, size=config.data.image_size, crop_scale=config.data.crop_scale, flip=config.data.flip,
+        run.source, size=config.data.size, crop_scale=config.data.crop_scale, flip=config.data.flip,
         seed=config.optimisation.seed,
     )  # fmt: skip
     order = TrainingOrder(

@@ -42,7 +42,12 @@ def hpm_imagenet_200() -> Config:
     return Config(
         method=MethodConfig(hard_share_unit="epoch"),
         optimisation=OptimisationConfig(
-            epochs=200, batch_size=4096, warmup_epochs=40, ema_start=0.999, ema_end=0.9999, ema_ramp_epochs=100
+            epochs=200,
+            batch_size=4096,
+            warmup_epochs=40.0,
+            ema_start=0.999,
+            ema_end=0.9999,
+            ema_ramp_epochs=100.0,
         ),
     )
 
@@ -68,7 +73,7 @@ def hpm_64px() -> Config:
 def shapes_demo() -> Config:
     """What ``hpm demo`` runs: a 4-block ViT 128 wide on the embedded shapes, about four minutes on two CPU cores."""
     return Config(
-        data=DataConfig(data="shapes:4000", val="shapes:480@1", image_size=(64, 64), crop_scale=(1, 1)),
+        data=DataConfig(data="shapes:4000", val="shapes:480@1", image_size=(64, 64), crop_scale=(1.0, 1.0)),
         model=ModelConfig(
             encoder="vit_tiny_patch16_224",
             patch_size=8,

@@ -38,6 +38,7 @@ class RunFolder:
         self.figures = self.path / "figures"
         self.result_file = self.path / "result.json"
         self.report_file = self.path / "report.html"
+        self.evaluations = self.path / "evaluate"
 
     def check_usable(self, config: Config, resume: Literal["auto", "never", "restart"]) -> None:
         """Can a run with this config start or go on here?
@@ -65,13 +66,23 @@ class RunFolder:
         """Forget the run that is in this folder, so that another can start: checkpoints, metrics, result."""
         for step in CheckpointFolder(self.checkpoints).steps():
             CheckpointFolder(self.checkpoints).file(step).unlink()
-        for file in (self.path / "metrics.jsonl", self.result_file, self.report_file, *self.figures.glob("*.png")):
+        for file in (
+            self.path / "metrics.jsonl",
+            self.result_file,
+            self.report_file,
+            *self.figures.glob("*.png"),
+        ):
             file.unlink(missing_ok=True)
 
     def write_config(self, config: Config, device: torch.device) -> None:
         """Save the resolved config with versions, git sha and command."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.config_file, to_yaml(config, about_this_run(device)))
+
+    def save_evaluation(self, name: str, figures: dict[str, Any]) -> None:
+        """Write ``evaluate/NAME.json``."""
+        self.evaluations.mkdir(exist_ok=True)
+        write_text_atomically(self.evaluations / f"{name}.json", json.dumps(figures, indent=2) + "\n")
 
     def result(self) -> dict[str, Any] | None:
         """The figures of a finished run, or None."""
@@ -100,7 +111,7 @@ def versions(device: torch.device) -> dict[str, str]:
 def _git_sha() -> str:
     try:
         sha = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],  # noqa: S607
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
             capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):

@@ -32,7 +32,9 @@ def adapted_ema(total_steps: int) -> EmaSchedule:
     """
     shorter = max(1.0, PUBLISHED_STEPS / total_steps)
     return EmaSchedule(
-        start=1 - min(0.5, 1e-3 * shorter), end=1 - min(0.5, 1e-4 * shorter), ramp_steps=min(125_000, total_steps // 2)
+        start=1 - min(0.5, 1e-3 * shorter),
+        end=1 - min(0.5, 1e-4 * shorter),
+        ramp_steps=min(125_000, total_steps // 2),
     )
 
 
@@ -56,7 +58,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 
 def hard_share(step: int, *, start: float, end: float, total_steps: int) -> float:
-    """a_t, the share of the hidden patches that is chosen by predicted loss: a_0 + t / T (a_T - a_0), as the paper defines it."""
+    """a_t, the share of the hidden patches chosen by predicted loss: a_0 + t / T (a_T - a_0), as in the paper."""
     return start + (end - start) * step / total_steps
 
 

@@ -66,7 +66,9 @@ class PixelTarget:
         return prediction * deviation + mean
 
 
-def patch_statistics(patches: Float[Tensor, "b n p"]) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
+def patch_statistics(
+    patches: Float[Tensor, "b n p"],
+) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
     """Mean and sqrt(unbiased variance + 1e-6) of each patch."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()

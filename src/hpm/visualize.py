@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -15,10 +15,15 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hpm.build import build_method, choose_attention
 from hpm.checkpoint import write_atomically
-from hpm.data.loading import Normalise
+from hpm.data.loading import Cover, Normalise, read_or_next
+from hpm.data.sources import Source, open_source
+from hpm.errors import InputError
 from hpm.masking import hide_hard, hide_random, split_patches
 from hpm.method import Method, Student, Teacher, rank_correlation
+from hpm.run_folder import LoadedRun
+from hpm.seeding import Stream, derive_seed
 from hpm.targets import PixelTarget
 from hpm.vit import grid_size, patch_size, patchify, take, unpatchify
 
@@ -75,9 +80,7 @@ def measure_hardness(
         predicted = None if student.predictor is None else teacher.predict_loss(images)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
         policy = hide_random if predicted is None else hide_hard
-        hidden = policy(
-            predicted, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share)
-        )
+        hidden = policy(predicted, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share))
         prediction = student(images, hidden, num_hidden=method.num_hidden).prediction.float()
     student.train(was_training)
     return Hardness(true_loss, predicted, hidden, _fill_in(student, method, images, hidden, prediction))
@@ -127,7 +130,11 @@ def displayable(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w k"
 
 
 def draw_hardness(
-    images: Float[Tensor, "b c h w"], hardness: Hardness, normalise: Normalise, grid: tuple[int, int], title: str
+    images: Float[Tensor, "b c h w"],
+    hardness: Hardness,
+    normalise: Normalise,
+    grid: tuple[int, int],
+    title: str,
 ) -> Figure:
     """One row per image: input, true loss, predicted loss, masked input, reconstruction.
 
@@ -142,7 +149,7 @@ def draw_hardness(
     covered = hardness.hidden.reshape(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
     shown = normalise.to_display(images)
     masked = torch.where(covered, torch.full_like(shown, 0.5), shown)
-    pictures = {
+    pictures: dict[str, Any] = {
         "image": displayable(shown),
         f"loss, {NUM_MASKS} masks": hardness.true_loss,
         "predicted loss": hardness.predicted_loss,
@@ -152,7 +159,10 @@ def draw_hardness(
     columns = {name: content for name, content in pictures.items() if content is not None}
     height = 1.5 * images.shape[2] / images.shape[3]
     figure, axes = plt.subplots(
-        len(images), len(columns), figsize=(1.5 * len(columns), height * len(images) + 0.6), squeeze=False,
+        len(images),
+        len(columns),
+        figsize=(1.5 * len(columns), height * len(images) + 0.6),
+        squeeze=False,
         layout="constrained",
     )
     for row in range(len(images)):
@@ -181,3 +191,48 @@ def save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
+
+
+def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8) -> float:
+    """``hpm visualize``: draw the hardness figure of some images of a source.
+
+    Args:
+        checkpoint: A run folder, or one of its checkpoints.
+        images: Any source.
+        out: The figure, ``.png``.
+        count: Images, spread over the source.
+
+    Returns:
+        Mean rank correlation of predicted and true loss.
+
+    Raises:
+        InputError: Nothing there, or a bad checkpoint.
+    """
+    if count < 1:
+        raise InputError(f"count: must be at least 1, got {count}")
+    if out.suffix.lower() != ".png":
+        raise InputError(f"out: the figure must end in .png, got {str(out)!r}")
+    loaded = LoadedRun(checkpoint)
+    config = loaded.config
+    source = open_source(images, channels=config.data.channels, image_size=config.data.size, field="images")
+    shown = loaded.normalise(spread_images(source, count, config.data.size))
+    method = build_method(config, loaded.student)
+    choose_attention(loaded.student, loaded.device)
+    hardness = measure_hardness(
+        loaded.student, loaded.teacher, method, shown, share=config.method.hard_share_end,
+        generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)),
+    )  # fmt: skip
+    title = f"{checkpoint}, step {loaded.step}: rank correlation {hardness.rank_correlation:+.2f}"
+    figure = draw_hardness(shown, hardness, loaded.normalise, grid_size(loaded.student.encoder), title)
+    try:
+        save_figure(figure, out)
+    except OSError as error:
+        raise InputError(f"out: cannot write {str(out)!r}: {error.strerror}") from error
+    return hardness.rank_correlation
+
+
+def spread_images(source: Source, count: int, size: tuple[int, int]) -> UInt8[Tensor, "b c h w"]:
+    """``count`` images spread evenly over a source, as every evaluation sees them."""
+    cover = Cover(size)
+    positions = torch.linspace(0, len(source) - 1, min(count, len(source))).long().tolist()
+    return torch.stack([cover(read_or_next(source, position)[0].image) for position in positions])

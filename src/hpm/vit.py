@@ -102,8 +102,9 @@ def sincos_positions(grid: Sequence[int], dim: int) -> Float[Tensor, "n d"]:
     """
     if dim % 4:
         raise InputError(f"width: sin-cos positions need a width divisible by 4, got {dim}")
-    table = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True)
-    return table.roll(dim // 2, dims=1)
+    table: Tensor = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True)
+    halves_swapped: Tensor = torch.roll(table, dim // 2, dims=1)
+    return halves_swapped
 
 
 def fix_positions(vit: VisionTransformer) -> None:

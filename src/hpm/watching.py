@@ -8,14 +8,14 @@ import torch
 
 from hpm import distributed
 from hpm.build import build_normalise
-from hpm.data.loading import Cover, default_workers, read_or_next
+from hpm.data.loading import default_workers
 from hpm.data.sources import Source, class_indices
 from hpm.evaluate.foreground import evaluate_foreground
 from hpm.evaluate.knn import LabelledSplit, knn_accuracy
 from hpm.log import warn
 from hpm.seeding import Stream, derive_seed
+from hpm.visualize import draw_hardness, measure_hardness, save_figure, spread_images
 from hpm.vit import grid_size
-from hpm.visualize import draw_hardness, measure_hardness, save_figure
 
 if TYPE_CHECKING:
     from hpm.pretrain import Run
@@ -38,10 +38,7 @@ class Watcher:
         self.normalise = build_normalise(run.config).to(run.device)
         self.split = self._labelled_split() if run.config.run.knn else None
         shown = val or run.source
-        count = min(run.config.run.num_figure_images, len(shown))
-        cover = Cover(run.config.data.image_size)
-        positions = torch.linspace(0, len(shown) - 1, count).long().tolist()
-        self.images = torch.stack([cover(read_or_next(shown, i)[0].image) for i in positions])
+        self.images = spread_images(shown, run.config.run.num_figure_images, run.config.data.size)
 
     def _labelled_split(self) -> LabelledSplit | None:
         """Neighbours from the training images; queries from the validation images, or from held-back labels."""
@@ -70,7 +67,7 @@ class Watcher:
         run, metrics = self.run, {}
         if self.split is not None:
             accuracy = knn_accuracy(
-                run.state.student.encoder, self.split, self.normalise, size=run.config.data.image_size,
+                run.state.student.encoder, self.split, self.normalise, size=run.config.data.size,
                 ks=(NEIGHBOURS,), temperature=0.07, pooling="mean", device=run.device, bf16=run.bf16,
                 workers=default_workers() if run.config.run.workers is None else run.config.run.workers,
             )  # fmt: skip
@@ -100,6 +97,6 @@ class Watcher:
             return {}
         found = evaluate_foreground(
             run.state.student, run.state.teacher, run.method, self.normalise, self.val,
-            size=run.config.data.image_size, device=run.device, bf16=run.bf16,
+            size=run.config.data.size, device=run.device, bf16=run.bf16,
         ).measures["predicted_loss"]  # fmt: skip
         return {"foreground_auroc": found.auroc} if found else {}

@@ -62,6 +62,10 @@ def _decode_array(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
         array = array.transpose(2, 0, 1)
     if array.ndim != 3 or array.shape[0] != channels:
         raise DecodeError(f"array of shape {array.shape} does not hold {channels} channels")
+    if array.size == 0:
+        raise DecodeError("image without pixels")
+    if array[0].size > MAX_PIXELS:
+        raise DecodeError(f"{array.shape[2]}x{array.shape[1]} pixels are more than {MAX_PIXELS:,}")
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
@@ -78,6 +82,8 @@ def _decode_picture(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
                 raise DecodeError(f"mode {picture.mode} with {max(bits, default=8)} bits per sample is not read yet")
             if len(bits) > 4:
                 raise DecodeError(f"{len(bits)} bands; Pillow reads only the first")
+            if 0 in getattr(picture, "tag_v2", {}).get(338, ()):  # ExtraSamples: neither colour nor alpha
+                raise DecodeError(f"{len(bits)} bands; Pillow would drop those that are neither colour nor alpha")
             picture.load()
             upright = ImageOps.exif_transpose(picture)
             has_alpha = "A" in upright.mode or "a" in upright.mode or "transparency" in upright.info

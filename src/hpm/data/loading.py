@@ -66,7 +66,14 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (epoch, index), from ``first_step`` to the end of the run; a last partial batch is left out."""
 
     def __init__(
-        self, num_images: int, *, batch_size: int, first_step: int, total_steps: int, seed: int, position: Position
+        self,
+        num_images: int,
+        *,
+        batch_size: int,
+        first_step: int,
+        total_steps: int,
+        seed: int,
+        position: Position,
     ) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
@@ -176,9 +183,7 @@ class Normalise(nn.Module):
         return ((images * self.std + self.mean) / 255).clamp(0, 1)
 
 
-def measure_statistics(
-    source: Source, *, max_images: int = 1000
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measure_statistics(source: Source, *, max_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel in 0..1, over at most ``max_images`` images spread over the source."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for index in torch.linspace(0, len(source) - 1, min(len(source), max_images)).long().tolist():
@@ -255,7 +260,12 @@ def _stack_ordered(items: list[tuple[int, Tensor, Tensor | None, Damage | None]]
 
 
 def ordered_batches(
-    source: Source, *, size: tuple[int, int], indices: list[int] | None = None, batch_size: int = 128, workers: int = 0
+    source: Source,
+    *,
+    size: tuple[int, int],
+    indices: list[int] | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
 ) -> Iterator[OrderedBatch]:
     """Every image once, in order, resized to cover ``size`` and cut to its centre; no batch is dropped.
 
@@ -268,6 +278,9 @@ def ordered_batches(
     """
     chosen = list(range(len(source))) if indices is None else indices
     loader = DataLoader(
-        _OrderedImages(source, chosen, size), batch_size=batch_size, collate_fn=_stack_ordered, num_workers=workers
+        _OrderedImages(source, chosen, size),
+        batch_size=batch_size,
+        collate_fn=_stack_ordered,
+        num_workers=workers,
     )
     return iter(loader)

@@ -27,6 +27,7 @@ BLOCKS_PER_TILE = 4
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Coordinates = npt.NDArray[np.float64]
 
 
 class Shape(NamedTuple):
@@ -42,13 +43,13 @@ class Shape(NamedTuple):
     """Index into :data:`LEVELS`."""
 
 
-def _polygon(corners: int, inner: float) -> Callable[[Array, Array], Mask]:
+def _polygon(corners: int, inner: float) -> Callable[[Coordinates, Coordinates], Mask]:
     """A star with ``corners`` tips; ``inner`` is the radius between two tips (1 = at the tips' radius)."""
     angles = np.arange(2 * corners) * np.pi / corners
     radii = np.where(np.arange(2 * corners) % 2 == 0, 1.0, inner).astype(np.float32)
     points = np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1).astype(np.float32)
 
-    def inside(x: Array, y: Array) -> Mask:
+    def inside(x: Coordinates, y: Coordinates) -> Mask:
         crossings = np.zeros(x.shape, dtype=bool)
         for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
             between = (y0 > y) != (y1 > y)
@@ -59,7 +60,7 @@ def _polygon(corners: int, inner: float) -> Callable[[Array, Array], Mask]:
     return inside
 
 
-CLASSES: dict[str, Callable[[Array, Array], Mask]] = {
+CLASSES: dict[str, Callable[[Coordinates, Coordinates], Mask]] = {
     "disc": lambda x, y: x**2 + y**2 < 0.72,
     "triangle": _polygon(3, 0.5),
     "square": _polygon(4, np.sqrt(0.5)),
@@ -99,9 +100,7 @@ def make_shape(seed: int, index: int, height: int, width: int) -> Shape:
     return Shape((image * 255).round().astype(np.uint8), mask, label, level)
 
 
-def _silhouette(
-    random: np.random.Generator, inside: Callable[[Array, Array], Mask], height: int, width: int
-) -> Mask:
+def _silhouette(random: np.random.Generator, inside: Callable[[Coordinates, Coordinates], Mask], height: int, width: int) -> Mask:
     """Place a silhouette at a random position, size (about a third of the image) and rotation."""
     side = min(height, width)
     radius = random.uniform(0.36, 0.48) * side

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
@@ -147,9 +148,11 @@ class ShardSource(Source):
                             kept.append(handle.read() if handle else b"")
                             offset, position = position, position + member.size
                         self._members.append(_Member(number, offset, member.size, key))
+                if any(_rest(archive)):
+                    raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
                 if compressed:
                     self._unpacked[number] = b"".join(kept)
-        except (OSError, EOFError, tarfile.TarError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError, zlib.error) as error:
             raise InputError(f"data: cannot read the shard {shard}: {error}") from error
         for index in range(first, len(self._members)):
             if (label := classes.get(self._members[index].key)) is not None:
@@ -178,6 +181,15 @@ class ShardSource(Source):
     def labels(self) -> Sequence[str] | None:
         """Content of the ``.cls`` members, if every image has one."""
         return self._labels
+
+
+def _rest(archive: tarfile.TarFile) -> bytes:
+    """The next block after the last member, zeros in a whole archive; a compressed one is read to its checksum."""
+    archive.fileobj.seek(archive.offset)
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    while archive.fileobj.read(1 << 20):
+        pass
+    return block
 
 
 class ShapesSource(Source):
@@ -245,7 +257,13 @@ def open_source(
                          "give a folder, a list, a table, local tar shards or shapes:N")  # fmt: skip
     if re.search(r"\.(tar|tar\.gz|tgz)$", spec):
         return _found(ShardSource(_expand(spec, field), channels=channels), spec, field)
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+        path.exists()
+    except RuntimeError as error:  # an unknown user's home folder
+        raise InputError(f"{field}: {spec!r} does not exist: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{field}: cannot read {spec!r}: {getattr(error, 'strerror', None) or error}") from error
     if path.is_dir():
         paths = list(_walk(path, field))
         folders = [p.relative_to(path).parts for p in paths]
@@ -287,7 +305,7 @@ def _expand(spec: str, field: str) -> list[Path]:
     """
     try:
         patterns = list(braceexpand(spec))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise InputError(f"{field}: unbalanced braces in {spec!r}") from error
     shards: list[Path] = []
     for pattern in patterns:
@@ -303,15 +321,17 @@ def _read_table(path: Path, channels: int, field: str) -> Source:
     """A list of paths, or a table with columns ``path`` and optionally ``label``, relative to the table's folder."""
     try:
         if path.suffix.lower() == ".txt":
-            rows = [{"path": line.strip()} for line in path.read_text().splitlines() if line.strip()]
+            rows = [{"path": line.strip()} for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         elif path.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(io.StringIO(path.read_text())))
+            rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig"))))
         else:
             rows = _read_parquet(path, field)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{field}: cannot read {path}: {error}") from error
-    if rows and not rows[0].get("path"):
+    if rows and "path" not in rows[0]:
         raise InputError(f"{field}: {path} needs a column 'path', got {list(rows[0])}")
+    if wrong := next((n for n, row in enumerate(rows, 1) if not isinstance(row["path"], str) or not row["path"]), None):
+        raise InputError(f"{field}: {path}: row {wrong} has no path, got {rows[wrong - 1]['path']!r}")
     paths = [path.parent / row["path"] for row in rows]
     if missing := next((p for p in paths if not p.is_file()), None):
         raise InputError(f"{field}: {path} lists a file that does not exist: {missing}")

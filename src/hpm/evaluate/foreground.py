@@ -30,8 +30,8 @@ from hpm.log import tracked
 from hpm.method import Method, Student, Teacher
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
-from hpm.vit import patch_size, patchify
 from hpm.visualize import measure_hardness
+from hpm.vit import patch_size, patchify
 
 MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
 
@@ -197,13 +197,13 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     device = choose_device(config.device)  # type: ignore[arg-type]
     loaded = LoadedRun(config.checkpoint, device=device)
     data = loaded.config.data
-    source = open_source(config.images, channels=data.channels, image_size=data.image_size, field="images")
-    masks = _read_masks(Path(config.masks).expanduser(), source, data.image_size) if config.masks else None
+    source = open_source(config.images, channels=data.channels, image_size=data.size, field="images")
+    masks = _read_masks(Path(config.masks).expanduser(), source, data.size) if config.masks else None
     choose_attention(loaded.student, device)
     choose_attention(loaded.teacher, device)
     return evaluate_foreground(
         loaded.student, loaded.teacher, build_method(loaded.config, loaded.student), loaded.normalise, source,
-        size=data.image_size, device=device, bf16=has_bf16(device), masks=masks,
+        size=data.size, device=device, bf16=has_bf16(device), masks=masks,
     )  # fmt: skip
 
 
@@ -235,3 +235,14 @@ def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> list[Boo
     return masks
 
 
+def as_json(result: ForegroundResult) -> dict[str, object]:
+    """The result as plain values: a measure's name leads to its figures."""
+
+    def plain(findings: dict[str, Finding | None]) -> dict[str, object]:
+        return {name: None if finding is None else finding._asdict() for name, finding in findings.items()}
+
+    return {
+        **plain(result.measures),
+        "by_group": {name: plain(findings) for name, findings in result.by_group.items()},
+        "num_images": result.num_images,
+    }

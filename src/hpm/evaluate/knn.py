@@ -138,7 +138,12 @@ def knn_accuracy(
         if k > len(bank):
             raise InputError(f"k: must be at most the number of training images ({len(bank)}), got {k}")
         votes = knn_votes(
-            bank, torch.from_numpy(bank_labels), queries, k=k, temperature=temperature, num_classes=len(split.classes)
+            bank,
+            torch.from_numpy(bank_labels),
+            queries,
+            k=k,
+            temperature=temperature,
+            num_classes=len(split.classes),
         )
         truth = torch.from_numpy(query_labels)
         accuracies[k] = (top_k_accuracy(votes, truth, 1), top_k_accuracy(votes, truth, 5))
@@ -156,7 +161,7 @@ def run(config: KnnConfig) -> KnnResult:
     data = loaded.config.data
     sources = []
     for name, spec in (("train", config.train), ("val", config.val)):
-        source = open_source(spec, channels=data.channels, image_size=data.image_size, field=name)
+        source = open_source(spec, channels=data.channels, image_size=data.size, field=name)
         if source.labels is None:
             raise InputError(f"{name}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)")
         sources.append(source)
@@ -173,10 +178,17 @@ def run(config: KnnConfig) -> KnnResult:
         choose_attention(encoder, device)
         results.append(
             knn_accuracy(
-                encoder, split, build_normalise(loaded.config).to(device), size=data.image_size, ks=config.k,
-                temperature=config.temperature, pooling=config.pooling, device=device, bf16=has_bf16(device),
+                encoder,
+                split,
+                build_normalise(loaded.config).to(device),
+                size=data.size,
+                ks=config.k,
+                temperature=config.temperature,
+                pooling=config.pooling,
+                device=device,
+                bf16=has_bf16(device),
                 workers=config.workers,
-            )  # fmt: skip
+            )
         )
     trained, untrained = results
     k = config.k[0]

@@ -1,0 +1,205 @@
+"""Do CPU and GPU train the same model? Five steps of a tiny HPM from the same weights, images and mask noise.
+
+The reference is float32 on the CPU with attention written out. It is compared with
+
+* float32 on the other device (CUDA without TF32, fused attention): losses, gradient norms, final weights, masks;
+* bf16 autocast on the other device: losses.
+
+Without CUDA the other device is the CPU again, with fused attention: that tries the script, not a GPU.
+
+    python benchmarks/cuda_agreement.py --out agreement.json
+
+Exits with 1 if a deviation is beyond its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from timm.layers import Attention
+from torch import Tensor
+
+from hpm.build import build_method, build_optimizer, build_student
+from hpm.config import Config, with_fields
+from hpm.method import Losses, Teacher
+from hpm.run_folder import versions
+
+STEPS = 5
+BATCH_SIZE = 8
+LEARNING_RATE = 1e-3
+EMA_DECAY = 0.9
+HARD_SHARE = 0.5
+
+TOLERANCES = {
+    "loss": 1e-4,
+    "gradient_norm": 1e-3,
+    "weights": 1e-2,
+    "teacher_weights": 1e-2,
+    "masks": 0.0,
+    "bf16_loss": 0.03,
+}
+"""Largest relative deviation that passes.
+
+Weights are compared by the norm of their difference, relative to the norm of what the five steps changed. AdamW divides
+a gradient by its own size, so weights whose gradient is zero but for rounding (the bias of keys) move by rounding alone:
+this tolerance cannot be as tight as the others.
+"""
+
+
+@dataclass
+class Trace:
+    """What five steps leave behind."""
+
+    reconstruction: list[float] = field(default_factory=list)
+    prediction: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    closest_scores: float = float("inf")
+    """The smallest gap between the last patch hidden as hard and the first that was not: near 0, a mask may flip."""
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    teacher_weights: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def tiny_config() -> Config:
+    """A 3-block ViT 64 wide on 32 px images, with the published choices of the method."""
+    return with_fields(
+        Config(),
+        {
+            "image_size": (32, 32),
+            "encoder": "vit_tiny_patch16_224",
+            "patch_size": 4,
+            "encoder_width": 64,
+            "encoder_depth": 3,
+            "encoder_heads": 4,
+            "decoder_width": 64,
+            "decoder_depth": 2,
+            "decoder_heads": 4,
+            "predictor_depth": 2,
+            "target": "norm_pix",
+            "predictor_view": "both",
+            "base_learning_rate": LEARNING_RATE,
+        },
+    )
+
+
+def flat(module: torch.nn.Module) -> Tensor:
+    """All parameters as one float64 vector on the CPU."""
+    return torch.cat([p.detach().cpu().double().flatten() for p in module.parameters()])
+
+
+def train(device: torch.device, *, fused_attention: bool, bf16: bool) -> Trace:
+    """Five steps. All randomness is drawn on the CPU and moved, so that every device sees the same."""
+    config = tiny_config()
+    student = build_student(config)
+    method = build_method(config, student)
+    student.to(device)
+    for module in student.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = fused_attention
+    teacher, optimizer = Teacher(student), build_optimizer(config.optimisation, student)
+    generator = torch.Generator().manual_seed(0)
+    num_hard = int(method.num_hidden * HARD_SHARE)
+    trace = Trace()
+    for _ in range(STEPS):
+        # Smooth colours with noise on the left half: patches differ in how hard they are.
+        images = torch.randn(BATCH_SIZE, 3, 4, 4, generator=generator)
+        images = torch.nn.functional.interpolate(images, size=(32, 32), mode="bilinear")
+        images[..., :16] += torch.randn(BATCH_SIZE, 3, 32, 16, generator=generator)
+        images = images.to(device)
+        noise = torch.rand(BATCH_SIZE, student.positions.shape[1], generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            scores = teacher.predict_loss(images)
+            losses: Losses = method.step(student, teacher, images, noise, num_hard=num_hard)
+        hidden = method.mask_policy(scores, noise, num_hidden=method.num_hidden, num_hard=num_hard)
+        ordered = scores.float().sort(dim=1, descending=True).values
+        gap = float((ordered[:, num_hard - 1] - ordered[:, num_hard]).min())
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        teacher.update(student, EMA_DECAY)
+        trace.reconstruction.append(float(losses.reconstruction))
+        trace.prediction.append(float(losses.prediction))
+        trace.gradient_norm.append(float(norm))
+        trace.masks.append(hidden.cpu())
+        trace.closest_scores = min(trace.closest_scores, gap)
+    trace.weights, trace.teacher_weights = flat(student), flat(teacher.model)
+    return trace
+
+
+def worst(mine: list[float], theirs: list[float]) -> float:
+    """Largest relative deviation of two series; infinite where one is not finite."""
+    deviations = [abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True)]
+    return max(value if value == value else float("inf") for value in deviations)
+
+
+def moved(mine: Tensor, theirs: Tensor, start: Tensor) -> float:
+    """Norm of the difference of two ends, relative to the way from the start."""
+    return float((mine - theirs).norm() / (theirs - start).norm())
+
+
+def compare(reference: Trace, other: Trace, low_precision: Trace) -> dict[str, float]:
+    """The deviations, by the names of :data:`TOLERANCES`."""
+    start = flat(build_student(tiny_config()))
+    return {
+        "loss": max(
+            worst(other.reconstruction, reference.reconstruction), worst(other.prediction, reference.prediction)
+        ),
+        "gradient_norm": worst(other.gradient_norm, reference.gradient_norm),
+        "weights": moved(other.weights, reference.weights, start),
+        "teacher_weights": moved(other.teacher_weights, reference.teacher_weights, start),
+        "masks": float(sum(int((a != b).any(1).sum()) for a, b in zip(other.masks, reference.masks))),
+        "bf16_loss": max(
+            worst(low_precision.reconstruction, reference.reconstruction),
+            worst(low_precision.prediction, reference.prediction),
+        ),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    out: Path | None = parser.parse_args().out
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    cpu = torch.device("cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else cpu
+    if device == cpu:
+        print("no CUDA here: comparing the CPU with itself (written-out against fused attention)", file=sys.stderr)
+    reference = train(cpu, fused_attention=False, bf16=False)
+    other = train(device, fused_attention=True, bf16=False)
+    low_precision = train(device, fused_attention=True, bf16=True)
+    deviations = compare(reference, other, low_precision)
+    beyond = [name for name, value in deviations.items() if not value <= TOLERANCES[name]]
+    for name, value in deviations.items():
+        verdict = "BEYOND" if name in beyond else "within"
+        print(f"{name:16s} {value:10.3g}  {verdict} {TOLERANCES[name]:g}")
+    if "masks" in beyond:
+        print(f"masks differ; smallest gap of two scores at the border: {reference.closest_scores:.2g}")
+    result = {
+        **versions(device),
+        "agrees": not beyond,
+        "beyond_tolerance": beyond,
+        "deviations": deviations,
+        "tolerances": TOLERANCES,
+        "largest_weight_difference": float((other.weights - reference.weights).abs().max()),
+        "smallest_score_gap": reference.closest_scores,
+        "steps": STEPS,
+        "traces": {
+            name: {key: value for key, value in asdict(trace).items() if isinstance(value, list) and key != "masks"}
+            for name, trace in (("cpu_float32", reference), ("float32", other), ("bf16", low_precision))
+        },
+    }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if beyond else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""The command ``hpm``: parses, calls, prints. Everything it does can be done from Python as well.
+
+Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving; 1 a fault of hpm's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import tyro
+
+from hpm.config import Config, load_config, validated
+from hpm.errors import InputError, Interrupted
+
+USAGE = """\
+usage: hpm COMMAND ...
+
+  demo                   the main job on embedded data: pre-train, evaluate, figures, report
+  pretrain               learn from images:  hpm pretrain --data photos/ --out runs/photos
+  evaluate knn           accuracy of the k nearest neighbours, beside the untrained encoder
+  evaluate foreground    how well the predicted loss finds objects, beside simple measures
+  visualize              what is hard in given images, as a figure
+  recipes                the named starting points for pretrain
+
+hpm COMMAND --help explains a command; hpm --version prints versions.
+"""
+
+
+@dataclass(frozen=True)
+class PretrainCommand:
+    """Pre-train a ViT with Hard Patches Mining, or go on with a run that was stopped.
+
+    The fields below are the config; a recipe or a YAML file gives them other defaults, flags override both.
+    """
+
+    out: str
+    """Run folder."""
+    recipe: str = "hpm"
+    """Named starting point, see hpm recipes."""
+    config: str | None = None
+    """YAML file instead of a recipe."""
+    resume: Literal["auto", "never", "restart"] = "auto"
+    """auto: go on with an unfinished run in the folder; never: refuse to; restart: start over."""
+    json: bool = False
+    """Print the figures as one JSON object in the last line."""
+    settings: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class VisualizeCommand:
+    """Draw images, their loss under ten masks, the predicted loss, the mask it leads to, and the reconstruction."""
+
+    checkpoint: str
+    """Run folder or checkpoint file."""
+    images: str
+    """Images, any source."""
+    out: str
+    """Figure to write, .png."""
+    count: int = 8
+    """How many images, spread over the source."""
+    json: bool = False
+    """Print the figures as one JSON object in the last line."""
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """Pre-train on the embedded shapes, evaluate, draw, write a report: a few minutes on two CPU cores."""
+
+    out: str = "runs/demo"
+    """Run folder."""
+    epochs: int | None = None
+    """Passes over the 4,000 images; none: as in the recipe shapes-demo."""
+    json: bool = False
+    """Print the figures as one JSON object in the last line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and leave with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _dispatch(given)
+    except InputError as error:
+        _complain(str(error))
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _complain(
+            f"the disk is full ({error.strerror}: {error.filename or 'while writing'}); the checkpoints before are whole: "
+            "make room and run the same command again"
+        )
+        raise SystemExit(2) from None
+    except Interrupted as stopped:
+        _say(str(stopped))
+        raise SystemExit(3) from None
+    raise SystemExit(0)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    commands: dict[tuple[str, ...], Callable[[list[str]], None]] = {
+        ("demo",): _demo,
+        ("pretrain",): _pretrain,
+        ("evaluate", "knn"): _evaluate_knn,
+        ("evaluate", "foreground"): _evaluate_foreground,
+        ("visualize",): _visualize,
+        ("recipes",): _recipes,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if arguments[0] == "--version":
+        print(_versions())
+        return
+    for words, command in commands.items():
+        if tuple(arguments[: len(words)]) == words:
+            command(arguments[len(words) :])
+            return
+    given = " ".join(arguments[:2] if arguments[0] == "evaluate" else arguments[:1])
+    raise InputError(f"no command {given!r}; there are {', '.join(' '.join(words) for words in commands)}")
+
+
+def _parse(kind: type[Any], prog: str, arguments: list[str], default: Any = None) -> Any:
+    """Parse flags into a dataclass; tyro prints help and complains about flags itself, with exit code 2."""
+    extra = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=f"hpm {prog}", args=arguments, **extra)
+
+
+def _pretrain(arguments: list[str]) -> None:
+    from hpm.pretrain import train
+    from hpm.recipes import recipe
+
+    # The recipe is looked up before the flags are parsed, so that --help shows its values as the defaults.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="hpm")
+    first.add_argument("--config")
+    chosen, _ = first.parse_known_args(arguments)
+    base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe)
+    command = _parse(PretrainCommand, "pretrain", arguments, PretrainCommand(out=tyro.MISSING_NONPROP, settings=base))
+    result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume)
+    _report_run(command.out, result, as_json=command.json)
+
+
+def _report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
+    from hpm import distributed
+    from hpm.run_folder import RunFolder
+
+    if not distributed.is_main_of_environment():
+        return
+    names = {
+        "steps": "{:,}",
+        "samples_seen": "{:,}",
+        "seconds": "{:.0f}",
+        "images_per_second": "{:.0f}",
+        "reconstruction_loss": "{:.4f}",
+        "predictor_rank_correlation": "{:+.3f}",
+        "knn_top1": "{:.1f} %",
+        "knn_top1_untrained": "{:.1f} %",
+    }
+    rows = [(name, form.format(result[name])) for name, form in names.items() if result.get(name) is not None]
+    _print_table(("figure", "value"), rows)
+    folder = RunFolder(out)
+    print(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")
+    print(
+        "use:   import hpm\n"
+        f'       backbone = hpm.load_encoder("{out}")    # a plain timm model\n'
+        "       features = backbone.forward_features(images)\n"
+        f"next:  hpm evaluate knn --checkpoint {out} --train TRAIN --val VAL"
+    )
+    if as_json:
+        print(json.dumps(result))
+
+
+def _evaluate_knn(arguments: list[str]) -> None:
+    from hpm.evaluate import knn
+
+    config, as_json = _parse_with_json(knn.KnnConfig, "evaluate knn", arguments)
+    result = knn.run(config)
+    _print_table(("k", "top-1 %"), [(str(k), f"{value:.2f}") for k, value in result.top1_by_k.items()])
+    print(
+        f"\nk = {result.k}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %; the same encoder untrained "
+        f"{result.untrained_top1:.2f} %   ({result.num_train:,} neighbours, {result.num_val:,} images classified)"
+    )
+    _save_evaluation(config.checkpoint, "knn", asdict(result))
+    print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
+    if as_json:
+        print(json.dumps(asdict(result)))
+
+
+def _evaluate_foreground(arguments: list[str]) -> None:
+    from hpm.evaluate import foreground
+
+    config, as_json = _parse_with_json(foreground.ForegroundConfig, "evaluate foreground", arguments)
+    result = foreground.run(config)
+    _print_foreground(result)
+    flat = foreground.as_json(result)
+    _save_evaluation(config.checkpoint, "foreground", flat)
+    print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.images!r} --out hard.png")
+    if as_json:
+        print(json.dumps(flat))
+
+
+def _print_foreground(result: Any) -> None:
+    rows = [
+        (name, *(f"{value:.3f}" for value in finding)) if finding else (name, "-", "-", "-")
+        for name, finding in result.measures.items()
+    ]
+    _print_table((f"{result.num_images:,} images", "AUROC", "AP", "pointing game"), rows)
+    if result.by_group:
+        groups = list(result.by_group)
+        print()
+        _print_table(
+            ("AUROC by level", *groups),
+            [
+                (name, *(f"{f.auroc:.3f}" if (f := result.by_group[g][name]) else "-" for g in groups))
+                for name in result.measures
+            ],
+        )
+
+
+def _visualize(arguments: list[str]) -> None:
+    from hpm.visualize import visualize
+
+    command = _parse(VisualizeCommand, "visualize", arguments)
+    correlation = visualize(command.checkpoint, command.images, Path(command.out), count=command.count)
+    print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
+    print(f"next:  hpm evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
+    if command.json:
+        print(json.dumps({"figure": command.out, "rank_correlation": correlation}))
+
+
+def _demo(arguments: list[str]) -> None:
+    from hpm.demo import run_demo
+
+    command = _parse(DemoCommand, "demo", arguments)
+    result, found = run_demo(Path(command.out), epochs=command.epochs)
+    _print_foreground(found)
+    print()
+    _report_run(command.out, result, as_json=command.json)
+
+
+def _recipes(arguments: list[str]) -> None:
+    from hpm.recipes import RECIPES
+
+    if arguments:
+        raise InputError(f"recipes: takes no arguments, got {arguments}")
+    rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in RECIPES.items()]
+    _print_table(("recipe", "what it is"), rows)
+    print("\nnext:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")
+
+
+def _parse_with_json(kind: type[Any], prog: str, arguments: list[str]) -> tuple[Any, bool]:
+    """Evaluations are configured by their own dataclass; ``--json`` is the command line's."""
+    as_json = "--json" in arguments
+    return _parse(kind, f"{prog} [--json]", [word for word in arguments if word != "--json"]), as_json
+
+
+def _save_evaluation(checkpoint: str, name: str, figures: dict[str, Any]) -> None:
+    """Keep an evaluation in the run folder and refresh its report."""
+    from hpm.report import write_report
+    from hpm.run_folder import RunFolder
+
+    folder = RunFolder(checkpoint)
+    if not folder.config_file.is_file():
+        return
+    folder.save_evaluation(name, figures)
+    write_report(folder)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain aligned table on standard output."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    for line in (header, ["-" * width for width in widths], *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _versions() -> str:
+    from hpm.distributed import choose_device
+    from hpm.run_folder import versions
+
+    return ", ".join(f"{name} {value}" for name, value in versions(choose_device("auto")).items())
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _complain(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"hpm: {message}", file=sys.stderr)

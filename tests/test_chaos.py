@@ -1,0 +1,87 @@
+"""Killed at any moment, a run ends with the very weights of a run that was not."""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+from tiny import TINY, assert_same_state, final_state, in_child, pretrain_in_child
+
+from hpm.checkpoint import CheckpointFolder
+
+KILLS = int(os.environ.get("HPM_KILLS", "20"))
+LONG = TINY | {"epochs": 40, "checkpoint_steps": 3}
+
+
+def run_whole(out: Path, values: dict) -> int:
+    process = in_child(pretrain_in_child, str(out), values)
+    process.join(120)
+    return process.exitcode
+
+
+def newest_step(out: Path) -> int:
+    return max((int(file.stem.split("_")[1]) for file in (out / "checkpoints").glob("step_*.pt")), default=0)
+
+
+def test_sigkill_at_random_moments_leaves_no_trace(tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert run_whole(undisturbed, LONG) == 0
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        process = in_child(pretrain_in_child, str(killed), LONG | {"workers": 1})
+        goal, deadline = newest_step(killed) + chance.choice([0, 3, 6]), time.monotonic() + 60
+        while newest_step(killed) < goal and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
+        assert process.is_alive(), "finished before it was killed often enough: make the run longer"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert run_whole(killed, LONG | {"workers": 1}) == 0
+    assert_same_state(final_state(undisturbed), final_state(killed))
+    losses = [
+        [(r["step"], r["loss"]) for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+        for run in (undisturbed, killed)
+    ]
+    assert [step for step, _ in losses[0]] == [step for step, _ in losses[1]]
+    assert not list((killed / "checkpoints").glob(".*.tmp"))
+
+
+def test_a_signal_saves_and_leaves_with_code_3(tmp_path):
+    whole = tmp_path / "whole"
+    assert run_whole(whole, LONG) == 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        out = tmp_path / number.name
+        process = in_child(pretrain_in_child, str(out), LONG)
+        while newest_step(out) < 6 and process.is_alive():
+            time.sleep(0.002)
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == 3
+        assert 0 < newest_step(out) < 240
+    assert run_whole(out, LONG) == 0
+    assert_same_state(final_state(whole), final_state(out))
+
+
+def fill_the_disk_after_the_first_checkpoint(out: str, values: dict) -> None:
+    save = CheckpointFolder.save
+
+    def save_once(folder, state):
+        save(folder, state)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    CheckpointFolder.save = save_once
+    pretrain_in_child(out, values)
+
+
+def test_a_full_disk_ends_with_code_2_and_keeps_the_last_checkpoint(tmp_path):
+    process = in_child(fill_the_disk_after_the_first_checkpoint, str(tmp_path / "run"), LONG)
+    process.join(60)
+    assert process.exitcode == 2
+    assert newest_step(tmp_path / "run") == 3
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*.tmp"))
+    assert run_whole(tmp_path / "run", LONG) == 0, "the run goes on once there is room"

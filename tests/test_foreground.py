@@ -1,0 +1,147 @@
+"""Foreground figures on cases that can be worked out by hand, and the measures against loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hpm.evaluate.foreground import class_attention, edge_density, find, foreground_patches, patch_variance
+from hpm.vit import create_encoder
+
+torch.set_num_threads(1)
+FOREGROUND = np.array([[True, True, False, False], [False, False, True, True]])
+SCORES = np.array([[4.0, 3.0, 2.0, 1.0], [0.1, 0.2, 0.3, 0.4]])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_perfect_scores():
+    """The second image's scores are all below the first's: only the order within an image counts."""
+    assert find(SCORES, FOREGROUND) == (1, 1, 1)
+
+
+def test_inverted_scores():
+    auroc, precision, pointing = find(-SCORES, FOREGROUND)
+    assert (auroc, pointing) == (0, 0)
+    assert precision == pytest.approx((1 / 3 + 2 / 4) / 2)  # the two foreground patches come third and fourth
+
+
+def test_a_mixed_case_by_hand():
+    foreground = np.array([[True, False, True, False, False]])
+    auroc, precision, pointing = find(np.array([[5.0, 4.0, 3.0, 2.0, 1.0]]), foreground)
+    assert auroc == pytest.approx(5 / 6)  # of six pairs one, (third, second), is in the wrong order
+    assert precision == pytest.approx((1 / 1 + 2 / 3) / 2)
+    assert pointing == 1
+
+
+def test_figures_are_means_over_images():
+    found = find(SCORES * np.array([[1.0], [-1.0]]), FOREGROUND)
+    assert (found.auroc, found.pointing_game) == (0.5, 0.5)
+    assert found.average_precision == pytest.approx((1 + (1 / 3 + 2 / 4) / 2) / 2)
+
+
+def test_random_scores_find_nothing():
+    generator = np.random.default_rng(0)
+    foreground = np.zeros((150, 100), dtype=bool)
+    foreground[:, :25] = True
+    found = find(generator.random((150, 100)), foreground)
+    assert found.auroc == pytest.approx(0.5, abs=0.02)
+    assert found.average_precision == pytest.approx(0.27, abs=0.03)
+    assert found.pointing_game == pytest.approx(0.25, abs=0.1)
+
+
+def test_images_without_contrast_are_left_out():
+    scores, foreground = np.vstack([SCORES, -SCORES]), np.vstack([FOREGROUND, np.ones((2, 4), dtype=bool)])
+    foreground[3] = False
+    assert find(scores, foreground) == (1, 1, 1)
+    assert all(math.isnan(figure) for figure in find(scores[2:], foreground[2:]))
+
+
+def test_a_patch_is_foreground_when_more_than_half_of_it_is():
+    masks = torch.zeros(2, 4, 6, dtype=torch.bool)  # two rows and two columns of patches of 2 x 3 pixels
+    masks[0, 0, :3] = True  # exactly half of patch 0
+    masks[0, :2, 3:5] = True  # four of six pixels of patch 1
+    masks[1, 2:, :3] = True  # all of patch 2
+    masks[1, 3, 5] = True  # one pixel of patch 3
+    assert foreground_patches(masks, (2, 3)).tolist() == [
+        [False, True, False, False],
+        [False, False, True, False],
+    ]
+
+
+def patches_of(images, patch):
+    """(image, patch number, channels first pixels) of every patch, by slicing."""
+    columns = images.shape[-1] // patch[1]
+    for b, image in enumerate(images.double().numpy()):
+        for n in range(columns * (images.shape[-2] // patch[0])):
+            top, left = n // columns * patch[0], n % columns * patch[1]
+            yield b, n, image[:, top : top + patch[0], left : left + patch[1]]
+
+
+@pytest.mark.parametrize(("patch", "channels"), [((4, 4), 3), ((2, 6), 1)])
+def test_patch_variance_equals_a_loop(patch, channels):
+    images = torch.rand(2, channels, 8, 12)
+    images[:, 0] += 5  # the channels' different means are no variance
+    actual = patch_variance(images, patch)
+    assert actual.shape == (2, 96 // (patch[0] * patch[1]))
+    for b, n, pixels in patches_of(images, patch):
+        expected = np.mean([channel.var(ddof=1) for channel in pixels])
+        assert actual[b, n].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("patch", "channels"), [((4, 4), 3), ((2, 6), 1)])
+def test_edge_density_equals_a_loop(patch, channels):
+    images = torch.rand(2, channels, 8, 12)
+    grey = images.double().mean(dim=1).numpy()
+    magnitude = np.zeros((2, 1, 8, 12))
+    for b, y, x in np.ndindex(2, 8, 12):
+        down = grey[b, y + 1, x] - grey[b, y, x] if y < 7 else 0
+        right = grey[b, y, x + 1] - grey[b, y, x] if x < 11 else 0
+        magnitude[b, 0, y, x] = math.hypot(down, right)
+    actual = edge_density(images, patch)
+    for b, n, pixels in patches_of(torch.from_numpy(magnitude), patch):
+        assert actual[b, n].item() == pytest.approx(pixels.mean(), rel=1e-4)
+
+
+def test_edges_are_where_the_edge_is():
+    images = torch.zeros(1, 3, 8, 8)
+    images[..., 6:] = 1  # a vertical edge inside the right column of patches
+    assert edge_density(images, (4, 4))[0].tolist() == [0, 0.25, 0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_prefix"),
+    [
+        ("vit_tiny_patch16_224", 1),
+        ("deit_tiny_distilled_patch16_224", 2),
+        ("vit_small_patch14_reg4_dinov2", 5),
+    ],
+)
+def test_class_attention_equals_a_loop_and_timm(name, num_prefix):
+    torch.manual_seed(0)
+    patch = 14 if "patch14" in name else 16
+    vit = create_encoder(name, image_size=(3 * patch, 2 * patch), width=16, depth=3, heads=2).eval()
+    images, last, caught = torch.randn(2, 3, 3 * patch, 2 * patch), vit.blocks[-1], {}
+    actual = class_attention(vit, images)
+    last.attn.fused_attn = False
+    last.attn.attn_drop.register_forward_hook(lambda module, args, output: caught.update(timm=args[0]))
+    last.norm1.register_forward_hook(lambda module, args, output: caught.update(tokens=output))
+    with torch.no_grad():
+        vit.forward_features(images)
+        qkv = last.attn.qkv(caught["tokens"]).double()
+    assert vit.num_prefix_tokens == num_prefix
+    torch.testing.assert_close(actual, caught["timm"].mean(dim=1)[:, 0, num_prefix:])
+    for b in range(2):
+        expected = np.zeros(6)
+        for head in range(2):
+            query, key = (
+                qkv[b, :, part * 16 + head * 8 : part * 16 + head * 8 + 8].numpy() for part in (0, 1)
+            )
+            weights = np.exp([query[0] @ key[t] / math.sqrt(8) for t in range(num_prefix + 6)])
+            expected += (weights / weights.sum())[num_prefix:] / 2
+        np.testing.assert_allclose(actual[b].numpy(), expected, rtol=1e-4)
+    assert not torch.allclose(actual, actual[:, :1].expand(-1, 6), rtol=1e-2)

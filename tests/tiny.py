@@ -1,0 +1,76 @@
+"""The smallest run that has everything: 32-pixel shapes, 16 patches, one-block transformers."""
+
+import multiprocessing
+from pathlib import Path
+
+import torch
+
+TINY = {
+    "data": "shapes:48",
+    "image_size": 32,
+    "crop_scale": (0.5, 1.0),
+    "encoder": "vit_tiny_patch16_224",
+    "patch_size": 8,
+    "encoder_width": 32,
+    "encoder_depth": 1,
+    "encoder_heads": 2,
+    "decoder_width": 32,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "predictor_depth": 1,
+    "batch_size": 8,
+    "epochs": 2,
+    "base_learning_rate": 3e-2,
+    "precision": "float32",
+    "device": "cpu",
+    "workers": 0,
+    "log_steps": 3,
+    "figures": False,
+    "knn": False,
+}
+"""12 steps of 8 images."""
+
+
+def final_state(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last", weights_only=True)
+
+
+def assert_same_state(a: dict, b: dict) -> None:
+    """Step, student, teacher and optimizer are bit-identical."""
+    assert a["step"] == b["step"]
+    for part in ("student", "teacher"):
+        assert a[part].keys() == b[part].keys()
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), f"{part}: {name}"
+    for number, moments in a["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, b["optimizer"]["state"][number][name]), f"optimizer: {number}.{name}"
+
+
+def flags(values: dict) -> list[str]:
+    """Fields as command-line flags."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]
+    return words
+
+
+def in_child(target, *arguments) -> multiprocessing.Process:
+    """Start ``target`` in a process of its own that has imported hpm already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hpm.cli", "hpm.pretrain", "tiny"])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def pretrain_in_child(out: str, values: dict) -> None:
+    """Target for :func:`in_child`: one thread, so that runs are comparable bit for bit."""
+    from hpm.cli import main
+
+    torch.set_num_threads(1)
+    main(["pretrain", "--out", out, *flags(values)])
