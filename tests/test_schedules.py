@@ -16,28 +16,28 @@ from hpm.schedules import (
     untouched_share,
 )
 
-PUBLISHED = EmaSchedule(start=0.999, end=0.9999, ramp_steps=125_000)
+PUBLISHED = EmaSchedule(start=0.999, end=0.9999, ramp_steps=62_500)
 
 
 @pytest.mark.parametrize(
     ("step", "decay"),
-    [(0, 0.999), (62_500, 0.99945), (125_000, 0.9999), (125_001, 0.9999), (249_999, 0.9999)],
+    [(0, 0.999), (31_250, 0.99945), (62_500, 0.9999), (62_501, 0.9999), (124_999, 0.9999)],
 )
 def test_published_ema_decay(step, decay):
-    assert ema_decay(step, adapted_ema(250_000)) == pytest.approx(decay, abs=1e-12)
+    assert ema_decay(step, adapted_ema(125_000)) == pytest.approx(decay, abs=1e-12)
 
 
-@pytest.mark.parametrize("total_steps", [250_000, 250_001, 1_000_000])
+@pytest.mark.parametrize("total_steps", [125_000, 125_001, 1_000_000])
 def test_long_runs_keep_the_published_ema(total_steps):
     assert adapted_ema(total_steps) == PUBLISHED
 
 
 def test_shorter_runs_keep_the_published_shares():
-    ema = adapted_ema(25_000)
-    assert ema == pytest.approx((0.99, 0.999, 12_500), abs=1e-12)
+    ema = adapted_ema(12_500)
+    assert ema == pytest.approx((0.99, 0.999, 6_250), abs=1e-12)
     for total_steps in (1_000, 10_000, 100_000):
         window = 1 / (1 - adapted_ema(total_steps).end)
-        assert window / total_steps == pytest.approx(0.04)
+        assert window / total_steps == pytest.approx(0.08)
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 10, 100, 1_000])
@@ -52,7 +52,7 @@ def test_ema_without_a_ramp_is_constant():
     assert ema_decay(7, EmaSchedule(0.5, 0.9, 0)) == 0.9
 
 
-@pytest.mark.parametrize(("total_steps", "expected"), [(100, 10), (10_000, 1_000), (1_000_000, 50_000)])
+@pytest.mark.parametrize(("total_steps", "expected"), [(100, 10), (10_000, 1_000), (1_000_000, 25_000)])
 def test_warmup_is_a_tenth_and_at_most_the_published_one(total_steps, expected):
     assert adapted_warmup_steps(total_steps) == expected
 
@@ -105,7 +105,7 @@ def test_both_forms_of_the_hard_share_reach_their_end(start):
 @pytest.mark.parametrize(
     ("schedule", "total_steps"),
     [
-        (EmaSchedule(0.999, 0.9999, 125_000), 1_000),
+        (EmaSchedule(0.999, 0.9999, 62_500), 1_000),
         (EmaSchedule(0.999, 0.9999, 500), 1_000),
         (EmaSchedule(0.999, 0.9999, 12_500), 25_000),
         (EmaSchedule(0.996, 1.0, 300), 300),
@@ -117,7 +117,7 @@ def test_untouched_share_equals_the_product_of_all_decays(schedule, total_steps)
     assert untouched_share(schedule, total_steps) == pytest.approx(product, rel=0.02, abs=1e-4)
 
 
-@pytest.mark.parametrize("total_steps", [100, 1_000, 10_000, 250_000])
+@pytest.mark.parametrize("total_steps", [100, 1_000, 10_000, 125_000])
 def test_the_adapted_teacher_leaves_its_initialisation(total_steps):
     assert untouched_share(adapted_ema(total_steps), total_steps) < 1e-5
 

@@ -125,7 +125,7 @@ class OptimisationConfig:
     base_learning_rate: PositiveFloat = 1.5e-4
     """Peak learning rate per 256 images of batch."""
     warmup_epochs: Annotated[float, Field(ge=0)] | None = None
-    """Linear warm-up, epochs; none: a tenth of the run, at most the published 50,000 steps."""
+    """Linear warm-up, epochs; none: a tenth of the run, at most the published 25,000 steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """AdamW's weight decay, not on biases and one-dimensional tensors."""
     betas: tuple[OpenShare, OpenShare] = (0.9, 0.95)

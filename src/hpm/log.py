@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -116,7 +116,7 @@ def summary_line(metrics: Mapping[str, float | int | None]) -> str:
     return "  ".join(parts) if "reconstruction_loss" in metrics else ""
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first; a half-written last line of a killed run is left out."""
     file = folder / "metrics.jsonl"
     records = []

@@ -65,7 +65,7 @@ def write_report(folder: RunFolder) -> None:
 
 
 def _tiles(
-    result: dict[str, Any], records: list[dict[str, float]], evaluations: dict[str, Any]
+    result: dict[str, Any], records: list[dict[str, Any]], evaluations: dict[str, Any]
 ) -> list[tuple[str, str, str]]:
     """The figures at the top: value, name, what to hold it against."""
     tiles = []
@@ -87,7 +87,7 @@ def _tiles(
     return tiles
 
 
-def _plot(records: list[dict[str, float]], title: str, lines: dict[str, str], unit: str) -> Figure:
+def _plot(records: list[dict[str, Any]], title: str, lines: dict[str, str], unit: str) -> Figure:
     figure, axis = plt.subplots(figsize=(4.6, 2.6), layout="constrained")
     for key, label in lines.items():
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]

@@ -169,7 +169,7 @@ def draw_hardness(
         for column, (name, content) in enumerate(columns.items()):
             axis = axes[row, column]
             if isinstance(content, Tensor):
-                axis.imshow(content[row].float().reshape(grid).cpu(), cmap="magma", interpolation="nearest")
+                axis.imshow(content[row].float().reshape(grid).cpu().numpy(), cmap="magma", interpolation="nearest")
             else:
                 axis.imshow(content[row], interpolation="nearest")
             axis.set_xticks([])
