@@ -94,9 +94,7 @@ def flat(module: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().cpu().double().flatten() for p in module.parameters()])
 
 
-def train(
-    device: torch.device, *, fused_attention: bool, bf16: bool, masks: list[Tensor] | None = None
-) -> Trace:
+def train(device: torch.device, *, fused_attention: bool, bf16: bool, masks: list[Tensor] | None = None) -> Trace:
     """Five steps. All randomness is drawn on the CPU and moved, so that every device sees the same.
 
     Args:
@@ -127,9 +125,7 @@ def train(
             scores = teacher.predict_loss(images)
             hidden = method.mask_policy(scores, noise, num_hidden=method.num_hidden, num_hard=num_hard)
             given = hidden if masks is None else masks[step].to(device)
-            output = student(
-                images, given, num_hidden=method.num_hidden, full_features=teacher.encode(images)
-            )
+            output = student(images, given, num_hidden=method.num_hidden, full_features=teacher.encode(images))
             losses: Losses = method.losses(output, images, given, scores)
         ordered = scores.float().sort(dim=1, descending=True).values
         gap = float((ordered[:, num_hard - 1] - ordered[:, num_hard]).min())
@@ -178,9 +174,7 @@ def compare(reference: Trace, other: Trace, low_precision: Trace) -> dict[str, f
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     out: Path | None = parser.parse_args().out
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -212,11 +206,7 @@ def main() -> int:
         "smallest_score_gap": reference.closest_scores,
         "steps": STEPS,
         "traces": {
-            name: {
-                key: value
-                for key, value in asdict(trace).items()
-                if isinstance(value, list) and key != "masks"
-            }
+            name: {key: value for key, value in asdict(trace).items() if isinstance(value, list) and key != "masks"}
             for name, trace in (("cpu_float32", reference), ("float32", other), ("bf16", low_precision))
         },
     }

@@ -97,13 +97,9 @@ class Variant:
         """One training step on raw images, without a wait for the device."""
         setting, count = self.setting, len(images)
         num_patches = self.student.positions.shape[1]
-        noise = mask_noise(
-            0, self.steps_done, batch_size=count, num_patches=num_patches, device=setting.device
-        )
+        noise = mask_noise(0, self.steps_done, batch_size=count, num_patches=num_patches, device=setting.device)
         with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.bf16):
-            losses = self.method.step(
-                self.model, self.teacher, self.normalise(images), noise, num_hard=self.num_hard
-            )
+            losses = self.method.step(self.model, self.teacher, self.normalise(images), noise, num_hard=self.num_hard)
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
@@ -183,9 +179,7 @@ def prepare(name: str, setting: Setting, images: torch.Tensor) -> tuple[Variant,
     return variant, {"flops": flops, "peak": peak}
 
 
-def measure(
-    model: str, setting: Setting, *, seconds: float, rounds: int, peak_flops: float
-) -> dict[str, Any]:
+def measure(model: str, setting: Setting, *, seconds: float, rounds: int, peak_flops: float) -> dict[str, Any]:
     """All variants of one model in turns."""
     config = with_fields(Config(), setting.fields)
     shape = (setting.batch_size, config.data.channels, *config.data.image_size)
@@ -196,8 +190,7 @@ def measure(
         print(f"{model}: preparing {name}", file=sys.stderr)
         variants[name], facts[name] = prepare(name, setting, images)
     num_steps = {
-        name: max(1, math.ceil(seconds / rounds / variant.turn(images, 1)))
-        for name, variant in variants.items()
+        name: max(1, math.ceil(seconds / rounds / variant.turn(images, 1))) for name, variant in variants.items()
     }
     rates: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
@@ -236,9 +229,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224"], help="timm ViTs")
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--patch-size", type=int, help="pixels; default: the model's own")

@@ -8,9 +8,8 @@ import signal
 import time
 from pathlib import Path
 
-from tiny import TINY, assert_same_state, final_state, in_child, pretrain_in_child
-
 from hpm.checkpoint import CheckpointFolder
+from tiny import TINY, assert_same_state, final_state, in_child, pretrain_in_child
 
 KILLS = int(os.environ.get("HPM_KILLS", "20"))
 LONG = TINY | {"epochs": 40, "checkpoint_steps": 3}
@@ -43,7 +42,11 @@ def test_sigkill_at_random_moments_leaves_no_trace(tmp_path):
     assert run_whole(killed, LONG | {"workers": 1}) == 0
     assert_same_state(final_state(undisturbed), final_state(killed))
     losses = [
-        [(r["step"], r["loss"]) for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+        [
+            (r["step"], r["loss"])
+            for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            if "loss" in r
+        ]
         for run in (undisturbed, killed)
     ]
     assert [step for step, _ in losses[0]] == [step for step, _ in losses[1]]

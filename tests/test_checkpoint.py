@@ -230,9 +230,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, kind):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"hello, I am a text file\n", b"\x80\x02", b"PK\x03\x04", b"\x00" * 1000]
-)
+@pytest.mark.parametrize("content", [b"", b"hello, I am a text file\n", b"\x80\x02", b"PK\x03\x04", b"\x00" * 1000])
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / "notes.pt"
     path.write_bytes(content)

@@ -43,9 +43,7 @@ def read(tmp_path, text):
 
 def test_field_names_are_unique_across_sections():
     names = [
-        item.name
-        for section in dataclasses.fields(Config)
-        for item in dataclasses.fields(section.default_factory)
+        item.name for section in dataclasses.fields(Config) for item in dataclasses.fields(section.default_factory)
     ]
     assert len(names) == len(set(names)) == len(section_of())
     assert set(section_of().values()) == {section.name for section in dataclasses.fields(Config)}
@@ -258,9 +256,7 @@ def test_constants_adapt_to_a_short_run_and_given_ones_stay():
     assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (10, 100, 10)
     assert schedule.ema.start < 0.999
     assert schedule.ema.ramp_steps == 50
-    fixed = OptimisationConfig(
-        epochs=10, batch_size=10, ema_start=0.9, ema_ramp_epochs=2.5, warmup_epochs=0.0
-    )
+    fixed = OptimisationConfig(epochs=10, batch_size=10, ema_start=0.9, ema_ramp_epochs=2.5, warmup_epochs=0.0)
     given = resolve_schedule(fixed, 105)
     assert (given.ema.start, given.ema.end, given.ema.ramp_steps) == (0.9, schedule.ema.end, 25)
     assert given.warmup_steps == 0

@@ -182,9 +182,7 @@ def test_arrays_with_many_channels_in_both_layouts():
 # The refusals
 
 
-@pytest.mark.parametrize(
-    "array", [noise(4, 4).astype(np.uint16), noise(4, 4).astype(np.float32), noise(4, 4) > 9]
-)
+@pytest.mark.parametrize("array", [noise(4, 4).astype(np.uint16), noise(4, 4).astype(np.float32), noise(4, 4) > 9])
 def test_arrays_of_other_types_are_refused_by_name(array):
     with pytest.raises(DecodeError, match=str(array.dtype)):
         decode(as_npy(array), 3)

@@ -138,9 +138,7 @@ def test_class_attention_equals_a_loop_and_timm(name, num_prefix):
     for b in range(2):
         expected = np.zeros(6)
         for head in range(2):
-            query, key = (
-                qkv[b, :, part * 16 + head * 8 : part * 16 + head * 8 + 8].numpy() for part in (0, 1)
-            )
+            query, key = (qkv[b, :, part * 16 + head * 8 : part * 16 + head * 8 + 8].numpy() for part in (0, 1))
             weights = np.exp([query[0] @ key[t] / math.sqrt(8) for t in range(num_prefix + 6)])
             expected += (weights / weights.sum())[num_prefix:] / 2
         np.testing.assert_allclose(actual[b].numpy(), expected, rtol=1e-4)

@@ -155,7 +155,6 @@ def test_extraction_leaves_the_encoder_as_it_was(vit, training):
     assert not found.values.requires_grad
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="extract_features: torch.cat of an empty list")
 def test_a_source_without_a_readable_image_is_refused(vit):
     with pytest.raises(InputError, match="image"):
         features(vit, Images(3, damaged=range(3)))

@@ -27,12 +27,8 @@ class Memory(Source):
 
     def __init__(self, num_images=20, *, damaged=(), size=(13, 9), channels=3, dark=()):
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(
-            256, (num_images, channels, *size), generator=generator, dtype=torch.uint8
-        )
-        self.damaged = dict.fromkeys(damaged, DecodeError("broken")) | dict.fromkeys(
-            dark, OSError("unreadable")
-        )
+        self.images = torch.randint(256, (num_images, channels, *size), generator=generator, dtype=torch.uint8)
+        self.damaged = dict.fromkeys(damaged, DecodeError("broken")) | dict.fromkeys(dark, OSError("unreadable"))
 
     def __len__(self):
         return len(self.images)
@@ -65,9 +61,7 @@ def order(*, num_images=23, batch_size=8, first_step=0, total_steps=6, seed=0, p
 
 
 def training_images(source, **changed):
-    return TrainingImages(
-        source, **({"size": (8, 8), "crop_scale": (0.2, 1.0), "flip": True, "seed": 0} | changed)
-    )
+    return TrainingImages(source, **({"size": (8, 8), "crop_scale": (0.2, 1.0), "flip": True, "seed": 0} | changed))
 
 
 # Order

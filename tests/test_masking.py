@@ -75,9 +75,7 @@ def test_hide_hard_equals_a_loop_over_images(grid, seed):
     num_hidden = int(np.random.default_rng(seed).integers(1, num_patches))
     for num_hard in {0, 1, num_hidden // 3, num_hidden}:
         hidden = hide_hard(scores, noise, num_hidden=num_hidden, num_hard=num_hard)
-        assert np.array_equal(
-            hidden.numpy(), slow_hide_hard(scores.numpy(), noise.numpy(), num_hidden, num_hard)
-        )
+        assert np.array_equal(hidden.numpy(), slow_hide_hard(scores.numpy(), noise.numpy(), num_hidden, num_hard))
 
 
 def test_the_hardest_are_always_hidden():

@@ -25,9 +25,7 @@ def _seed():
 
 def tiny_student(view="masked", *, predictor_depth=1, target_dim=192):
     torch.manual_seed(0)
-    encoder = create_encoder(
-        "vit_tiny_patch16_224", image_size=SIZE, patch_size=8, width=16, depth=2, heads=2
-    )
+    encoder = create_encoder("vit_tiny_patch16_224", image_size=SIZE, patch_size=8, width=16, depth=2, heads=2)
     return Student(
         encoder, target_dim=target_dim, decoder_dim=16, decoder_depth=1, decoder_heads=2,
         predictor_depth=predictor_depth, predictor_view=view,

@@ -15,9 +15,7 @@ STEPS = 40
 
 
 def source():
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    blocks = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return "\n\n".join(blocks)
 
 
@@ -62,9 +60,7 @@ def test_same_relative_loss(program):
         scores = spread * torch.randn(4, 27, generator=generator)
         patch_loss = torch.rand(4, 27, generator=generator)
         patch_loss[:, :5] = 0.5  # pairs without an answer
-        torch.testing.assert_close(
-            program["relative_loss"](scores, patch_loss), relative_loss(scores, patch_loss)
-        )
+        torch.testing.assert_close(program["relative_loss"](scores, patch_loss), relative_loss(scores, patch_loss))
 
 
 def test_same_gradient_of_the_relative_loss(program):

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from tiny import TINY, assert_same_state, final_state, flags
 
 import hpm
 from hpm.config import with_fields
@@ -16,6 +15,7 @@ from hpm.log import read_metrics
 from hpm.pretrain import Reporter, pretrain
 from hpm.recipes import RECIPES, recipe
 from hpm.targets import PixelTarget
+from tiny import TINY, assert_same_state, final_state, flags
 
 
 def run(out, **changes):

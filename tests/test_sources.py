@@ -64,9 +64,7 @@ def test_folder_holds_every_image_below_it_and_the_first_level_is_the_label(tmp_
     ]
 
 
-@pytest.mark.parametrize(
-    "names", [("1.png", "2.png"), ("a/1.png", "b/2.png", "3.png"), ("only/1.png", "only/2.png")]
-)
+@pytest.mark.parametrize("names", [("1.png", "2.png"), ("a/1.png", "b/2.png", "3.png"), ("only/1.png", "only/2.png")])
 def test_no_labels_where_images_lie_on_top_or_in_one_folder(tmp_path, names):
     write(tmp_path, *names)
     source = open_source(str(tmp_path))
@@ -174,9 +172,7 @@ def test_no_labels_where_one_image_has_none(tmp_path):
 @pytest.mark.parametrize("spec", ["s-{00..02}.tar", "s-{00,01,02}.tar", "s-*.tar", "s-0[0-2].tar"])
 def test_braces_and_stars_name_shards_in_sorted_order(tmp_path, spec):
     for number in (2, 0, 1):
-        write_tar(
-            tmp_path / f"s-{number:02d}.tar", [("x.png", png(10 * number)), ("y.png", png(10 * number + 1))]
-        )
+        write_tar(tmp_path / f"s-{number:02d}.tar", [("x.png", png(10 * number)), ("y.png", png(10 * number + 1))])
     assert values(open_source(str(tmp_path / spec))) == [0, 1, 10, 11, 20, 21]
 
 
@@ -223,9 +219,7 @@ def test_damaged_header_in_the_middle_of_a_tar_is_no_silent_end(tmp_path):
 
 
 def test_label_that_is_no_text_is_refused(tmp_path):
-    assert "cannot read the shard" in refusal(
-        write_tar(tmp_path / "a.tar", [("1.cls", b"\xff"), ("1.png", png())])
-    )
+    assert "cannot read the shard" in refusal(write_tar(tmp_path / "a.tar", [("1.cls", b"\xff"), ("1.png", png())]))
 
 
 # Shapes
@@ -241,9 +235,7 @@ def test_shapes_have_size_labels_masks_and_levels():
 
 
 def test_shapes_with_another_seed_are_another_set():
-    one, same, other = (
-        open_source(spec, image_size=(32, 32)) for spec in ("shapes:9", "shapes:9@0", "shapes:9@1")
-    )
+    one, same, other = (open_source(spec, image_size=(32, 32)) for spec in ("shapes:9", "shapes:9@0", "shapes:9@1"))
     assert torch.equal(one.read(3).image, same.read(3).image)
     assert not torch.equal(one.read(3).image, other.read(3).image)
 

@@ -63,9 +63,7 @@ def test_encode_equals_timm(name):
     torch.testing.assert_close(encode(vit, images, in_order), expected)
     order = torch.stack([torch.tensor([3, 0, 5, 1, 4, 2]), torch.tensor([5, 4, 3, 2, 1, 0])])
     permuted = encode(vit, images, order)
-    torch.testing.assert_close(
-        permuted, torch.cat([prefix, take(patches, order)], dim=1), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(permuted, torch.cat([prefix, take(patches, order)], dim=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -149,9 +147,7 @@ def test_initialisation_is_that_of_mae():
     for name, (fan_in, fan_out) in weights.items():
         bound = math.sqrt(6 / (fan_in + fan_out))
         assert 0.99 * bound < vit.get_submodule(name).weight.abs().max() <= bound
-    assert not any(
-        p.any() for n, p in vit.named_parameters() if n.endswith(("qkv.bias", "fc1.bias", "fc2.bias"))
-    )
+    assert not any(p.any() for n, p in vit.named_parameters() if n.endswith(("qkv.bias", "fc1.bias", "fc2.bias")))
     assert vit.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
 
 
@@ -203,9 +199,6 @@ def test_what_does_not_fit_is_refused_with_a_reason(name, options, message):
         create_encoder(name, **{"image_size": (32, 32), **options})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="create_encoder: RuntimeError of timm is not caught; stems are not checked"
-)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -220,12 +213,7 @@ def test_unknown_weights_and_convolutional_stems_are_refused(name, options):
         create_encoder(name, image_size=(32, 32), **options)
 
 
-UNUSED = pytest.mark.xfail(
-    strict=True, reason="create_encoder keeps timm's attention pooling, which is never run"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=UNUSED if n in MAP_POOLED else ()) for n in MODELS])
+@pytest.mark.parametrize("name", MODELS)
 def test_every_trainable_parameter_gets_a_gradient(name):
     """DDP stops at the second step otherwise."""
     vit = tiny(name)

@@ -85,6 +85,8 @@ def build_method(config: Config, student: Student) -> Method:
             f"mask_ratio: must hide at least one and leave at least one of the {rows}x{columns} patches, "
             f"got {config.method.mask_ratio}"
         )
+    if config.method.predicted_loss == "absolute" and num_hidden < 2:
+        raise InputError("predicted_loss: 'absolute' standardises within an image and needs at least 2 hidden patches")
     return Method(
         target=build_target(config, patch_size(student.encoder)),
         mask_policy=POLICIES[config.method.mask],

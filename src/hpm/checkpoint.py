@@ -104,7 +104,9 @@ class CheckpointFolder:
                 try:
                     torch.save(state, file)
                 except RuntimeError as error:  # torch's complaint about the unfinished file hides the cause
-                    raise error.__context__ if isinstance(error.__context__, OSError) else error
+                    if isinstance(error.__context__, OSError):
+                        raise error.__context__ from None
+                    raise
             _flush(temporary)
             # The checksum comes first: a checkpoint without one would be worthless, the reverse is harmless.
             write_text_atomically(_checksum_file(target), f"{_digest(temporary)}  {target.name}\n")

@@ -94,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         _complain(
-            f"the disk is full ({error.strerror}: {error.filename or 'while writing'}); the checkpoints before are whole: "
-            "make room and run the same command again"
+            f"the disk is full ({error.strerror}: {error.filename or 'while writing'}); the checkpoints before are "
+            "whole: make room and run the same command again"
         )
         raise SystemExit(2) from None
     except Interrupted as stopped:

@@ -138,7 +138,7 @@ class OptimisationConfig:
     """Teacher's EMA decay after the ramp; none: adapted."""
     ema_ramp_epochs: Annotated[float, Field(ge=0)] | None = None
     """Length of the ramp, epochs; none: adapted."""
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation, order, crops and masks."""
 
 

@@ -88,7 +88,8 @@ def split_patches(hidden: Bool[Tensor, "b n"], num_hidden: int) -> tuple[Int[Ten
     ``num_hidden`` is given rather than counted: counting would make the host wait for the device.
     """
     order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, :-num_hidden], order[:, -num_hidden:]
+    visible, masked = order.tensor_split([order.shape[1] - num_hidden], dim=1)
+    return visible, masked
 
 
 POLICIES: dict[str, MaskPolicy] = {"random": hide_random, "hard": hide_hard}

@@ -1,9 +1,10 @@
 """Schedules: pure functions of the step, so that resuming needs nothing but the step.
 
-The published constants (EMA decay 0.999 -> 0.9999 over 100 epochs, 40 warm-up epochs) belong to the published
-command: ImageNet-1K at 8 x 32 x 8 = 2,048 images a step, 625 steps an epoch, 125,000 steps in 200 epochs. Kept as they are on a run of 1,000 steps the
-teacher would still be its own initialisation at the end, and mining would be noise. So constants that are not given
-scale with the length of the run: see :func:`adapted_ema` and :func:`adapted_warmup_steps`.
+The published constants (EMA decay 0.999 -> 0.9999 over 100 epochs, 40 warm-up epochs) belong to the published command:
+ImageNet-1K at 8 x 32 x 8 = 2,048 images a step, so 625 steps an epoch and 125,000 in 200 epochs. Kept as they are on a
+run of 1,000 steps, the teacher would still be its own initialisation at the end, and mining would be noise. So
+constants that are not given scale with the length of the run: see :func:`adapted_ema` and
+:func:`adapted_warmup_steps`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def adapted_ema(total_steps: int) -> EmaSchedule:
 
 
 def adapted_warmup_steps(total_steps: int) -> int:
-    """A tenth of the run, at most the published 40 epochs of 625 steps."""
+    """A tenth of the run, at most the published 40 epochs of 625 steps.
+
+    A tenth rather than the fifth that 40 of 200 epochs are (of 800 they are a twentieth): a short run has no steps to
+    lose. The published recipe gives its 40 epochs explicitly.
+    """
     return min(40 * 625, total_steps // 10)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import timm
 import torch
 from jaxtyping import Float, Int
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -56,12 +56,17 @@ def create_encoder(
     options = {key: value for key, value in sizes.items() if value is not None}
     try:
         vit = timm.create_model(name, img_size=image_size, in_chans=channels, num_classes=0, fc_norm=False, **options)
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         # Models of other families do not take these arguments; a size that does not fit fails an assert of timm's.
         raise InputError(f"encoder: timm cannot build {name!r} as a ViT of image size {image_size} "
                          f"with {options or 'its own sizes'}: {error}") from error  # fmt: skip
     if not isinstance(vit, VisionTransformer):
         raise InputError(f"encoder: must be a timm VisionTransformer, got {name!r}, a {type(vit).__name__}")
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise InputError(
+            f"encoder: {name!r} cuts patches with a {type(vit.patch_embed).__name__}, a convolutional stem through "
+            "which visible patches would see hidden ones; choose a ViT with a plain patch embedding"
+        )
     patch = vit.patch_embed.patch_size
     if image_size[0] % patch[0] or image_size[1] % patch[1]:
         raise InputError(f"image_size: must be divisible by the patch size {patch[0]}x{patch[1]}, "
@@ -70,6 +75,8 @@ def create_encoder(
         raise InputError(f"encoder: {name!r} has no absolute position table; choose one that has")
     initialise(vit)
     fix_positions(vit)
+    if vit.attn_pool is not None:  # pools for a head that is not there: never run, so never trained
+        vit.attn_pool.requires_grad_(False)
     return vit
 
 

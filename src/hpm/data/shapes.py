@@ -100,7 +100,9 @@ def make_shape(seed: int, index: int, height: int, width: int) -> Shape:
     return Shape((image * 255).round().astype(np.uint8), mask, label, level)
 
 
-def _silhouette(random: np.random.Generator, inside: Callable[[Coordinates, Coordinates], Mask], height: int, width: int) -> Mask:
+def _silhouette(
+    random: np.random.Generator, inside: Callable[[Coordinates, Coordinates], Mask], height: int, width: int
+) -> Mask:
     """Place a silhouette at a random position, size (about a third of the image) and rotation."""
     side = min(height, width)
     radius = random.uniform(0.36, 0.48) * side

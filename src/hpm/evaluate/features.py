@@ -13,6 +13,7 @@ from torch import Tensor
 from hpm.data.loading import Damage, Normalise, ordered_batches
 from hpm.data.sources import Source
 from hpm.distributed import gather_objects, rank, world_size
+from hpm.errors import InputError
 from hpm.log import tracked
 from hpm.vit import encode
 
@@ -80,15 +81,20 @@ def extract_features(
     vit.eval()
     values, kept, damaged = [], [], []
     batches = ordered_batches(source, size=size, indices=mine, workers=workers)
-    for batch in tracked(batches, description, total=-(-len(mine) // 128)):
-        damaged += batch.damaged
-        if batch.indices:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                tokens = encode(vit, normalise(batch.images.to(device)))
-            values.append(pool(tokens.float(), vit, pooling).cpu())
-            kept += batch.indices
-    vit.train(was_training)
+    try:
+        for batch in tracked(batches, description, total=-(-len(mine) // 128)):
+            damaged += batch.damaged
+            if batch.indices:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    tokens = encode(vit, normalise(batch.images.to(device)))
+                values.append(pool(tokens.float(), vit, pooling).cpu())
+                kept += batch.indices
+    finally:
+        vit.train(was_training)
     parts = gather_objects((torch.cat(values) if values else torch.empty(0, 0), kept, damaged))
+    if not any(part for _, part, _ in parts):
+        first = next(item for *_, part in parts for item in part)
+        raise InputError(f"no readable image among {len(chosen)}; the first: {first.name}: {first.reason}")
     rows = torch.cat([part for part, _, _ in parts if len(part)])
     where = [index for _, part, _ in parts for index in part]
     order = torch.tensor(where).argsort()

@@ -224,7 +224,7 @@ def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> list[Boo
         try:
             mask = decode(by_stem[stem].read_bytes(), 1)[0] > 127
             shape = source.read(index).image.shape[-2:]
-        except DecodeError as error:
+        except (DecodeError, OSError) as error:
             raise InputError(f"masks: cannot read {by_stem[stem]} or its image: {error}") from error
         if mask.shape != shape:
             raise InputError(

@@ -168,8 +168,8 @@ def run(config: KnnConfig) -> KnnResult:
     train, val = sources
     classes = sorted(set(train.labels or ()))
     class_indices(val.labels or [], classes)  # before any work: are all validation classes known?
-    if (largest := max(config.k)) > len(train) or min(config.k) < 1:
-        raise InputError(f"k: must be between 1 and the number of training images ({len(train)}), got {largest}")
+    if not config.k or not all(1 <= k <= len(train) for k in config.k):
+        raise InputError(f"k: must be between 1 and the number of training images ({len(train)}), got {config.k}")
     if config.pooling != "mean" and not loaded.student.encoder.has_class_token:
         raise InputError(f"pooling: {config.pooling!r} needs a class token, and this encoder has none; use mean")
     split = LabelledSplit(train, val, list(range(len(train))), list(range(len(val))), classes)
