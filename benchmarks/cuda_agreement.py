@@ -36,10 +36,10 @@ EMA_DECAY = 0.9
 HARD_SHARE = 0.5
 
 TOLERANCES = {
-    "loss": 1e-4,
-    "gradient_norm": 1e-3,
-    "weights": 1e-2,
-    "teacher_weights": 1e-2,
+    "loss": 2e-5,
+    "gradient_norm": 1e-4,
+    "weights": 5e-3,
+    "teacher_weights": 5e-3,
     "masks": 0.002,
     "bf16_loss": 0.03,
 }

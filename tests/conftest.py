@@ -1,5 +1,5 @@
-"""Shape types are enforced in every test."""
+"""Shape and type annotations of hpm are enforced in every test."""
 
 from jaxtyping import install_import_hook
 
-install_import_hook("hpm", "beartype.beartype")
+install_import_hook("hpm", "shape_checking.typechecker")

@@ -11,13 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from hpm.config import Config, load_config, validated
+from hpm.config import Config, load_config, suggest, validated
 from hpm.errors import InputError, Interrupted
 
 USAGE = """\
@@ -51,7 +51,6 @@ class PretrainCommand:
     """auto: go on with an unfinished run in the folder; never: refuse to; restart: start over."""
     json: bool = False
     """Print the figures as one JSON object in the last line."""
-    settings: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Config)
 
 
 @dataclass(frozen=True)
@@ -124,13 +123,13 @@ def _dispatch(arguments: list[str]) -> None:
             command(arguments[len(words) :])
             return
     given = " ".join(arguments[:2] if arguments[0] == "evaluate" else arguments[:1])
-    raise InputError(f"no command {given!r}; there are {', '.join(' '.join(words) for words in commands)}")
+    known = [" ".join(words) for words in commands]
+    raise InputError(f"no command {given!r}{suggest(given, known)}; there are {', '.join(known)}")
 
 
-def _parse(kind: type[Any], prog: str, arguments: list[str], default: Any = None) -> Any:
+def _parse(kind: type[Any], prog: str, arguments: list[str]) -> Any:
     """Parse flags into a dataclass; tyro prints help and complains about flags itself, with exit code 2."""
-    extra = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"hpm {prog}", args=arguments, **extra)
+    return tyro.cli(kind, prog=f"hpm {prog}", args=arguments)
 
 
 def _pretrain(arguments: list[str]) -> None:
@@ -139,11 +138,21 @@ def _pretrain(arguments: list[str]) -> None:
 
     # The recipe is looked up before the flags are parsed, so that --help shows its values as the defaults.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="hpm")
+    first.add_argument("--recipe")
     first.add_argument("--config")
     chosen, _ = first.parse_known_args(arguments)
-    base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe)
-    command = _parse(PretrainCommand, "pretrain", arguments, PretrainCommand(out=tyro.MISSING_NONPROP, settings=base))
+    if chosen.config and chosen.recipe:
+        raise InputError(f"config, recipe: give one, not both, got {chosen.config!r} and {chosen.recipe!r}")
+    base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or "hpm")
+    settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+    with_settings = make_dataclass(
+        "PretrainCommand",
+        [("settings", settings, field(default=base))],
+        bases=(PretrainCommand,),
+        namespace={"__doc__": PretrainCommand.__doc__},
+        frozen=True,
+    )
+    command = _parse(with_settings, "pretrain", arguments)
     result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume)
     _report_run(command.out, result, as_json=command.json)
 

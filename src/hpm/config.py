@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -215,7 +216,7 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     for name, value in values.items():
         if name not in sections:
             known = [*sections, *(item.name for item in dataclasses.fields(Config))]
-            raise InputError(f"{name}: no such field{_suggest(name, known)}")
+            raise InputError(f"{name}: no such field{suggest(name, known)}")
         if name == "image_size" and isinstance(value, int):
             value = (value,)
         nested[sections[name]][name] = str(value) if isinstance(value, Path) else value
@@ -238,7 +239,7 @@ def validated(nested: Mapping[str, Any]) -> Config:
             )
             if problem["type"] == "unexpected_keyword_argument":
                 known = [*section_of(), *(f.name for f in dataclasses.fields(Config))]
-                lines.append(f"{place}: no such field{_suggest(str(problem['loc'][-1]), known)}")
+                lines.append(f"{place}: no such field{suggest(str(problem['loc'][-1]), known)}")
             else:
                 lines.append(f"{place}: {problem['msg'].lower()}, got {problem['input']!r}")
         raise InputError("\n".join(lines)) from None
@@ -267,9 +268,8 @@ def _check_together(config: Config) -> None:
         raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
 
 
-def _suggest(name: str, known: Any) -> str:
-    from difflib import get_close_matches
-
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean X?`` where something known is close to what was given, else nothing."""
     close = get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
