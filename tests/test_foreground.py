@@ -143,3 +143,16 @@ def test_class_attention_equals_a_loop_and_timm(name, num_prefix):
             expected += (weights / weights.sum())[num_prefix:] / 2
         np.testing.assert_allclose(actual[b].numpy(), expected, rtol=1e-4)
     assert not torch.allclose(actual, actual[:, :1].expand(-1, 6), rtol=1e-2)
+
+
+def test_figures_equal_scikit_learns_also_with_ties():
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    generator = np.random.default_rng(3)
+    scores = generator.integers(0, 6, (40, 30)).astype(float)
+    foreground = generator.random((40, 30)) < 0.3
+    found = find(scores, foreground)
+    assert found.auroc == pytest.approx(np.mean([roc_auc_score(f, s) for f, s in zip(foreground, scores)]))
+    assert found.average_precision == pytest.approx(
+        np.mean([average_precision_score(f, s) for f, s in zip(foreground, scores)])
+    )

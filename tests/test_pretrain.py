@@ -12,8 +12,9 @@ import hpm
 from hpm.config import with_fields
 from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics
-from hpm.pretrain import Reporter, pretrain
+from hpm.pretrain import pretrain
 from hpm.recipes import RECIPES, recipe
+from hpm.reporter import Reporter
 from hpm.targets import PixelTarget
 from tiny import TINY, assert_same_state, final_state, flags
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -42,15 +41,16 @@ from hpm.data.loading import (
 )
 from hpm.data.sources import Source, open_source
 from hpm.errors import InputError, Interrupted
-from hpm.log import RunLog, read_metrics, say, warn
+from hpm.log import read_metrics, say, warn
 from hpm.meter import Meter
 from hpm.method import Losses, Method, Student, StudentOutput, Teacher
 from hpm.recipes import recipe as named_recipe
+from hpm.reporter import reporting
 from hpm.run_folder import RunFolder
 from hpm.schedules import ema_decay, hard_share, hard_share_by_epoch, learning_rate, untouched_share
 from hpm.seeding import Stream, derive_seed, mask_noise
 from hpm.stopping import StopSignal
-from hpm.watching import Watcher
+from hpm.watching import labelled_validation
 
 Resume = Literal["auto", "never", "restart"]
 
@@ -212,7 +212,7 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
         mean, std = measure_statistics(source)
         config = replace(config, data=replace(config.data, mean=mean, std=std))
     folder.check_usable(config, resume)
-    watcher_source(config)
+    labelled_validation(config)
     _check_disk(folder.path, student, config.run.keep_last)
 
     student.to(device)
@@ -231,16 +231,6 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
         folder.write_config(config, device)
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))
     return Run(config, folder, device, bf16, source, schedule, position, method, state, checkpoints)
-
-
-def watcher_source(config: Config) -> Source | None:
-    """The labelled validation images, if the config names some."""
-    if not config.data.val:
-        return None
-    source = open_source(config.data.val, channels=config.data.channels, image_size=config.data.size, field="val")
-    if source.labels is None:
-        raise InputError(f"val: {config.data.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
-    return source
 
 
 def _position(config: Config) -> Position:
@@ -291,7 +281,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)
     num_patches = state.student.positions.shape[1]
-    with _reporter(run) as report:
+    with reporting(run) as report:
         report.start()
         meter.restart()
         for step in range(state.step, schedule.total_steps):
@@ -315,12 +305,13 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimisation.gradient_clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
-            state.teacher.update(state.student, ema_decay(step, schedule.ema))
+            if state.student.predictor is not None:  # plain MAE asks no teacher, so it pays for none
+                state.teacher.update(state.student, ema_decay(step, schedule.ema))
             meter.end_step(step, step_loss, norm)
             state.step = step + 1
             report.after_step(meter)
             if distributed.any_process(stop.name is not None):
-                report.stop_check(meter)
+                report.before_stop(meter)
                 run.save()
                 raise Interrupted(
                     f"stopped by {stop.name or 'a signal to another process'} and saved at step {state.step} of "
@@ -383,116 +374,6 @@ def _parallel(student: Student, device: torch.device) -> Callable[..., StudentOu
 def _sync(model: Callable[..., StudentOutput], *, last: bool) -> Any:
     """Exchange gradients between processes only with the last micro-batch of a step."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
-
-
-class Reporter:
-    """Between two steps: records, checkpoints, figures, kNN, damage, divergence.
-
-    Args:
-        run: The run.
-        log: Bar and files; None on all but the main process.
-        watcher: What is looked at with every checkpoint.
-    """
-
-    def __init__(self, run: Run, log: RunLog | None, watcher: Watcher) -> None:
-        self.run = run
-        self.log = log
-        self.watcher = watcher
-        self._last_save = time.monotonic()
-        self._since = time.monotonic()
-
-    def start(self) -> None:
-        """Look at the untrained model, once."""
-        if self.run.state.step == 0:
-            self._record(self.watcher.watch(0))
-        self._since = self._last_save = time.monotonic()
-
-    def damaged(self, news: list[Any]) -> None:
-        """Name every damaged image once."""
-        for item in news:
-            warn(f"damaged image left out: {item.name}: {item.reason}")
-
-    def after_step(self, meter: Meter) -> None:
-        """Record and save when it is time to.
-
-        Raises:
-            InputError: Diverged, too much damage, or a full disk.
-        """
-        run, step = self.run, self.run.state.step
-        if self.log:
-            self.log.advance(step)
-        last = step == run.schedule.total_steps
-        due = step % run.checkpoint_steps == 0 or last
-        if step % run.config.run.log_steps == 0 or due:
-            self.stop_check(meter)
-            self._clock()
-            self._record({**meter.read(batch_size=run.config.optimisation.batch_size), **self._progress()})
-        if due:
-            run.save()
-            self._record(self.watcher.watch(step))
-        elif distributed.is_main() and time.monotonic() - self._last_save > 60 * run.config.run.checkpoint_minutes:
-            if (bad := meter.first_bad_step_here()) is not None:
-                self._diverged(bad)
-            self._clock()
-            run.save()
-        else:
-            return
-        meter.restart()
-        self._last_save = self._since = time.monotonic()
-
-    def _clock(self) -> None:
-        """Add the time since the last call to the run's training time."""
-        now = time.monotonic()
-        self.run.state.seconds += now - self._since
-        self._since = now
-
-    def stop_check(self, meter: Meter) -> None:
-        """Stop a run that has diverged or whose images are damaged, before a bad state is saved."""
-        if (bad := meter.first_bad_step()) is not None:
-            self._diverged(bad)
-        limit = self.run.config.data.max_damaged
-        if len(meter.damaged) > limit * meter.images_read:
-            raise InputError(
-                f"max_damaged: at most {limit:.1%} of the images may be damaged, and {len(meter.damaged)} of the "
-                f"{meter.images_read} read so far are; the first: {next(iter(meter.damaged.items()))}"
-            )
-
-    def _diverged(self, step: int) -> None:
-        saved = self.run.checkpoints.steps()
-        last = self.run.checkpoints.file(saved[-1]) if saved else "none yet"
-        raise InputError(
-            f"the loss or its gradient was not finite at step {step + 1}; last good checkpoint: {last}. Try a lower "
-            "--base-learning-rate, a longer --warmup-epochs, a smaller --gradient-clip or --precision float32 (as a "
-            "new run), and look for constant or broken images"
-        )
-
-    def _progress(self) -> dict[str, float]:
-        run, step = self.run, self.run.state.step
-        seconds_per_step = run.state.seconds / step
-        return {
-            "epoch": step / run.schedule.steps_per_epoch,
-            "samples_seen": step * run.config.optimisation.batch_size,
-            "learning_rate": run.learning_rate(step - 1),
-            "ema_decay": ema_decay(step - 1, run.schedule.ema),
-            "hard_share": run.hard_share(step - 1),
-            "seconds": run.state.seconds,
-            "seconds_left": seconds_per_step * (run.schedule.total_steps - step),
-        }
-
-    def _record(self, metrics: dict[str, float]) -> None:
-        if self.log and metrics:
-            self.log.record({"step": self.run.state.step, **metrics})
-
-
-@contextmanager
-def _reporter(run: Run) -> Iterator[Reporter]:
-    """A reporter whose files are closed at the end."""
-    watcher = Watcher(run, watcher_source(run.config))
-    if not distributed.is_main():
-        yield Reporter(run, None, watcher)
-        return
-    with RunLog(run.folder.path, total_steps=run.schedule.total_steps, first_step=run.state.step) as log:
-        yield Reporter(run, log, watcher)
 
 
 def finish(run: Run) -> dict[str, Any]:

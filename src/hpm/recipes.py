@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hpm.config import Config, DataConfig, MethodConfig, ModelConfig, OptimisationConfig
+from hpm.config import Config, DataConfig, MethodConfig, ModelConfig, OptimisationConfig, RunConfig
 from hpm.errors import InputError
 
 
@@ -86,6 +86,7 @@ def shapes_demo() -> Config:
             predictor_depth=2,
         ),
         method=MethodConfig(predictor_view="both"),
+        run=RunConfig(knn=False, num_figure_images=7),
         optimisation=OptimisationConfig(epochs=8, batch_size=128, base_learning_rate=2e-3),
     )
 

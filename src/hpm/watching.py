@@ -8,9 +8,11 @@ import torch
 
 from hpm import distributed
 from hpm.build import build_normalise
+from hpm.config import Config
 from hpm.data.loading import default_workers
-from hpm.data.sources import Source, class_indices
-from hpm.evaluate.foreground import evaluate_foreground
+from hpm.data.sources import Source, class_indices, open_source
+from hpm.errors import InputError
+from hpm.evaluate.foreground import predicted_loss_auroc
 from hpm.evaluate.knn import LabelledSplit, knn_accuracy
 from hpm.log import warn
 from hpm.seeding import Stream, derive_seed
@@ -22,6 +24,16 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 20
 """k of the kNN accuracy during training."""
+
+
+def labelled_validation(config: Config) -> Source | None:
+    """The labelled validation images, if the config names some."""
+    if not config.data.val:
+        return None
+    source = open_source(config.data.val, channels=config.data.channels, image_size=config.data.size, field="val")
+    if source.labels is None:
+        raise InputError(f"val: {config.data.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
+    return source
 
 
 class Watcher:
@@ -95,8 +107,12 @@ class Watcher:
             warn(f"could not save the hardness figure of step {step}: {error}")
         if self.val is None or self.val.groups() is None or run.state.student.predictor is None:
             return {}
-        found = evaluate_foreground(
-            run.state.student, run.state.teacher, run.method, self.normalise, self.val,
-            size=run.config.data.size, device=run.device, bf16=run.bf16,
-        ).measures["predicted_loss"]  # fmt: skip
-        return {"foreground_auroc": found.auroc} if found else {}
+        auroc = predicted_loss_auroc(
+            run.state.teacher,
+            self.normalise,
+            self.val,
+            size=run.config.data.size,
+            device=run.device,
+            bf16=run.bf16,
+        )
+        return {"foreground_auroc": auroc}

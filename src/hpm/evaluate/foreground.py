@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -69,16 +70,35 @@ class ForegroundResult:
     num_images: int
 
 
+def find_in_images(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray, "b n"]) -> Float[np.ndarray, "b 3"]:
+    """AUROC, average precision and pointing game of every image; NaN where an image is all one or the other.
+
+    AUROC is the Mann-Whitney statistic: the share of (foreground, background) pairs in which the foreground patch
+    scores higher, ties counting half.
+    """
+    positive = foreground.sum(axis=1)
+    negative = foreground.shape[1] - positive
+    rank_sum = (rankdata(scores, axis=1) * foreground).sum(axis=1)
+    figures = np.full((len(scores), 3), np.nan)
+    for row in np.flatnonzero((positive > 0) & (negative > 0)):
+        below = rank_sum[row] - positive[row] * (positive[row] + 1) / 2
+        figures[row] = (
+            below / (positive[row] * negative[row]),
+            average_precision_score(foreground[row], scores[row]),
+            foreground[row, scores[row].argmax()],
+        )
+    return figures
+
+
+def mean_finding(figures: Float[np.ndarray, "b 3"]) -> Finding:
+    """Mean over the images that have both foreground and background."""
+    usable = figures[~np.isnan(figures[:, 0])]
+    return Finding(*map(float, usable.mean(axis=0))) if len(usable) else Finding(*[float("nan")] * 3)
+
+
 def find(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray, "b n"]) -> Finding:
     """Compare scores with foreground patches, image by image; images without any contrast are left out."""
-    rows = [(s, f) for s, f in zip(scores, foreground) if 0 < f.sum() < f.size]
-    if not rows:
-        return Finding(float("nan"), float("nan"), float("nan"))
-    return Finding(
-        auroc=float(np.mean([roc_auc_score(f, s) for s, f in rows])),
-        average_precision=float(np.mean([average_precision_score(f, s) for s, f in rows])),
-        pointing_game=float(np.mean([f[s.argmax()] for s, f in rows])),
-    )
+    return mean_finding(find_in_images(scores, foreground))
 
 
 def foreground_patches(masks: Bool[Tensor, "b h w"], patch: tuple[int, int]) -> Bool[Tensor, "b n"]:
@@ -176,8 +196,10 @@ def evaluate_foreground(
         for name, parts in scores.items()
     }
 
+    figures = {name: None if value is None else find_in_images(value, truth) for name, value in joined.items()}
+
     def findings(rows: npt.NDArray[np.bool_]) -> dict[str, Finding | None]:
-        return {name: None if v is None else find(v[rows], truth[rows]) for name, v in joined.items()}
+        return {name: None if value is None else mean_finding(value[rows]) for name, value in figures.items()}
 
     groups = source.groups()
     names = np.array([] if groups is None else [groups[i] for i in indices])
@@ -186,6 +208,26 @@ def evaluate_foreground(
         by_group={str(name): findings(names == name) for name in dict.fromkeys(names.tolist())},
         num_images=len(truth),
     )
+
+
+@torch.no_grad()
+def predicted_loss_auroc(
+    teacher: Teacher, normalise: Normalise, source: Source, *, size: tuple[int, int], device: torch.device, bf16: bool
+) -> float:
+    """AUROC of the predicted loss alone, for a look during training: no masks are drawn, nothing is reconstructed.
+
+    Raises:
+        InputError: The source knows no masks.
+    """
+    aurocs = []
+    for batch in ordered_batches(source, size=size):
+        if batch.masks is None:
+            raise InputError("masks: the images bring no masks of their own")
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            scores = teacher.predict_loss(normalise(batch.images.to(device))).float().cpu().numpy()
+        truth = foreground_patches(batch.masks, patch_size(teacher.model.encoder)).numpy()
+        aurocs.append(find_in_images(scores, truth)[:, 0])
+    return float(np.nanmean(np.concatenate(aurocs)))
 
 
 def run(config: ForegroundConfig) -> ForegroundResult:

@@ -1,0 +1,133 @@
+"""What happens between two steps: records, checkpoints, figures, and the reasons to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hpm import distributed
+from hpm.errors import InputError
+from hpm.log import RunLog, warn
+from hpm.meter import Meter
+from hpm.schedules import ema_decay
+from hpm.watching import Watcher, labelled_validation
+
+if TYPE_CHECKING:
+    from hpm.pretrain import Run
+
+
+class Reporter:
+    """Between two steps: records, checkpoints, figures, kNN, damage, divergence.
+
+    Args:
+        run: The run.
+        log: Bar and files; None on all but the main process.
+        watcher: What is looked at with every checkpoint.
+    """
+
+    def __init__(self, run: Run, log: RunLog | None, watcher: Watcher) -> None:
+        self.run = run
+        self.log = log
+        self.watcher = watcher
+        self._last_save = time.monotonic()
+        self._since = time.monotonic()
+
+    def start(self) -> None:
+        """Look at the untrained model, once."""
+        if self.run.state.step == 0:
+            self._record(self.watcher.watch(0))
+        self._since = self._last_save = time.monotonic()
+
+    def damaged(self, news: list[Any]) -> None:
+        """Name every damaged image once."""
+        for item in news:
+            warn(f"damaged image left out: {item.name}: {item.reason}")
+
+    def after_step(self, meter: Meter) -> None:
+        """Record and save when it is time to.
+
+        Raises:
+            InputError: Diverged, too much damage, or a full disk.
+        """
+        run, step = self.run, self.run.state.step
+        if self.log:
+            self.log.advance(step)
+        last = step == run.schedule.total_steps
+        due = step % run.checkpoint_steps == 0 or last
+        if step % run.config.run.log_steps == 0 or due:
+            self.stop_check(meter)
+            self._clock()
+            self._record({**meter.read(batch_size=run.config.optimisation.batch_size), **self._progress()})
+        if due:
+            run.save()
+            self._record(self.watcher.watch(step))
+        elif distributed.is_main() and time.monotonic() - self._last_save > 60 * run.config.run.checkpoint_minutes:
+            if (bad := meter.first_bad_step_here()) is not None:
+                self._diverged(bad)
+            self._clock()
+            run.save()
+        else:
+            return
+        meter.restart()
+        self._last_save = self._since = time.monotonic()
+
+    def _clock(self) -> None:
+        """Add the time since the last call to the run's training time."""
+        now = time.monotonic()
+        self.run.state.seconds += now - self._since
+        self._since = now
+
+    def before_stop(self, meter: Meter) -> None:
+        """What a run that was told to stop needs before it is saved."""
+        self.stop_check(meter)
+        self._clock()
+
+    def stop_check(self, meter: Meter) -> None:
+        """Stop a run that has diverged or whose images are damaged, before a bad state is saved."""
+        if (bad := meter.first_bad_step()) is not None:
+            self._diverged(bad)
+        limit = self.run.config.data.max_damaged
+        if len(meter.damaged) > limit * meter.images_read:
+            raise InputError(
+                f"max_damaged: at most {limit:.1%} of the images may be damaged, and {len(meter.damaged)} of the "
+                f"{meter.images_read} read so far are; the first: {next(iter(meter.damaged.items()))}"
+            )
+
+    def _diverged(self, step: int) -> None:
+        saved = self.run.checkpoints.steps()
+        last = self.run.checkpoints.file(saved[-1]) if saved else "none yet"
+        raise InputError(
+            f"the loss or its gradient was not finite at step {step + 1}; last good checkpoint: {last}. Try a lower "
+            "--base-learning-rate, a longer --warmup-epochs, a smaller --gradient-clip or --precision float32 (as a "
+            "new run), and look for constant or broken images"
+        )
+
+    def _progress(self) -> dict[str, float]:
+        run, step = self.run, self.run.state.step
+        seconds_per_step = run.state.seconds / step
+        return {
+            "epoch": step / run.schedule.steps_per_epoch,
+            "samples_seen": step * run.config.optimisation.batch_size,
+            "learning_rate": run.learning_rate(step - 1),
+            "ema_decay": ema_decay(step - 1, run.schedule.ema),
+            "hard_share": run.hard_share(step - 1),
+            "seconds": run.state.seconds,
+            "seconds_left": seconds_per_step * (run.schedule.total_steps - step),
+        }
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        if self.log and metrics:
+            self.log.record({"step": self.run.state.step, **metrics})
+
+
+@contextmanager
+def reporting(run: Run) -> Iterator[Reporter]:
+    """A reporter whose files are closed at the end."""
+    watcher = Watcher(run, labelled_validation(run.config))
+    if not distributed.is_main():
+        yield Reporter(run, None, watcher)
+        return
+    with RunLog(run.folder.path, total_steps=run.schedule.total_steps, first_step=run.state.step) as log:
+        yield Reporter(run, log, watcher)
