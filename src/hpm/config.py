@@ -301,7 +301,9 @@ def load_config(path: Path) -> Config:
 
 def to_yaml(config: Config, about: Mapping[str, Any]) -> str:
     """The resolved config as YAML, with ``about`` (versions, git sha, command) beside it."""
-    text: str = yaml.safe_dump({**_plain(dataclasses.asdict(config)), "about": dict(about)}, sort_keys=False)
+    text: str = yaml.safe_dump(
+        {**_plain(dataclasses.asdict(config)), "about": dict(about)}, sort_keys=False, default_flow_style=None
+    )
     return text
 
 
