@@ -249,7 +249,13 @@ def validated(nested: Mapping[str, Any]) -> Config:
 
 def _check_together(config: Config) -> None:
     """Rules between fields."""
-    data, model, method = config.data, config.model, config.method
+    data, model, method, optimisation = config.data, config.model, config.method, config.optimisation
+    if optimisation.warmup_epochs is not None and optimisation.warmup_epochs >= optimisation.epochs:
+        raise InputError(
+            f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
+        )
+    if None not in (start := optimisation.ema_start, end := optimisation.ema_end) and start > end:  # type: ignore[operator]
+        raise InputError(f"ema_end: must be at least ema_start ({start:g}), got {end:g}")
     if method.mask == "hard" and method.predicted_loss == "none":
         raise InputError("mask: 'hard' chooses by predicted loss, so predicted_loss must not be 'none'")
     if len(data.image_size) not in (1, 2):

@@ -64,14 +64,17 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget the run that is in this folder, so that another can start: checkpoints, metrics, result."""
-        for step in CheckpointFolder(self.checkpoints).steps():
-            CheckpointFolder(self.checkpoints).file(step).unlink()
-        for file in (
-            self.path / "metrics.jsonl",
-            self.result_file,
-            self.report_file,
-            *self.figures.glob("*.png"),
+        stale = [self.path / "metrics.jsonl", self.result_file, self.report_file]
+        for pattern in (
+            "checkpoints/step_*.pt*",
+            "checkpoints/last",
+            "checkpoints/weights.safetensors",
+            "figures/hardness_*.png",
+            "evaluate/*.json",
+            "events/*",
         ):
+            stale += self.path.glob(pattern)
+        for file in stale:
             file.unlink(missing_ok=True)
 
     def write_config(self, config: Config, device: torch.device) -> None:

@@ -2,8 +2,9 @@
 
 Rules for RGB (3 channels): grey is repeated, palettes are looked up, CMYK is converted, transparent pixels are laid
 on black, EXIF orientation is applied, of animations the first frame is taken. For 1 channel the luminance is taken.
-``.npy`` files hold (H, W), (H, W, C) or (C, H, W) arrays of uint8 with any number of channels. 16-bit, float, Lab and
-multi-band images are refused for now: Pillow would clip or drop values without a word.
+``.npy`` files hold (H, W), (H, W, C) or (C, H, W) arrays of uint8 with any number of channels. 16-bit grey, float, Lab
+and multi-band images are refused for now: Pillow would clip or drop values without a word. Of 16-bit colour PNGs
+Pillow keeps the upper 8 bits, and so do we.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class ShardSource(Source):
                     if ending.lower() == "cls":
                         handle = archive.extractfile(member)
                         classes[key] = handle.read().decode().strip() if handle else ""
-                    elif f".{ending.lower().rpartition('.')[2]}" in EXTENSIONS:
+                    elif not stem.startswith("._") and f".{ending.lower().rpartition('.')[2]}" in EXTENSIONS:
                         offset = member.offset_data
                         if compressed:
                             handle = archive.extractfile(member)
@@ -217,7 +217,7 @@ class ShapesSource(Source):
 
     def name(self, index: int) -> str:
         """Number, class and level."""
-        return f"shapes #{index}: {self._labels[index]}, {self.groups()[index]}"
+        return f"shapes #{index}: {self._labels[index]}, {_level(index)}"
 
     @property
     def labels(self) -> Sequence[str]:
@@ -226,7 +226,12 @@ class ShapesSource(Source):
 
     def groups(self) -> Sequence[str]:
         """The difficulty levels."""
-        return [LEVELS[i // len(CLASSES) % len(LEVELS)] for i in range(self.num_images)]
+        return [_level(index) for index in range(self.num_images)]
+
+
+def _level(index: int) -> str:
+    """Difficulty level of a shape: levels take turns after every class."""
+    return LEVELS[index // len(CLASSES) % len(LEVELS)]
 
 
 def open_source(
@@ -285,12 +290,18 @@ def _found(source: Source, spec: str, field: str) -> Source:
 
 
 def _walk(folder: Path, field: str) -> Iterator[Path]:
-    """Every image file below a folder, in sorted order, hidden files left out."""
+    """Every image file below a folder, in sorted order; hidden files left out, linked folders followed once."""
+    seen: set[tuple[int, int]] = set()
 
     def fail(error: OSError) -> None:
         raise InputError(f"{field}: cannot read {error.filename}: {error.strerror}") from error
 
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        here = Path(root).stat()
+        if (here.st_dev, here.st_ino) in seen:  # a link to a folder that was walked already, or to one above it
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
@@ -335,7 +346,11 @@ def _read_table(path: Path, channels: int, field: str) -> Source:
     paths = [path.parent / row["path"] for row in rows]
     if missing := next((p for p in paths if not p.is_file()), None):
         raise InputError(f"{field}: {path} lists a file that does not exist: {missing}")
-    labels = [str(row["label"]) for row in rows] if rows and rows[0].get("label") is not None else None
+    if not rows or "label" not in rows[0]:
+        return FileSource(paths, channels=channels)
+    labels = ["" if row["label"] is None else str(row["label"]) for row in rows]
+    if "" in labels:
+        raise InputError(f"{field}: {path} has a column 'label' but no label in row {labels.index('') + 1}")
     return FileSource(paths, channels=channels, labels=labels)
 
 
