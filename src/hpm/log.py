@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,12 +134,6 @@ def _bar(*extra: TextColumn) -> Progress:
     )  # fmt: skip
 
 
-@contextmanager
-def quiet_unless_terminal() -> Iterator[bool]:
-    """Whether bars may be drawn."""
-    yield console.is_terminal
-
-
 def tracked(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
     """Show a bar with rate and time left while going through ``items``; nothing where there is no terminal."""
     if not console.is_terminal or os.environ.get("RANK", "0") != "0":
@@ -155,9 +147,3 @@ def _clock(seconds: float | int | None) -> str:
     if seconds is None:
         return "?"
     return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"
-
-
-def print_result(text: str) -> None:
-    """Figures for the user, on standard output."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
