@@ -8,11 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from hpm.checkpoint import CheckpointFolder
 from tiny import TINY, assert_same_state, final_state, in_child, pretrain_in_child
 
 KILLS = int(os.environ.get("HPM_KILLS", "20"))
-LONG = TINY | {"epochs": 40, "checkpoint_steps": 3}
+LONG = TINY | {"epochs": 30, "checkpoint_steps": 3}
 
 
 def run_whole(out: Path, values: dict) -> int:
@@ -31,10 +33,10 @@ def test_sigkill_at_random_moments_leaves_no_trace(tmp_path):
     chance = random.Random(0)
     for _ in range(KILLS):
         process = in_child(pretrain_in_child, str(killed), LONG | {"workers": 1})
-        goal, deadline = newest_step(killed) + chance.choice([0, 3, 6]), time.monotonic() + 60
+        goal, deadline = newest_step(killed) + chance.choice([0, 0, 3, 6]), time.monotonic() + 60
         while newest_step(killed) < goal and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(chance.uniform(0, 0.05))
         assert process.is_alive(), "finished before it was killed often enough: make the run longer"
         process.kill()
         process.join()
@@ -53,19 +55,27 @@ def test_sigkill_at_random_moments_leaves_no_trace(tmp_path):
     assert not list((killed / "checkpoints").glob(".*.tmp"))
 
 
-def test_a_signal_saves_and_leaves_with_code_3(tmp_path):
-    whole = tmp_path / "whole"
-    assert run_whole(whole, LONG) == 0
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        out = tmp_path / number.name
-        process = in_child(pretrain_in_child, str(out), LONG)
-        while newest_step(out) < 6 and process.is_alive():
-            time.sleep(0.002)
-        os.kill(process.pid, number)
-        process.join(60)
-        assert process.exitcode == 3
-        assert 0 < newest_step(out) < 240
-    assert run_whole(out, LONG) == 0
+def pretrain_in_a_group_of_its_own(out: str, values: dict) -> None:
+    os.setpgrp()
+    pretrain_in_child(out, values)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_even_twice_saves_and_leaves_with_code_3(tmp_path, number):
+    """Schedulers, torchrun and `timeout` signal the group, data workers too, and repeat themselves."""
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    values = LONG | {"epochs": 10, "workers": 1}
+    process = in_child(pretrain_in_a_group_of_its_own, str(out), values)
+    while newest_step(out) < 6 and process.is_alive():
+        time.sleep(0.002)
+    os.killpg(process.pid, number)
+    time.sleep(0.01)
+    os.killpg(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 3
+    assert 0 < newest_step(out) < 60
+    assert run_whole(out, values) == 0
+    assert run_whole(whole, values) == 0
     assert_same_state(final_state(whole), final_state(out))
 
 

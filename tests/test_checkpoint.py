@@ -266,7 +266,7 @@ def test_checksum_is_checked_where_there_is_one_even_if_not_required(tmp_path):
 
 def test_weights_carry_timm_arguments(tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_weights(path, {"a": torch.arange(6.0).view(2, 3).t()}, {"model_name": "vit"})
+    save_weights(path, {"a": torch.arange(6.0).view(2, 3).t()}, {"model_name": "vit"}, {"mean": [0.5]})
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"timm": '{"model_name": "vit"}'}
         assert torch.equal(file.get_tensor("a"), torch.arange(6.0).view(2, 3).t())

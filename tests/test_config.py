@@ -256,10 +256,12 @@ def test_constants_adapt_to_a_short_run_and_given_ones_stay():
     assert (schedule.steps_per_epoch, schedule.total_steps, schedule.warmup_steps) == (10, 100, 10)
     assert schedule.ema.start < 0.999
     assert schedule.ema.ramp_steps == 50
-    fixed = OptimisationConfig(epochs=10, batch_size=10, ema_start=0.9, ema_ramp_epochs=2.5, warmup_epochs=0.0)
+    fixed = OptimisationConfig(epochs=10, batch_size=10, ema_start=0.8, ema_ramp_epochs=2.5, warmup_epochs=0.0)
     given = resolve_schedule(fixed, 105)
-    assert (given.ema.start, given.ema.end, given.ema.ramp_steps) == (0.9, schedule.ema.end, 25)
+    assert (given.ema.start, given.ema.end, given.ema.ramp_steps) == (0.8, schedule.ema.end, 25)
     assert given.warmup_steps == 0
+    with pytest.raises(InputError, match="ema_start: must be at most ema_end"):
+        resolve_schedule(OptimisationConfig(epochs=10, batch_size=10, ema_start=0.99), 105)
 
 
 def test_differences_are_the_fields_that_decide_the_result():

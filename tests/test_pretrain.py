@@ -205,3 +205,36 @@ def test_metrics_of_a_killed_run_are_not_repeated(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in lines if "loss" in record]
     assert steps == sorted(set(steps))
+
+
+def test_other_images_than_the_run_began_with_are_refused(tmp_path, monkeypatch):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(16):
+        Image.new("RGB", (40, 40), (number * 9, 99, 20)).save(folder / f"{number}.png")
+    after_step = Reporter.after_step
+
+    def stopping(self, meter):
+        after_step(self, meter)
+        self.run.save()
+        raise Interrupted("test")
+
+    monkeypatch.setattr(Reporter, "after_step", stopping)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", data=str(folder))
+    monkeypatch.undo()
+    Image.new("RGB", (40, 40)).save(folder / "one_more.png")
+    with pytest.raises(InputError, match=r"16 images.*17 images"):
+        run(tmp_path / "run", data=str(folder))
+    (folder / "one_more.png").unlink()
+    assert run(tmp_path / "run", data=str(folder))["steps"] == 4
+
+
+def test_the_encoder_says_how_it_wants_its_images(tmp_path):
+    run(tmp_path / "run")
+    for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "last"):
+        wanted = hpm.load_encoder(source).pretrained_cfg
+        assert tuple(wanted["mean"]) == (0.485, 0.456, 0.406)
+        assert list(wanted["input_size"]) == [3, 32, 32]

@@ -38,6 +38,18 @@ def timm_arguments(config: Config) -> dict[str, Any]:
     }
 
 
+def input_config(config: Config) -> dict[str, Any]:
+    """How the encoder wants its images, in the terms of timm's ``pretrained_cfg``."""
+    data = config.data
+    return {
+        "input_size": [data.channels, *data.size],
+        "mean": list(data.mean or IMAGENET_MEAN),
+        "std": list(data.std or IMAGENET_STD),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+    }
+
+
 def build_target(config: Config, patch: tuple[int, int]) -> PixelTarget:
     """The reconstruction target."""
     return PixelTarget(patch, channels=config.data.channels, normalise=config.method.target == "norm_pix")

@@ -63,10 +63,10 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 class CheckpointFolder:
-    """The ``checkpoints`` folder of a run.
+    """The ``checkpoints`` folder of a run, made with the first checkpoint.
 
     Args:
-        path: The folder; made if it is not there.
+        path: The folder.
         keep_last: How many of the newest checkpoints stay.
         keep_steps: Checkpoints at multiples of this step stay for good.
     """
@@ -75,7 +75,6 @@ class CheckpointFolder:
         self.path = path
         self.keep_last = keep_last
         self.keep_steps = keep_steps
-        path.mkdir(parents=True, exist_ok=True)
 
     def clear_temporary(self) -> None:
         """Remove what a killed process left half-written."""
@@ -97,6 +96,7 @@ class CheckpointFolder:
         Raises:
             OSError: Writing failed; the checkpoints from before are untouched.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
         target = self.file(state["step"])
 
         def write(temporary: Path) -> None:
@@ -190,10 +190,19 @@ def _checksum_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def save_weights(path: Path, state: dict[str, Tensor], timm_arguments: dict[str, Any]) -> None:
-    """Write an encoder as safetensors under timm's names; ``timm.create_model(**timm_arguments)`` fits it."""
+def save_weights(
+    path: Path, state: dict[str, Tensor], timm_arguments: dict[str, Any], input_config: dict[str, Any]
+) -> None:
+    """Write an encoder as safetensors under timm's names.
+
+    Args:
+        path: The file.
+        state: The encoder's tensors.
+        timm_arguments: ``timm.create_model(**timm_arguments)`` builds the model that they fit.
+        input_config: Mean, standard deviation and size of its images, in the terms of timm's ``pretrained_cfg``.
+    """
     content = safetensors_bytes(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-        metadata={"timm": json.dumps(timm_arguments)},
+        metadata={"timm": json.dumps(timm_arguments), "input": json.dumps(input_config)},
     )
     write_atomically(path, lambda temporary: temporary.write_bytes(content))

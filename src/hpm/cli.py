@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -98,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         )
         raise SystemExit(2) from None
     except Interrupted as stopped:
-        _say(str(stopped))
+        if os.environ.get("RANK", "0") == "0":
+            _say(str(stopped))
         raise SystemExit(3) from None
     raise SystemExit(0)
 
@@ -184,7 +186,7 @@ def _report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
         f"next:  hpm evaluate knn --checkpoint {out} --train TRAIN --val VAL"
     )
     if as_json:
-        print(json.dumps(result))
+        _print_json(result)
 
 
 def _evaluate_knn(arguments: list[str]) -> None:
@@ -200,7 +202,7 @@ def _evaluate_knn(arguments: list[str]) -> None:
     _save_evaluation(config.checkpoint, "knn", asdict(result))
     print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
     if as_json:
-        print(json.dumps(asdict(result)))
+        _print_json(asdict(result))
 
 
 def _evaluate_foreground(arguments: list[str]) -> None:
@@ -213,7 +215,7 @@ def _evaluate_foreground(arguments: list[str]) -> None:
     _save_evaluation(config.checkpoint, "foreground", flat)
     print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.images!r} --out hard.png")
     if as_json:
-        print(json.dumps(flat))
+        _print_json(flat)
 
 
 def _print_foreground(result: Any) -> None:
@@ -242,7 +244,7 @@ def _visualize(arguments: list[str]) -> None:
     print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
     print(f"next:  hpm evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
     if command.json:
-        print(json.dumps({"figure": command.out, "rank_correlation": correlation}))
+        _print_json({"figure": command.out, "rank_correlation": correlation})
 
 
 def _demo(arguments: list[str]) -> None:
@@ -279,8 +281,11 @@ def _save_evaluation(checkpoint: str, name: str, figures: dict[str, Any]) -> Non
     folder = RunFolder(checkpoint)
     if not folder.config_file.is_file():
         return
-    folder.save_evaluation(name, figures)
-    write_report(folder)
+    try:
+        folder.save_evaluation(name, figures)
+        write_report(folder)
+    except OSError as error:
+        _say(f"could not keep the result in {folder.path}: {error.strerror}")
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -288,6 +293,17 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
     for line in (header, ["-" * width for width in widths], *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _print_json(figures: dict[str, Any]) -> None:
+    """One line, in which a figure that is not there is null: NaN is no JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    print(json.dumps(plain(figures), allow_nan=False))
 
 
 def _versions() -> str:
@@ -302,5 +318,5 @@ def _say(message: str) -> None:
 
 
 def _complain(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"hpm: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"hpm: {message}" if rank == "0" else f"hpm [process {rank}]: {message}", file=sys.stderr)

@@ -38,8 +38,6 @@ class DataConfig:
 
     data: str = ""
     """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N."""
-    val: str = ""
-    """Labelled images for the kNN accuracy during training; without it, labelled training images are split."""
     image_size: tuple[Positive, ...] = (224, 224)
     """Height and width of the crops, pixels (one number: square); the patch size must divide both."""
     channels: Positive = 3
@@ -52,8 +50,6 @@ class DataConfig:
     """Channel means, of values in 0..1; empty: ImageNet's for 3 channels, measured on the data otherwise."""
     std: tuple[PositiveFloat, ...] = ()
     """Channel standard deviations; empty as for mean."""
-    max_damaged: Share = 0.01
-    """Stop when more than this share of the images read cannot be decoded."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -159,6 +155,8 @@ class RunConfig:
     """Data processes per training process; none: 1 per core beyond the first, at most 8."""
     deterministic: bool = False
     """Use only deterministic kernels (slower on CUDA; a CPU is deterministic anyway)."""
+    max_damaged: Share = 0.01
+    """Stop when more than this share of the images read cannot be decoded."""
     log_steps: Positive = 20
     """Steps between two records in metrics.jsonl."""
     checkpoint_steps: Positive | None = None
@@ -169,6 +167,8 @@ class RunConfig:
     """Keep this many of the newest checkpoints."""
     keep_steps: Positive | None = None
     """Keep checkpoints of every multiple of this step for good."""
+    val: str = ""
+    """Labelled images for the kNN accuracy during training; without it, labelled training images are split."""
     knn: bool = True
     """Measure kNN accuracy at every checkpoint where labels exist."""
     knn_images: Positive = 2000
@@ -254,8 +254,6 @@ def _check_together(config: Config) -> None:
         raise InputError(
             f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
         )
-    if None not in (start := optimisation.ema_start, end := optimisation.ema_end) and start > end:  # type: ignore[operator]
-        raise InputError(f"ema_end: must be at least ema_start ({start:g}), got {end:g}")
     if method.mask == "hard" and method.predicted_loss == "none":
         raise InputError("mask: 'hard' chooses by predicted loss, so predicted_loss must not be 'none'")
     if len(data.image_size) not in (1, 2):
@@ -358,6 +356,11 @@ def resolve_schedule(config: OptimisationConfig, num_images: int) -> Schedule:
     if config.ema_ramp_epochs is not None:
         ema = ema._replace(ramp_steps=math.ceil(config.ema_ramp_epochs * steps_per_epoch))
     warmup = config.warmup_epochs
+    if ema.start > ema.end:
+        raise InputError(
+            f"ema_start: must be at most ema_end, got {ema.start:g} and {ema.end:g} (one that is not given "
+            "adapts to the length of the run: give both)"
+        )
     return Schedule(
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,

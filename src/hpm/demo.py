@@ -30,7 +30,7 @@ def run_demo(out: Path, *, epochs: int | None = None) -> tuple[dict[str, Any], f
             raise InputError(f"epochs: must be at least 1, got {epochs}")
         config = replace(config, optimisation=replace(config.optimisation, epochs=epochs))
     result = train(config, out)
-    found = foreground.run(foreground.ForegroundConfig(checkpoint=str(out), images=config.data.val))
+    found = foreground.run(foreground.ForegroundConfig(checkpoint=str(out), images=config.run.val))
     folder = RunFolder(out)
     folder.save_evaluation("foreground", foreground.as_json(found))
     write_report(folder)

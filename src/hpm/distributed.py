@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from hpm.errors import InputError
 
-_OWN_PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+_TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
@@ -29,9 +28,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_OWN_PROCESS_GROUP_TIMEOUT)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -102,10 +101,9 @@ def choose_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
         raise InputError(f"device: {name!r} is not available here; choose auto or cpu")
     if name == "cuda" or (name == "auto" and cuda):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"device: process {local_rank} of this machine has no GPU; there are {torch.cuda.device_count()}"
-            )
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if wanted > there:
+            raise InputError(f"device: {wanted} processes on this machine need {wanted} GPUs; there are {there}")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     if name == "mps" or (name == "auto" and mps):

@@ -31,8 +31,9 @@ console = Console(stderr=True, highlight=False)
 
 
 def say(message: str) -> None:
-    """One line to the user."""
-    console.print(message, markup=False, soft_wrap=True)
+    """One line to the user, from the main process."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(message, markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from hpm.build import (
     build_optimizer,
     build_student,
     choose_attention,
+    input_config,
     timm_arguments,
 )
 from hpm.checkpoint import CheckpointFolder, save_weights, write_text_atomically
@@ -39,7 +41,7 @@ from hpm.data.loading import (
     measure_statistics,
     training_batches,
 )
-from hpm.data.sources import Source, open_source
+from hpm.data.sources import Source, fingerprint, open_source
 from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics, say, warn
 from hpm.meter import Meter
@@ -96,7 +98,13 @@ def train(config: Config, out: Path, *, resume: Resume = "auto") -> dict[str, An
         if run.state.step >= run.schedule.total_steps and (finished := run.folder.result()):
             say(f"{run.folder.path} holds a finished run of {run.schedule.total_steps} steps; nothing to do")
             return finished
-        train_steps(run, stop)
+        try:
+            train_steps(run, stop)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"micro_batch_size: the device's memory is too small for {config.run.micro_batch_size or 'all'} "
+                f"images at once; give a smaller one, the result stays the same ({str(error).splitlines()[0]})"
+            ) from None
         return finish(run)
 
 
@@ -104,6 +112,8 @@ def train(config: Config, out: Path, *, resume: Resume = "auto") -> dict[str, An
 def _kernels(deterministic: bool) -> Iterator[None]:
     """Only deterministic kernels, where asked for."""
     before = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(deterministic or before)
     try:
         yield
@@ -121,9 +131,10 @@ class State:
     step: int = 0
     seconds: float = 0.0
 
-    def to_dict(self, config: Config) -> dict[str, Any]:
+    def to_dict(self, config: Config, images: str) -> dict[str, Any]:
         """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
         return {
+            "images": images,
             "step": self.step,
             "seconds": self.seconds,
             "student": self.student.state_dict(),
@@ -154,6 +165,8 @@ class Run:
     method: Method
     state: State
     checkpoints: CheckpointFolder
+    images: str
+    """Fingerprint of the training images."""
 
     def num_hard(self, step: int) -> int:
         """``int(M * a_t)``."""
@@ -192,8 +205,13 @@ class Run:
     def save(self) -> None:
         """Save the state and the encoder; the main process alone does."""
         if distributed.is_main():
-            self.checkpoints.save(self.state.to_dict(self.config))
-            save_weights(self.folder.weights_file, self.state.student.encoder.state_dict(), timm_arguments(self.config))
+            self.checkpoints.save(self.state.to_dict(self.config, self.images))
+            save_weights(
+                self.folder.weights_file,
+                self.state.student.encoder.state_dict(),
+                timm_arguments(self.config),
+                input_config(self.config),
+            )
 
 
 def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) -> Run:
@@ -212,6 +230,7 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
         mean, std = measure_statistics(source)
         config = replace(config, data=replace(config.data, mean=mean, std=std))
     folder.check_usable(config, resume)
+    distributed.barrier()  # before any process makes anything there
     labelled_validation(config)
     _check_disk(folder.path, student, config.run.keep_last)
 
@@ -224,13 +243,19 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
             folder.clear()
         checkpoints.clear_temporary()
     distributed.barrier()
+    images = fingerprint(source)
     if saved := checkpoints.load_latest():
+        if saved["images"] != images:
+            raise InputError(
+                f"data: {config.data.data!r} no longer holds the images this run began with ({saved['images']}, now "
+                f"{images}); order and schedules would change. Bring them back, or start over with --resume restart"
+            )
         state.load(saved)
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
     elif distributed.is_main():
         folder.write_config(config, device)
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))
-    return Run(config, folder, device, bf16, source, schedule, position, method, state, checkpoints)
+    return Run(config, folder, device, bf16, source, schedule, position, method, state, checkpoints, images)
 
 
 def _position(config: Config) -> Position:
@@ -256,6 +281,7 @@ def _check_disk(path: Path, student: Student, keep_last: int) -> None:
         InputError: Too little space.
     """
     needed = 4 * 4 * sum(p.numel() for p in student.parameters()) * (keep_last + 1)
+    needed -= sum(file.stat().st_size for file in path.glob("checkpoints/step_*.pt"))
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -274,14 +300,13 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     """
     config, state, schedule, device = run.config, run.state, run.schedule, run.device
     _announce(run)
-    batches = _batches(run)
     model = _parallel(state.student, device)
     normalise = build_normalise(config).to(device)
     parameters = [p for p in state.student.parameters() if p.requires_grad]
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)
     num_patches = state.student.positions.shape[1]
-    with reporting(run) as report:
+    with reporting(run) as report, closing(_batches(run)) as batches:  # closing: workers leave before the process does
         report.start()
         meter.restart()
         for step in range(state.step, schedule.total_steps):
@@ -313,6 +338,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             if distributed.any_process(stop.name is not None):
                 report.before_stop(meter)
                 run.save()
+                distributed.barrier()  # torchrun ends all processes with the first: not before the save is done
                 raise Interrupted(
                     f"stopped by {stop.name or 'a signal to another process'} and saved at step {state.step} of "
                     f"{schedule.total_steps}; the same command goes on from there"
@@ -349,7 +375,7 @@ def _announce(run: Run) -> None:
         )
 
 
-def _batches(run: Run) -> Iterator[Batch]:
+def _batches(run: Run) -> Generator[Batch, None, None]:
     """Training batches from the run's step on."""
     config = run.config
     images = TrainingImages(
@@ -368,7 +394,9 @@ def _parallel(student: Student, device: torch.device) -> Callable[..., StudentOu
     """The student, wrapped for several processes where there are several."""
     if distributed.world_size() == 1:
         return student
-    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+    return DistributedDataParallel(
+        student, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+    )
 
 
 def _sync(model: Callable[..., StudentOutput], *, last: bool) -> Any:
@@ -380,7 +408,7 @@ def finish(run: Run) -> dict[str, Any]:
     """Write ``result.json`` and the report of a run whose last step is done."""
     records = read_metrics(run.folder.path)
     training = [record for record in records if "reconstruction_loss" in record]
-    knn = [record["knn_top1"] for record in records if "knn_top1" in record]
+    knn = {record["step"]: record["knn_top1"] for record in records if "knn_top1" in record}
     result: dict[str, Any] = {
         "run": str(run.folder.path),
         "steps": run.state.step,
@@ -392,7 +420,7 @@ def finish(run: Run) -> dict[str, Any]:
         "predictor_rank_correlation": training[-1]["predictor_rank_correlation"] if training else None,
     }
     if knn:
-        result |= {"knn_top1": knn[-1], "knn_top1_untrained": knn[0]}
+        result |= {"knn_top1": knn[max(knn)], "knn_top1_untrained": knn.get(0)}
     if distributed.is_main():
         write_text_atomically(run.folder.result_file, json.dumps(result, indent=2) + "\n")
         if run.config.run.figures:

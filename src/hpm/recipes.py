@@ -73,7 +73,7 @@ def hpm_64px() -> Config:
 def shapes_demo() -> Config:
     """What ``hpm demo`` runs: a 4-block ViT 128 wide on the embedded shapes, about three minutes on two CPU cores."""
     return Config(
-        data=DataConfig(data="shapes:4000", val="shapes:480@1", image_size=(64, 64), crop_scale=(1.0, 1.0)),
+        data=DataConfig(data="shapes:4000", image_size=(64, 64), crop_scale=(1.0, 1.0)),
         model=ModelConfig(
             encoder="vit_tiny_patch16_224",
             patch_size=8,
@@ -86,7 +86,7 @@ def shapes_demo() -> Config:
             predictor_depth=2,
         ),
         method=MethodConfig(predictor_view="both"),
-        run=RunConfig(knn=False, num_figure_images=7),
+        run=RunConfig(val="shapes:480@1", knn=False, num_figure_images=7),
         optimisation=OptimisationConfig(epochs=8, batch_size=128, base_learning_rate=2e-3),
     )
 

@@ -8,11 +8,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from jinja2 import Environment
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from hpm.checkpoint import write_text_atomically
@@ -81,14 +77,17 @@ def _tiles(
             tiles.append((f"{found['auroc']:.3f}", "foreground AUROC", f"of the predicted loss; "
                           f"patch variance {plain['auroc']:.3f}, chance 0.5"))  # fmt: skip
     if "knn_top1" in result:
-        tiles.append((f"{result['knn_top1']:.1f} %", "kNN top-1", f"untrained {result['knn_top1_untrained']:.1f} %"))
+        against = result["knn_top1_untrained"]
+        note = "" if against is None else f"untrained {against:.1f} %"
+        tiles.append((f"{result['knn_top1']:.1f} %", "kNN top-1", note))
     if result:
         tiles.append((f"{result['images_per_second']:.0f}", "images/s", f"{result['seconds'] / 60:.1f} minutes"))
     return tiles
 
 
 def _plot(records: list[dict[str, Any]], title: str, lines: dict[str, str], unit: str) -> Figure:
-    figure, axis = plt.subplots(figsize=(4.6, 2.6), layout="constrained")
+    figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+    axis = figure.subplots()
     for key, label in lines.items():
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
@@ -113,7 +112,6 @@ def _plot(records: list[dict[str, Any]], title: str, lines: dict[str, str], unit
 def _image(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
     return _data_uri(buffer.getvalue())
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpm import distributed
 from hpm.errors import InputError
-from hpm.log import RunLog, warn
+from hpm.log import RunLog, read_metrics, warn
 from hpm.meter import Meter
 from hpm.schedules import ema_decay
 from hpm.watching import Watcher, labelled_validation
@@ -35,9 +35,14 @@ class Reporter:
         self._since = time.monotonic()
 
     def start(self) -> None:
-        """Look at the untrained model, once."""
-        if self.run.state.step == 0:
-            self._record(self.watcher.watch(0))
+        """Look at the model where that was not done yet."""
+        step = self.run.state.step
+        watched = any(
+            record["step"] == step and "reconstruction_loss" not in record
+            for record in read_metrics(self.run.folder.path)
+        )
+        if self._is_due(step) and not watched:  # the untrained model, or a run that was killed while it was looked at
+            self._record(self.watcher.watch(step))
         self._since = self._last_save = time.monotonic()
 
     def damaged(self, news: list[Any]) -> None:
@@ -54,8 +59,7 @@ class Reporter:
         run, step = self.run, self.run.state.step
         if self.log:
             self.log.advance(step)
-        last = step == run.schedule.total_steps
-        due = step % run.checkpoint_steps == 0 or last
+        due = self._is_due(step)
         if step % run.config.run.log_steps == 0 or due:
             self.stop_check(meter)
             self._clock()
@@ -73,6 +77,11 @@ class Reporter:
         meter.restart()
         self._last_save = self._since = time.monotonic()
 
+    def _is_due(self, step: int) -> bool:
+        """Is a checkpoint with figures due after this step?"""
+        run, keep = self.run, self.run.config.run.keep_steps
+        return step % run.checkpoint_steps == 0 or step == run.schedule.total_steps or bool(keep and step % keep == 0)
+
     def _clock(self) -> None:
         """Add the time since the last call to the run's training time."""
         now = time.monotonic()
@@ -88,11 +97,15 @@ class Reporter:
         """Stop a run that has diverged or whose images are damaged, before a bad state is saved."""
         if (bad := meter.first_bad_step()) is not None:
             self._diverged(bad)
-        limit = self.run.config.data.max_damaged
-        if len(meter.damaged) > limit * meter.images_read:
+        limit = self.run.config.run.max_damaged
+        everywhere = distributed.gather_objects((meter.damaged, meter.images_read))
+        damaged = {name: reason for found, _ in everywhere for name, reason in found.items()}
+        read = sum(count for _, count in everywhere)
+        if len(damaged) > limit * read:
+            name, reason = next(iter(damaged.items()))
             raise InputError(
-                f"max_damaged: at most {limit:.1%} of the images may be damaged, and {len(meter.damaged)} of the "
-                f"{meter.images_read} read so far are; the first: {next(iter(meter.damaged.items()))}"
+                f"max_damaged: at most {limit:.1%} of the images may be damaged, and {len(damaged)} of the {read} read "
+                f"so far are; the first: {name}: {reason}"
             )
 
     def _diverged(self, step: int) -> None:
@@ -100,8 +113,8 @@ class Reporter:
         last = self.run.checkpoints.file(saved[-1]) if saved else "none yet"
         raise InputError(
             f"the loss or its gradient was not finite at step {step + 1}; last good checkpoint: {last}. Try a lower "
-            "--base-learning-rate, a longer --warmup-epochs, a smaller --gradient-clip or --precision float32 (as a "
-            "new run), and look for constant or broken images"
+            "--base-learning-rate, a longer --warmup-epochs, a smaller --gradient-clip or --precision float32 "
+            "in a new run, and look for constant or broken images"
         )
 
     def _progress(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 
-from hpm.build import build_normalise, build_student
+from hpm.build import build_normalise, build_student, input_config
 from hpm.checkpoint import CheckpointFolder, load_verified, write_text_atomically
 from hpm.config import Config, differences, load_config, to_yaml, validated
 from hpm.errors import InputError
@@ -168,6 +168,8 @@ class LoadedRun:
 def load_teacher(checkpoint: str | Path) -> Teacher:
     """The EMA teacher of a run, in evaluation mode; ``teacher.predict_loss(images)`` says what is hard.
 
+    The images must be normalised as in the run (``data.mean`` and ``data.std`` of its config; ImageNet's by default).
+
     Args:
         checkpoint: A run folder, or one of its ``.pt`` files.
 
@@ -180,6 +182,9 @@ def load_teacher(checkpoint: str | Path) -> Teacher:
 def load_encoder(checkpoint: str | Path) -> VisionTransformer:
     """The pre-trained backbone as a plain timm model in evaluation mode.
 
+    How it wants its images (mean, standard deviation, size) stands in its ``pretrained_cfg``, where timm looks for it:
+    ``timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))``.
+
     Args:
         checkpoint: A run folder, its ``weights.safetensors``, or one of its ``.pt`` files.
 
@@ -189,13 +194,16 @@ def load_encoder(checkpoint: str | Path) -> VisionTransformer:
     path = Path(checkpoint).expanduser()
     weights = RunFolder(path).weights_file if path.is_dir() else path
     if weights.suffix != ".safetensors" or not weights.is_file():
-        return LoadedRun(path).student.encoder
+        run = LoadedRun(path)
+        run.student.encoder.pretrained_cfg.update(input_config(run.config))
+        return run.student.encoder
     try:
         with safe_open(weights, framework="pt") as file:
-            arguments = json.loads((file.metadata() or {})["timm"])
+            arguments, wanted = (json.loads((file.metadata() or {})[key]) for key in ("timm", "input"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"checkpoint: {str(weights)!r} holds no encoder of hpm: {error}") from error
     model: VisionTransformer = timm.create_model(**arguments)
     model.load_state_dict(state)
+    model.pretrained_cfg.update(wanted)
     return model.eval()

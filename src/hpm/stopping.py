@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignal:
     """While entered, SIGTERM, SIGINT and SIGUSR1 only leave a note; the run looks at it between two steps.
 
-    A second signal is not caught any more: it ends the process at once.
+    Schedulers repeat their signals, so a repeated one changes nothing; only a second Ctrl-C, at least a second after
+    the first, ends the process at once.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         """Name of the signal that arrived, or None."""
         self._before: dict[signal.Signals, Any] = {}
+        self._since = 0.0
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -31,6 +35,23 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        for other, handler in self._before.items():
-            signal.signal(other, handler)
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since >= 1:
+            raise KeyboardInterrupt
+
+
+def ignore_in_worker(_: int) -> None:
+    """For data workers: signals often go to the whole process group, and the run needs its workers to stop well.
+
+    A worker told to terminate goes a minute later at the latest, should nobody end it before.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave_soon)
+
+
+def _leave_soon(*_: object) -> None:
+    last_resort = threading.Timer(60, os._exit, args=(0,))
+    last_resort.daemon = True
+    last_resort.start()

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -158,13 +154,8 @@ def draw_hardness(
     }
     columns = {name: content for name, content in pictures.items() if content is not None}
     height = 1.5 * images.shape[2] / images.shape[3]
-    figure, axes = plt.subplots(
-        len(images),
-        len(columns),
-        figsize=(1.5 * len(columns), height * len(images) + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(1.5 * len(columns), height * len(images) + 0.6), layout="constrained")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
     for row in range(len(images)):
         for column, (name, content) in enumerate(columns.items()):
             axis = axes[row, column]
@@ -190,7 +181,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    plt.close(figure)
 
 
 def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8) -> float:

@@ -28,11 +28,11 @@ NEIGHBOURS = 20
 
 def labelled_validation(config: Config) -> Source | None:
     """The labelled validation images, if the config names some."""
-    if not config.data.val:
+    if not config.run.val:
         return None
-    source = open_source(config.data.val, channels=config.data.channels, image_size=config.data.size, field="val")
+    source = open_source(config.run.val, channels=config.data.channels, image_size=config.data.size, field="val")
     if source.labels is None:
-        raise InputError(f"val: {config.data.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
+        raise InputError(f"val: {config.run.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
     return source
 
 
@@ -49,6 +49,10 @@ class Watcher:
         self.val = val
         self.normalise = build_normalise(run.config).to(run.device)
         self.split = self._labelled_split() if run.config.run.knn else None
+        if val is not None and run.config.run.knn and self.split is None:
+            warn(
+                "no kNN accuracy during training: it needs labels on the training images too, and more than 20 of them"
+            )
         shown = val or run.source
         self.images = spread_images(shown, run.config.run.num_figure_images, run.config.data.size)
 

@@ -7,7 +7,7 @@ alone, so that a loader can start at any step.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from hpm.data.decode import DecodeError
 from hpm.data.sources import Sample, Source
 from hpm.errors import InputError
 from hpm.seeding import Stream, derive_seed
+from hpm.stopping import ignore_in_worker
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -208,13 +209,25 @@ def _stack(items: list[tuple[Tensor, list[Damage]]]) -> Batch:
 
 def training_batches(
     images: TrainingImages, order: TrainingOrder, *, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """Micro-batches in the given order; the workers live through the whole run."""
+) -> Generator[Batch, None, None]:
+    """Micro-batches in the given order; the workers live through the whole run.
+
+    Raises:
+        InputError: Too many images in a row cannot be read.
+    """
     loader = DataLoader(
-        images, batch_sampler=order, collate_fn=_stack, num_workers=workers, pin_memory=pin_memory,
+        images,
+        batch_sampler=order,
+        collate_fn=_stack,
+        num_workers=workers,
+        pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-    )  # fmt: skip
-    return iter(loader)
+        worker_init_fn=ignore_in_worker,
+    )
+    try:
+        yield from loader
+    except InputError as error:  # a worker's comes with its traceback in front
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
 
 class OrderedBatch(NamedTuple):

@@ -8,6 +8,7 @@ read in place and is unpacked into memory.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import re
@@ -364,6 +365,14 @@ def _read_parquet(path: Path, field: str) -> list[dict[str, str]]:
     except ValueError as error:  # pyarrow's own errors derive from it
         raise InputError(f"{field}: cannot read {path}: {error}") from error
     return rows
+
+
+def fingerprint(source: Source) -> str:
+    """Number of images and a checksum of their names: another set, or another order, has another one."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.name(index).encode() + b"\0")
+    return f"{len(source)} images, {digest.hexdigest()[:12]}"
 
 
 def class_indices(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:

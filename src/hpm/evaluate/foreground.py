@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from hpm.build import build_method, choose_attention
-from hpm.data.decode import DecodeError, decode
+from hpm.data.decode import EXTENSIONS, DecodeError, decode
 from hpm.data.loading import Cover, Normalise, ordered_batches
 from hpm.data.sources import Source, open_source
 from hpm.distributed import choose_device, has_bf16
@@ -47,8 +47,8 @@ class ForegroundConfig:
     """Images; shapes:N brings its own masks."""
     masks: str = ""
     """Folder of masks, one per image with the same name up to the ending; bright = foreground."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run."""
 
 
 class Finding(NamedTuple):
@@ -236,7 +236,7 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     Raises:
         InputError: No masks, masks that do not fit the images, or a bad checkpoint.
     """
-    device = choose_device(config.device)  # type: ignore[arg-type]
+    device = choose_device(config.device)
     loaded = LoadedRun(config.checkpoint, device=device)
     data = loaded.config.data
     source = open_source(config.images, channels=data.channels, image_size=data.size, field="images")
@@ -257,10 +257,14 @@ def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> list[Boo
     """
     if not folder.is_dir():
         raise InputError(f"masks: must be a folder, got {str(folder)!r}")
-    by_stem = {file.stem: file for file in sorted(folder.iterdir())}
+    by_stem = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in EXTENSIONS}
+    stems = [Path(source.name(index).rpartition(":")[2]).stem for index in range(len(source))]
+    if len(set(stems)) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise InputError(f"masks: are matched by name, and several images are named {twice!r}; rename them")
     cover, masks = Cover(size), []
     for index in range(len(source)):
-        stem = Path(source.name(index).rpartition(":")[2]).stem
+        stem = stems[index]
         if stem not in by_stem:
             raise InputError(f"masks: {str(folder)!r} has no mask for the image {source.name(index)}")
         try:

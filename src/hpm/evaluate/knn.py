@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification of frozen features, the published protocol (temperature 0.07) done right.
+"""k-nearest-neighbour classification of frozen features: the published weights and temperature (0.07), done right.
 
 Features come from ordered, unaugmented images, so that every feature meets its own label; neighbours are exact; the
 same protocol on the untrained encoder stands beside every result.
@@ -7,6 +7,7 @@ same protocol on the untrained encoder stands beside every result.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +36,13 @@ class KnnConfig:
     val: str
     """Labelled images to classify."""
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours; the first two of the published four are the usual ones to quote."""
+    """Numbers of neighbours; top1 is quoted for the first."""
     temperature: float = 0.07
     """Weight of a neighbour: exp(cosine similarity / temperature)."""
     pooling: Pooling = "mean"
     """Feature of an image: class token, mean of the patch tokens, or both."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run."""
     workers: int = 0
     """Data processes."""
 
@@ -54,7 +55,7 @@ class KnnResult:
     top5: float
     untrained_top1: float
     k: int
-    """The neighbours behind top1: the k of the config with the best top1 is *not* searched, the first is taken."""
+    """The neighbours behind top1: the first k of the config, not the best."""
     top1_by_k: dict[int, float]
     num_train: int
     num_val: int
@@ -156,7 +157,7 @@ def run(config: KnnConfig) -> KnnResult:
     Raises:
         InputError: No labels, classes that do not fit, too few images for k, or a bad checkpoint.
     """
-    device = choose_device(config.device)  # type: ignore[arg-type]
+    device = choose_device(config.device)
     loaded = LoadedRun(config.checkpoint, device=device)
     data = loaded.config.data
     sources = []
@@ -170,6 +171,8 @@ def run(config: KnnConfig) -> KnnResult:
     class_indices(val.labels or [], classes)  # before any work: are all validation classes known?
     if not config.k or not all(1 <= k <= len(train) for k in config.k):
         raise InputError(f"k: must be between 1 and the number of training images ({len(train)}), got {config.k}")
+    if config.temperature <= 0:
+        raise InputError(f"temperature: must be above 0, got {config.temperature}")
     if config.pooling != "mean" and not loaded.student.encoder.has_class_token:
         raise InputError(f"pooling: {config.pooling!r} needs a class token, and this encoder has none; use mean")
     split = LabelledSplit(train, val, list(range(len(train))), list(range(len(val))), classes)
