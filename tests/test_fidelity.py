@@ -74,7 +74,7 @@ def case(request):
     return Case(request.param)
 
 
-def close(actual, expected, tolerance):
+def assert_close(actual, expected, tolerance):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -82,13 +82,13 @@ def test_forward_equals_the_published_model(case):
     hidden = case.masks[0]
     visible_index, hidden_index = split_patches(hidden, case.method.num_hidden)
     output = case.student(case.images, hidden, num_hidden=case.method.num_hidden)
-    close(encode(case.student.encoder, case.images, visible_index), case.tensors["student_features"], 1e-5)
-    close(output.prediction, case.tensors["student_prediction_masked"], 1e-5)
-    close(output.scores, case.tensors["student_loss_prediction_masked"], 1e-5)
+    assert_close(encode(case.student.encoder, case.images, visible_index), case.tensors["student_features"], 1e-5)
+    assert_close(output.prediction, case.tensors["student_prediction_masked"], 1e-5)
+    assert_close(output.scores, case.tensors["student_loss_prediction_masked"], 1e-5)
     target = take(case.method.target(case.images), hidden_index)
-    close(case.method.target.patch_loss(output.prediction, target), case.tensors["patch_loss_masked"], 1e-5)
-    close(encode(case.teacher.model.encoder, case.images), case.tensors["teacher_features"], 1e-5)
-    close(case.teacher.predict_loss(case.images), case.tensors["teacher_loss_prediction"], 1e-5)
+    assert_close(case.method.target.patch_loss(output.prediction, target), case.tensors["patch_loss_masked"], 1e-5)
+    assert_close(encode(case.teacher.model.encoder, case.images), case.tensors["teacher_features"], 1e-5)
+    assert_close(case.teacher.predict_loss(case.images), case.tensors["teacher_loss_prediction"], 1e-5)
 
 
 def test_trajectory_equals_the_published_training(case):
@@ -142,5 +142,5 @@ def test_position_tables_equal_the_published_ones(case):
     grid = (size[0] // patch, size[1] // patch)
     for name in ("init.pos_embed", "init.decoder_pos_embed"):
         expected = case.tensors[name][0]
-        close(sincos_positions(grid, expected.shape[1]), expected[1:], 1e-5)
+        assert_close(sincos_positions(grid, expected.shape[1]), expected[1:], 1e-5)
         assert not expected[0].any()

@@ -37,7 +37,7 @@ def hpm_imagenet_200() -> Config:
     """The published ViT-B/16 run: ImageNet-1K, 200 epochs, batch 2,048; published fine-tune top-1 83.0.
 
     Command: ``torchrun --nproc-per-node 8 -m hpm pretrain --recipe hpm-imagenet-200 --data imagenet/train --out RUN``.
-    Needs about 64 GiB of GPU memory per 512 images; give --micro-batch-size where there is less.
+    Not run by us. Give --micro-batch-size where memory is short: the result stays the same.
     """
     return Config(
         method=MethodConfig(hard_share_unit="epoch"),
