@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.evaluate.foreground import class_attention, edge_density, find, foreground_patches, patch_variance
-from hpm.vit import create_encoder
+from hpm.evaluate.foreground import edge_density, find, foreground_patches, patch_variance
+from hpm.vit import class_attention, create_encoder
 
 torch.set_num_threads(1)
 FOREGROUND = np.array([[True, True, False, False], [False, False, True, True]])

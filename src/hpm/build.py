@@ -12,7 +12,7 @@ from torch import nn
 from hpm.config import Config, OptimisationConfig
 from hpm.data.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from hpm.errors import InputError
-from hpm.masking import POLICIES, num_hidden_patches
+from hpm.masking import MASKS, num_hidden_patches
 from hpm.method import PREDICTED_LOSSES, Method, Student
 from hpm.seeding import Stream, derive_seed
 from hpm.targets import PixelTarget
@@ -81,6 +81,7 @@ def build_student(config: Config) -> Student:
             decoder_heads=model.decoder_heads,
             predictor_depth=0 if config.method.predicted_loss == "none" else model.predictor_depth,
             predictor_view=config.method.predictor_view,
+            predictor_detached=config.method.predictor_detached,
         )
 
 
@@ -101,7 +102,8 @@ def build_method(config: Config, student: Student) -> Method:
         raise InputError("predicted_loss: 'absolute' standardises within an image and needs at least 2 hidden patches")
     return Method(
         target=build_target(config, patch_size(student.encoder)),
-        mask_policy=POLICIES[config.method.mask],
+        mask_policy=MASKS[config.method.mask].policy((rows, columns)),
+        guide=MASKS[config.method.mask].guide,
         num_hidden=num_hidden,
         predicted_loss=PREDICTED_LOSSES[config.method.predicted_loss],
         prediction_weight=config.method.prediction_weight,

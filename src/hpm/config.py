@@ -65,6 +65,9 @@ class ModelConfig:
 
     encoder: str = "vit_base_patch16_224"
     """Any timm VisionTransformer."""
+    init_from: str = ""
+    """Weights to continue from: a run folder, a published HPM or MAE file, a Hugging Face MAE folder, or timm:NAME;
+    none: a random start. Other image sizes and channels are adapted."""
     patch_size: Positive | None = None
     """Side of a patch, pixels; none: the encoder's own."""
     encoder_width: Positive | None = None
@@ -89,14 +92,28 @@ class MethodConfig:
 
     __pydantic_config__ = _STRICT
 
-    target: Literal["pixels", "norm_pix"] = "pixels"
-    """Reconstruction target; norm_pix: pixels normalised within each patch."""
-    mask: Literal["hard", "random"] = "hard"
-    """Mask policy: by predicted loss (HPM) or uniformly random (MAE)."""
+    target: Literal["pixels", "norm_pix", "hog", "ema_features", "timm_features", "tokens"] = "pixels"
+    """What is reconstructed: pixels; norm_pix: pixels normalised within each patch (MAE's best); hog: histograms of
+    oriented gradients (MaskFeat); ema_features: the teacher's own features; timm_features: those of a frozen timm model
+    (target_model); tokens: discrete tokens (BEiT), by default of a k-means codebook fitted on the images."""
+    target_model: str = ""
+    """timm model behind target timm_features, e.g. vit_base_patch16_224.dino, or local-dir:PATH for saved weights."""
+    tokenizer: str = ""
+    """Behind target tokens, module:function that returns a torch module images (B C H W) -> integers (B, N) with an
+    attribute vocabulary; none: the embedded k-means codebook."""
+    num_tokens: Annotated[int, Field(ge=2)] = 1024
+    """Entries of the embedded k-means codebook."""
+    mask: Literal[
+        "hard", "easy", "proportional", "attention", "random", "block", "inverse_block", "uniform_grid",
+        "green_noise", "red_noise", "blue_noise", "purple_noise",
+    ] = "hard"  # fmt: skip
+    """Mask policy. By predicted loss: hard (HPM), easy (argmin), proportional (sampled). By the teacher's attention:
+    attention (AttMask). Fixed: random (MAE), block (BEiT), inverse_block (data2vec 2.0), uniform_grid (UM-MAE),
+    green_noise and the other colours (ColorMAE)."""
     mask_ratio: OpenShare = 0.75
     """Share of the patches that is hidden."""
     hard_share_start: Share = 0.0
-    """a_0, share of the hidden patches chosen by predicted loss at the start."""
+    """a_0, share of the hidden patches chosen by predicted loss (or attention) at the start; the rest is random."""
     hard_share_end: Share = 0.5
     """a_T, the same at the end."""
     hard_share_unit: Literal["step", "epoch"] = "step"
@@ -105,8 +122,13 @@ class MethodConfig:
     """Loss predictor: ranks pairs of patches, regresses the loss, or none (MAE)."""
     predictor_view: Literal["masked", "full", "both"] = "masked"
     """Where the loss predictor learns: masked view (published), full view (where it is asked), or both."""
+    predictor_detached: bool = False
+    """Cut the gradient of the predictor's loss before the encoder and the shared decoder input (published: do not)."""
     prediction_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the predictor's loss in the total."""
+    mining_threshold: OpenShare | None = None
+    """Masks stay random while the running rank correlation of predicted and true loss is below this; none: never wait
+    (published)."""
 
 
 @dataclass(frozen=True)
@@ -249,13 +271,30 @@ def validated(nested: Mapping[str, Any]) -> Config:
 
 def _check_together(config: Config) -> None:
     """Rules between fields."""
+    from hpm.masking import MASKS  # not above: torch, and --help would take seconds
+
     data, model, method, optimisation = config.data, config.model, config.method, config.optimisation
     if optimisation.warmup_epochs is not None and optimisation.warmup_epochs >= optimisation.epochs:
         raise InputError(
             f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
         )
-    if method.mask == "hard" and method.predicted_loss == "none":
-        raise InputError("mask: 'hard' chooses by predicted loss, so predicted_loss must not be 'none'")
+    if MASKS[method.mask].guide == "predicted_loss" and method.predicted_loss == "none":
+        raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
+    if method.mining_threshold is not None and method.predicted_loss == "none":
+        raise InputError("mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'")
+    if method.mining_threshold is not None and MASKS[method.mask].guide is None:
+        raise InputError(f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided")
+    if method.predictor_detached and (method.predicted_loss == "none" or method.predictor_view == "full"):
+        raise InputError(
+            "predictor_detached: with predicted_loss 'none' or predictor_view 'full' there is no gradient to cut"
+        )
+    if bool(method.target_model) != (method.target == "timm_features"):
+        raise InputError(
+            f"target_model: goes with target 'timm_features', and it with it; got {method.target_model!r} and "
+            f"target {method.target!r}"
+        )
+    if method.tokenizer and method.target != "tokens":
+        raise InputError(f"tokenizer: goes with target 'tokens', got target {method.target!r}")
     if len(data.image_size) not in (1, 2):
         raise InputError(f"image_size: must be one number or height and width, got {data.image_size}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1]:

@@ -5,13 +5,16 @@ patches are to be the hardest ones, without a loop over images and without a hos
 
     policy(scores (B, N), noise (B, N), num_hidden=M, num_hard=int(M * a_t)) -> hidden (B, N) bool, exactly M True
 
+What the scores are is the policy's ``guide``: the predicted loss (HPM), the teacher's attention (AttMask), or nothing.
+
 The noise comes from outside, one row per image of the *global* batch, so that a mask does not depend on how the
 batch is split over processes or micro-batches.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -92,4 +95,21 @@ def split_patches(hidden: Bool[Tensor, "b n"], num_hidden: int) -> tuple[Int[Ten
     return visible, masked
 
 
-POLICIES: dict[str, MaskPolicy] = {"random": hide_random, "hard": hide_hard}
+Guide = Literal["predicted_loss", "attention"]
+"""What the scores of a policy are."""
+
+
+class Mask(NamedTuple):
+    """A kind of mask."""
+
+    policy: Callable[[tuple[int, int]], MaskPolicy]
+    """Builds the policy for a grid of (rows, columns) patches."""
+    guide: Guide | None
+    """What guides it; None: nothing, and then the hard share has no meaning."""
+
+
+MASKS: dict[str, Mask] = {
+    "hard": Mask(lambda grid: hide_hard, "predicted_loss"),
+    "random": Mask(lambda grid: hide_random, None),
+}
+"""Every kind of mask by its name in the config."""

@@ -31,9 +31,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hpm.masking import MaskPolicy, split_patches
+from hpm.masking import Guide, MaskPolicy, split_patches
 from hpm.targets import Target
-from hpm.vit import Decoder, encode, grid_size, initialise, sincos_positions, take
+from hpm.vit import Decoder, class_attention, encode, grid_size, initialise, sincos_positions, take
 
 PredictorView = Literal["masked", "full", "both"]
 """On which view the loss predictor learns.
@@ -75,7 +75,7 @@ class Losses(NamedTuple):
 class Student(nn.Module):
     """Encoder on the visible patches, and two parallel decoders on the same sequence.
 
-    Neither decoder is detached: L_pred trains the encoder too, as published.
+    As published neither decoder is detached: L_pred trains the encoder too.
 
     Args:
         encoder: A stock timm ViT.
@@ -85,6 +85,7 @@ class Student(nn.Module):
         decoder_heads: Attention heads of both decoders.
         predictor_depth: Blocks of the loss predictor; 0 builds none (plain MAE).
         predictor_view: Where the loss predictor learns.
+        predictor_detached: Let the loss predictor learn from the decoder input without shaping it.
     """
 
     def __init__(
@@ -97,10 +98,12 @@ class Student(nn.Module):
         decoder_heads: int = 16,
         predictor_depth: int = 8,
         predictor_view: PredictorView = "masked",
+        predictor_detached: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.predictor_view = predictor_view
+        self.predictor_detached = predictor_detached
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.positions = nn.Buffer(sincos_positions(grid_size(encoder), decoder_dim).unsqueeze(0))
@@ -140,7 +143,8 @@ class Student(nn.Module):
         tokens = self.decoder_sequence(encode(self.encoder, images, visible_index), visible_index, hidden_index)
         scores = full_scores = None
         if self.predictor is not None and self.predictor_view != "full":
-            scores = self.predictor(tokens, last=num_hidden).float().mean(dim=-1)
+            seen = tokens.detach() if self.predictor_detached else tokens
+            scores = self.predictor(seen, last=num_hidden).float().mean(dim=-1)
         if self.predictor is not None and self.predictor_view != "masked" and full_features is not None:
             full_scores = self.score(full_features).gather(1, hidden_index)
         return StudentOutput(self.reconstructor(tokens, last=num_hidden), scores, full_scores)
@@ -199,6 +203,11 @@ class Teacher(nn.Module):
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """Predicted loss of every patch of the full image, higher = harder, without gradient."""
         return self.score(self.encode(images))
+
+    @torch.no_grad()
+    def attention(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+        """Attention of the class token to every patch of the full image, in the last block."""
+        return class_attention(self.model.encoder, images)
 
     @torch.no_grad()
     def update(self, student: Student, decay: float) -> None:
@@ -260,6 +269,7 @@ class Method:
         num_hidden: M.
         predicted_loss: How the loss is predicted; None without a loss predictor.
         prediction_weight: Weight of L_pred in the total; published: 1.
+        guide: What the mask policy is told of each patch.
     """
 
     target: Target
@@ -267,6 +277,12 @@ class Method:
     num_hidden: int
     predicted_loss: PredictedLoss | None
     prediction_weight: float = 1.0
+    guide: Guide | None = "predicted_loss"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Does anything ask the teacher? Plain MAE does not, so it pays for none."""
+        return self.predicted_loss is not None or self.guide is not None or self.target.needs_teacher
 
     def step(
         self,
@@ -287,14 +303,18 @@ class Method:
             num_hard: ``int(M * a_t)`` patches are hidden by predicted loss.
         """
         # Step 1. The teacher sets the exercise.
-        features = scores = None
+        features = scores = attention = None
         if teacher is not None:
             features = teacher.encode(images)
-            scores = teacher.score(features)
-        hidden = self.mask_policy(scores, noise, num_hidden=self.num_hidden, num_hard=num_hard)
+            if self.predicted_loss is not None:
+                scores = teacher.score(features)
+            if self.guide == "attention":
+                attention = teacher.attention(images)
+        guide = attention if self.guide == "attention" else scores
+        hidden = self.mask_policy(guide, noise, num_hidden=self.num_hidden, num_hard=num_hard)
         # Step 2. The student solves it.
         output = student(images, hidden, num_hidden=self.num_hidden, full_features=features)
-        return self.losses(output, images, hidden, scores)
+        return self.losses(output, images, hidden, scores, features)
 
     def losses(
         self,
@@ -302,11 +322,12 @@ class Method:
         images: Float[Tensor, "b c h w"],
         hidden: Bool[Tensor, "b n"],
         teacher_scores: Float[Tensor, "b n"] | None,
+        teacher_features: Float[Tensor, "b t d"] | None = None,
     ) -> Losses:
         """Step 3. How well the student reconstructed, and how well it knew."""
         _, hidden_index = split_patches(hidden, self.num_hidden)
         with torch.no_grad():
-            target = take(self.target(images), hidden_index)
+            target = take(self.target(images, teacher_features), hidden_index)
         patch_loss = self.target.patch_loss(output.prediction, target)
         reconstruction = patch_loss.mean()
         prediction = reconstruction.new_zeros(())

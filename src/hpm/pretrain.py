@@ -176,7 +176,7 @@ class Run:
     def hard_share(self, step: int) -> float:
         """a_t."""
         method, schedule = self.config.method, self.schedule
-        if method.mask != "hard":
+        if self.method.guide is None:
             return 0.0
         ends = {
             "start": method.hard_share_start,
@@ -330,7 +330,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimisation.gradient_clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
-            if state.student.predictor is not None:  # plain MAE asks no teacher, so it pays for none
+            if run.method.needs_teacher:
                 state.teacher.update(state.student, ema_decay(step, schedule.ema))
             meter.end_step(step, step_loss, norm)
             state.step = step + 1
@@ -350,7 +350,7 @@ def _forward(
 ) -> Losses:
     """The method's step under the run's precision."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-        teacher = None if run.state.student.predictor is None else run.state.teacher
+        teacher = run.state.teacher if run.method.needs_teacher else None
         return run.method.step(model, teacher, images, noise, num_hard=run.num_hard(step))
 
 
@@ -367,10 +367,10 @@ def _announce(run: Run) -> None:
         f"{run.position.world_size} process(es), {run.position.num_micro_batches} micro-batch(es)"
     )
     stale = untouched_share(schedule.ema, schedule.total_steps)
-    if config.method.predicted_loss != "none" and stale > 0.05:
+    if run.method.needs_teacher and stale > 0.05:
         warn(
             f"after this run the teacher will still be {stale:.0%} its own random start (EMA decay "
-            f"{schedule.ema.start:g} to {schedule.ema.end:g} over {schedule.total_steps} steps): its masks will be "
+            f"{schedule.ema.start:g} to {schedule.ema.end:g} over {schedule.total_steps} steps): what it says will be "
             "close to noise. Leave ema_start and ema_end unset to adapt them to the length of the run."
         )
 

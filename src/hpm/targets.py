@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from hpm.vit import patchify
@@ -22,12 +22,21 @@ class Target(Protocol):
 
     dim: int
     """P, the width of the reconstructor's output for one patch."""
+    needs_teacher: bool
+    """Is it made of the teacher's features?"""
 
-    def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
-        """The target of every patch, without gradient."""
+    def __call__(
+        self, images: Float[Tensor, "b c h w"], features: Float[Tensor, "b t d"] | None = None
+    ) -> Num[Tensor, "b n q"]:
+        """The target of every patch, without gradient.
+
+        Args:
+            images: Normalised images.
+            features: The teacher's tokens of the full images, prefix tokens first, where there is a teacher.
+        """
         ...
 
-    def patch_loss(self, prediction: Float[Tensor, "b m p"], target: Float[Tensor, "b m p"]) -> Float[Tensor, "b m"]:
+    def patch_loss(self, prediction: Float[Tensor, "b m p"], target: Num[Tensor, "b m q"]) -> Float[Tensor, "b m"]:
         """The reconstruction loss of each patch."""
         ...
 
@@ -41,13 +50,17 @@ class PixelTarget:
         normalise: Remove each patch's mean and divide by its standard deviation (MAE's ``norm_pix``).
     """
 
+    needs_teacher = False
+
     def __init__(self, patch_size: tuple[int, int], *, channels: int, normalise: bool) -> None:
         self.patch_size = patch_size
         self.normalise = normalise
         self.dim = patch_size[0] * patch_size[1] * channels
 
-    def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n p"]:
-        """The (normalised) pixels of every patch."""
+    def __call__(
+        self, images: Float[Tensor, "b c h w"], features: Float[Tensor, "b t d"] | None = None
+    ) -> Float[Tensor, "b n p"]:
+        """The (normalised) pixels of every patch; ``features`` are not used."""
         patches = patchify(images.float(), self.patch_size)
         if not self.normalise:
             return patches

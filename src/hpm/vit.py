@@ -11,7 +11,7 @@ from functools import partial
 
 import timm
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ def initialise(module: nn.Module) -> None:
                 nn.init.normal_(token, std=0.02)
 
 
-def take(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+def take(tokens: Num[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Num[Tensor, "b k d"]:
     """Per image, the tokens at ``index``."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
@@ -162,6 +162,21 @@ def encode(
         tokens = torch.cat([prefix, take(patches, visible)], dim=1)
     encoded: Tensor = vit.norm(vit.blocks(vit.norm_pre(tokens)))
     return encoded
+
+
+@torch.no_grad()
+def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+    """Attention of the class token to the patches in the last block, mean over heads."""
+    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    *blocks, last = vit.blocks
+    for block in blocks:
+        tokens = block(tokens)
+    b, t, _ = tokens.shape
+    attention = last.attn
+    qkv = attention.qkv(last.norm1(tokens)).reshape(b, t, 3, attention.num_heads, -1)
+    query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
+    weights = torch.einsum("bqhd,bkhd->bhqk", query * attention.scale, key).softmax(dim=-1)
+    return weights.mean(dim=1)[:, 0, vit.num_prefix_tokens :]
 
 
 class Decoder(nn.Module):

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from hpm.build import build_method, choose_attention
@@ -32,7 +31,7 @@ from hpm.method import Method, Student, Teacher
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
 from hpm.visualize import measure_hardness
-from hpm.vit import patch_size, patchify
+from hpm.vit import class_attention, patch_size, patchify
 
 MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
 
@@ -118,21 +117,6 @@ def edge_density(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Fl
     down = F.pad(grey[:, :, 1:] - grey[:, :, :-1], (0, 0, 0, 1))
     right = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1))
     return patchify((down.square() + right.square()).sqrt(), patch).mean(dim=-1)
-
-
-@torch.no_grad()
-def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-    """Attention of the class token to the patches in the last block, mean over heads."""
-    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-    *blocks, last = vit.blocks
-    for block in blocks:
-        tokens = block(tokens)
-    b, t, _ = tokens.shape
-    attention = last.attn
-    qkv = attention.qkv(last.norm1(tokens)).reshape(b, t, 3, attention.num_heads, -1)
-    query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
-    weights = torch.einsum("bqhd,bkhd->bhqk", query * attention.scale, key).softmax(dim=-1)
-    return weights.mean(dim=1)[:, 0, vit.num_prefix_tokens :]
 
 
 def measure_patches(
