@@ -46,6 +46,7 @@ from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics, say, warn
 from hpm.meter import Meter
 from hpm.method import Losses, Method, Student, StudentOutput, Teacher
+from hpm.mining import MiningGate
 from hpm.recipes import recipe as named_recipe
 from hpm.reporter import reporting
 from hpm.run_folder import RunFolder
@@ -128,6 +129,7 @@ class State:
     student: Student
     teacher: Teacher
     optimizer: torch.optim.Optimizer
+    gate: MiningGate
     step: int = 0
     seconds: float = 0.0
 
@@ -140,6 +142,7 @@ class State:
             "student": self.student.state_dict(),
             "teacher": self.teacher.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "gate": self.gate.correlation,
             "config": asdict(config),
         }
 
@@ -149,6 +152,7 @@ class State:
         self.student.load_state_dict(saved["student"])
         self.teacher.model.load_state_dict(saved["teacher"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.gate.correlation.copy_(saved["gate"])
 
 
 @dataclass
@@ -236,7 +240,8 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
 
     student.to(device)
     choose_attention(student, device)
-    state = State(student, Teacher(student), build_optimizer(config.optimisation, student))
+    gate = MiningGate(config.method.mining_threshold, device)
+    state = State(student, Teacher(student), build_optimizer(config.optimisation, student), gate)
     checkpoints = CheckpointFolder(folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps)
     if distributed.is_main():
         if resume == "restart":
@@ -317,7 +322,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
                 config.optimisation.seed, step,
                 batch_size=config.optimisation.batch_size, num_patches=num_patches, device=device,
             )  # fmt: skip
-            step_loss = torch.zeros((), device=device)
+            step_loss, correlation = torch.zeros(2, device=device)
             for number, part in enumerate(slices):
                 batch, damaged = meter.next_batch(batches)
                 report.damaged(damaged)
@@ -327,6 +332,8 @@ def train_steps(run: Run, stop: StopSignal) -> None:
                     (losses.total / len(slices)).backward()
                 meter.add(losses)
                 step_loss += losses.total.detach()
+                correlation += losses.rank_correlation / len(slices)
+            state.gate.update(correlation)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimisation.gradient_clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
@@ -351,7 +358,8 @@ def _forward(
     """The method's step under the run's precision."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
         teacher = run.state.teacher if run.method.needs_teacher else None
-        return run.method.step(model, teacher, images, noise, num_hard=run.num_hard(step))
+        num_hard = run.state.gate.admit(run.num_hard(step))
+        return run.method.step(model, teacher, images, noise, num_hard=num_hard)
 
 
 def _announce(run: Run) -> None:

@@ -125,7 +125,7 @@ class Reporter:
             "samples_seen": step * run.config.optimisation.batch_size,
             "learning_rate": run.learning_rate(step - 1),
             "ema_decay": ema_decay(step - 1, run.schedule.ema),
-            "hard_share": run.hard_share(step - 1),
+            "hard_share": run.hard_share(step - 1) if run.state.gate.is_open() else 0.0,
             "seconds": run.state.seconds,
             "seconds_left": seconds_per_step * (run.schedule.total_steps - step),
         }
