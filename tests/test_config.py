@@ -20,7 +20,7 @@ from hpm.config import (
     with_fields,
 )
 from hpm.errors import InputError
-from hpm.recipes import RECIPES, recipe
+from hpm.recipes import METHODS, SCALES, recipe
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
@@ -150,7 +150,7 @@ def test_values_at_the_edge_of_a_rule_are_taken():
 # YAML
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["hpm-matched", "attmask", "shapes-demo", "mae-large-imagenet-800"])
 def test_yaml_comes_back_equal(tmp_path, name):
     config = recipe(name)
     assert read(tmp_path, to_yaml(config, {"git": "abc", "command": "hpm pretrain"})) == config
@@ -202,11 +202,26 @@ def test_missing_or_binary_config_file_is_refused(tmp_path):
 # Recipes
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_valid_and_documented(name):
-    config = recipe(name)
+@pytest.mark.parametrize("scale", ["", *SCALES])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_valid_at_every_scale(method, scale):
+    config = recipe(f"{method}-{scale}" if scale else method)
     assert validated(asdict(config)) == config
-    assert RECIPES[name].__doc__
+    for name, value in (METHODS[method]() | (SCALES[scale]() if scale else {})).items():
+        if name not in METHODS[method]() and name != "image_size":
+            assert getattr(getattr(config, section_of()[name]), name) == value
+
+
+def test_methods_and_scales_are_documented_and_all_different():
+    for table in (METHODS, SCALES):
+        assert all(make.__doc__ for make in table.values())
+        configs = [with_fields(Config(), make()) for make in table.values()]
+        assert all(a != b for number, a in enumerate(configs) for b in configs[:number] if a != Config())
+
+
+def test_a_recipe_name_means_one_thing():
+    names = [f"{method}-{scale}" for method in METHODS for scale in SCALES]
+    assert len({*names, *METHODS}) == len(names) + len(METHODS)
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones():

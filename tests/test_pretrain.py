@@ -1,6 +1,7 @@
 """The loop: resume, accumulation, several processes, divergence, damage, folders."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,11 +10,10 @@ import pytest
 import torch
 
 import hpm
-from hpm.config import with_fields
 from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics
 from hpm.pretrain import pretrain
-from hpm.recipes import RECIPES, recipe
+from hpm.recipes import METHODS, recipe
 from hpm.reporter import Reporter
 from hpm.targets import PixelTarget
 from tiny import TINY, assert_same_state, final_state, flags
@@ -177,13 +177,17 @@ def test_thirteen_channels_are_normalised_by_their_own_statistics(tmp_path):
     assert hpm.load_encoder(tmp_path / "run").forward_features(torch.zeros(1, 13, 32, 32)).shape[0] == 1
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", [*METHODS, "shapes-demo", "hpm-imagenet-200"])
 def test_every_recipe_trains(tmp_path, name):
-    small = {key: value for key, value in TINY.items() if key not in ("predictor_view", "crop_scale")}
-    ema = {"ema_ramp_epochs": 1, "warmup_epochs": 0} if name == "hpm-imagenet-200" else {}
-    result = pretrain(small.pop("data"), tmp_path / "run", recipe=name, val="shapes:16@1", **{**small, **ema})
-    assert result["steps"] == 12
-    assert with_fields(recipe(name), {}) == recipe(name)
+    if recipe(name).method.target == "timm_features":
+        pytest.skip("needs weights from the hub; tests/test_targets.py trains on features of a local model")
+    small = {key: value for key, value in TINY.items() if key != "crop_scale"} | {"epochs": 1}
+    if recipe(name).method.target == "tokens":
+        small["num_tokens"] = 8
+    schedule = {"ema_ramp_epochs": 0, "warmup_epochs": 0} if name == "hpm-imagenet-200" else {}
+    result = pretrain(small.pop("data"), tmp_path / "run", recipe=name, **{**small, **schedule})
+    assert result["steps"] == 6
+    assert math.isfinite(result["reconstruction_loss"])
 
 
 def test_metrics_of_a_killed_run_are_not_repeated(tmp_path, monkeypatch):

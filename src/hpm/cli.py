@@ -258,13 +258,16 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _recipes(arguments: list[str]) -> None:
-    from hpm.recipes import RECIPES
+    from hpm.recipes import METHODS, SCALES, shapes_demo
 
     if arguments:
         raise InputError(f"recipes: takes no arguments, got {arguments}")
-    rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in RECIPES.items()]
-    _print_table(("recipe", "what it is"), rows)
-    print("\nnext:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")
+    for title, table in (("method", {**METHODS, "shapes-demo": shapes_demo}), ("-scale", SCALES)):
+        rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in table.items()]
+        _print_table((title, "what it is"), rows)
+        print()
+    print("A recipe is a METHOD (ViT-B/16, 224 px, 200 epochs) or METHOD-SCALE: hpm-64px, mae-norm-pix-imagenet-800")
+    print("next:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")
 
 
 def _parse_with_json(kind: type[Any], prog: str, arguments: list[str]) -> tuple[Any, bool]:
