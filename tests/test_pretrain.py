@@ -177,10 +177,8 @@ def test_thirteen_channels_are_normalised_by_their_own_statistics(tmp_path):
     assert hpm.load_encoder(tmp_path / "run").forward_features(torch.zeros(1, 13, 32, 32)).shape[0] == 1
 
 
-@pytest.mark.parametrize("name", [*METHODS, "shapes-demo", "hpm-imagenet-200"])
+@pytest.mark.parametrize("name", [*METHODS, "hpm-ema", "shapes-demo", "hpm-imagenet-200"])
 def test_every_recipe_trains(tmp_path, name):
-    if recipe(name).method.target == "timm_features":
-        pytest.skip("needs weights from the hub; tests/test_targets.py trains on features of a local model")
     small = {key: value for key, value in TINY.items() if key != "crop_scale"} | {"epochs": 1}
     if recipe(name).method.target == "tokens":
         small["num_tokens"] = 8

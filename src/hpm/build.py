@@ -107,6 +107,7 @@ def build_method(config: Config, student: Student) -> Method:
         num_hidden=num_hidden,
         predicted_loss=PREDICTED_LOSSES[config.method.predicted_loss],
         prediction_weight=config.method.prediction_weight,
+        predictor_view=config.method.predictor_view,
     )
 
 

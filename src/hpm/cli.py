@@ -258,15 +258,18 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _recipes(arguments: list[str]) -> None:
-    from hpm.recipes import METHODS, SCALES, shapes_demo
+    from hpm.recipes import METHODS, SCALES, TARGETS, shapes_demo
 
     if arguments:
         raise InputError(f"recipes: takes no arguments, got {arguments}")
-    for title, table in (("method", {**METHODS, "shapes-demo": shapes_demo}), ("-scale", SCALES)):
+    print("A recipe is METHOD[-TARGET][-SCALE]: hpm, mae-norm-pix, hpm-both-norm-pix-64px, mae-imagenet-800\n")
+    for title, table in (
+        ("METHOD", {**METHODS, "shapes-demo": shapes_demo}), ("TARGET", TARGETS), ("SCALE", SCALES),
+    ):  # fmt: skip
         rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in table.items()]
         _print_table((title, "what it is"), rows)
         print()
-    print("A recipe is a METHOD (ViT-B/16, 224 px, 200 epochs) or METHOD-SCALE: hpm-64px, mae-norm-pix-imagenet-800")
+    print("Without a target: raw pixels, or the method's own. Without a scale: ViT-B/16, 224 px, 200 epochs.")
     print("next:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")
 
 

@@ -270,6 +270,7 @@ class Method:
         predicted_loss: How the loss is predicted; None without a loss predictor.
         prediction_weight: Weight of L_pred in the total; published: 1.
         guide: What the mask policy is told of each patch.
+        predictor_view: Where the loss predictor learns; as the student's.
     """
 
     target: Target
@@ -278,11 +279,13 @@ class Method:
     predicted_loss: PredictedLoss | None
     prediction_weight: float = 1.0
     guide: Guide | None = "predicted_loss"
+    predictor_view: PredictorView = "masked"
 
     @property
     def needs_teacher(self) -> bool:
-        """Does anything ask the teacher? Plain MAE does not, so it pays for none."""
-        return self.predicted_loss is not None or self.guide is not None or self.target.needs_teacher
+        """Does a step ask the teacher? Random masks need not, even with a loss predictor, so they pay for none."""
+        learns_on_full_view = self.predicted_loss is not None and self.predictor_view != "masked"
+        return self.guide is not None or self.target.needs_teacher or learns_on_full_view
 
     def step(
         self,

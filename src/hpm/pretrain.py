@@ -337,7 +337,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimisation.gradient_clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
-            if run.method.needs_teacher:
+            if run.method.needs_teacher or state.student.predictor is not None:
                 state.teacher.update(state.student, ema_decay(step, schedule.ema))
             meter.end_step(step, step_loss, norm)
             state.step = step + 1

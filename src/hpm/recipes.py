@@ -1,70 +1,63 @@
-"""Named runs: METHOD or METHOD-SCALE, e.g. ``hpm``, ``mae-norm-pix-64px``, ``hpm-imagenet-800``.
+"""Named runs: METHOD, METHOD-TARGET, METHOD-SCALE or METHOD-TARGET-SCALE, e.g. ``hpm``, ``mae-norm-pix-64px``.
 
-A method is a row of a table of the paper or one of its rivals: what is reconstructed, where masks lie, how the loss is
-predicted. A scale is everything else: image size, model, length of the run. Any method runs at any scale, so rows can
-be compared; without a scale the config's own defaults hold (ViT-B/16, 224 px, 200 epochs). Each is a function that
-returns the fields it sets and whose docstring says where it comes from and what to expect.
+A method is a row of a table of the paper or one of its rivals: where masks lie, how the loss is predicted. A target is
+what is reconstructed; without one, the method's own, which is raw pixels if it does not say otherwise. A scale is
+everything else: image size, model, length of the run; without one, the config's own (ViT-B/16, 224 px, 200 epochs).
+Any method runs on any target at any scale, so rows can be compared. Each is a function that returns the fields it sets
+and whose docstring says where it comes from and what to expect.
 
 ``docs/recipes.md`` has the commands, the published numbers and ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 from hpm.config import Config, suggest, with_fields
 from hpm.errors import InputError
 
 Fields = dict[str, Any]
+"""Fields of the config by name."""
 
-# The paper's own rows: raw pixels, relative loss
+# Methods: baselines, and the paper's own
 
 
 def mae() -> Fields:
-    """MAE: random masks, raw pixels, no loss predictor (He et al., arXiv 2111.06377); the paper's baseline."""
-    return {"target": "pixels", "mask": "random", "predicted_loss": "none"}
+    """MAE: random masks, no loss predictor (He et al., arXiv 2111.06377); mae-norm-pix is the honest baseline."""
+    return {"mask": "random", "predicted_loss": "none"}
 
 
 def random_lpred() -> Fields:
     """Random masks with the loss predictor: what predicting the loss is worth without mining."""
-    return {"target": "pixels", "mask": "random", "predicted_loss": "relative"}
+    return {"mask": "random", "predicted_loss": "relative"}
 
 
 def hpm() -> Fields:
-    """HPM as published: raw pixels, relative loss, hard share 0 -> 0.5 (Wang et al., arXiv 2304.05919)."""
-    return {"target": "pixels", "mask": "hard", "predicted_loss": "relative", "predictor_view": "masked"}
+    """HPM as published: relative loss, hard share 0 -> 0.5 (Wang et al., arXiv 2304.05919)."""
+    return {"mask": "hard", "predicted_loss": "relative", "predictor_view": "masked"}
 
 
-# The honest baseline's target: pixels normalised within each patch
+def colormae() -> Fields:
+    """ColorMAE-G: masks from band-passed noise, on norm_pix, the strong free baseline (Hinojosa et al., ECCV 2024)."""
+    return green_noise() | {"target": "norm_pix"}
 
 
-def mae_norm_pix() -> Fields:
-    """MAE with norm_pix, its strongest setting: the honest baseline."""
-    return mae() | {"target": "norm_pix"}
+# Methods: how the loss is predicted
 
 
-def random_lpred_norm_pix() -> Fields:
-    """Random masks with the loss predictor, on norm_pix."""
-    return random_lpred() | {"target": "norm_pix"}
-
-
-def hpm_norm_pix() -> Fields:
-    """HPM on norm_pix, the target with which MAE is strongest."""
-    return hpm() | {"target": "norm_pix"}
-
-
-def hpm_matched() -> Fields:
-    """HPM on norm_pix whose predictor also learns on the full image, where it is asked: mining sees far better."""
-    return hpm_norm_pix() | {"predictor_view": "both"}
+def hpm_both() -> Fields:
+    """HPM whose predictor also learns on the full image, where it is asked: mining sees far better."""
+    return hpm() | {"predictor_view": "both"}
 
 
 def hpm_full() -> Fields:
-    """HPM on norm_pix whose predictor learns on the full image alone: no gradient of L_pred in the encoder."""
-    return hpm_norm_pix() | {"predictor_view": "full"}
+    """HPM whose predictor learns on the full image alone: no gradient of L_pred in the encoder."""
+    return hpm() | {"predictor_view": "full"}
 
 
-# Mask strategies (the paper's ablation of easy-to-hard, and rivals)
+# Methods: where masks lie
 
 
 def hpm_0_to_1() -> Fields:
@@ -117,12 +110,27 @@ def uniform_grid() -> Fields:
     return mae() | {"mask": "uniform_grid"}
 
 
-def colormae() -> Fields:
-    """ColorMAE-G on norm_pix: masks from band-passed noise, the strong free baseline (Hinojosa et al., ECCV 2024)."""
-    return mae_norm_pix() | {"mask": "green_noise"}
+def green_noise() -> Fields:
+    """MAE with masks from band-passed noise (ColorMAE, Hinojosa et al., ECCV 2024)."""
+    return mae() | {"mask": "green_noise"}
 
 
-# Predicted loss
+def red_noise() -> Fields:
+    """MAE with masks from low-passed noise: blobs (ColorMAE)."""
+    return mae() | {"mask": "red_noise"}
+
+
+def blue_noise() -> Fields:
+    """MAE with masks from high-passed noise: evenly spread (ColorMAE)."""
+    return mae() | {"mask": "blue_noise"}
+
+
+def purple_noise() -> Fields:
+    """MAE with masks from band-stopped noise (ColorMAE)."""
+    return mae() | {"mask": "purple_noise"}
+
+
+# Methods: variants of the predictor
 
 
 def hpm_absolute() -> Fields:
@@ -140,7 +148,7 @@ def hpm_shallow() -> Fields:
     return hpm() | {"predictor_depth": 1}
 
 
-# Other targets, each alone, with the loss predictor, and with learnt masks
+# Methods with targets and masks of their own
 
 
 def maskfeat() -> Fields:
@@ -153,95 +161,16 @@ def beit_tokens() -> Fields:
     return mae() | {"target": "tokens", "mask": "block", "mask_ratio": 0.4}
 
 
-def hog() -> Fields:
-    """HOG under random masks."""
-    return mae() | {"target": "hog"}
-
-
-def hog_lpred() -> Fields:
-    """HOG with the loss predictor."""
-    return random_lpred() | {"target": "hog"}
-
-
-def hpm_hog() -> Fields:
-    """HPM on HOG."""
-    return hpm() | {"target": "hog"}
-
-
-def tokens() -> Fields:
-    """Discrete tokens (k-means codebook) under random masks."""
-    return mae() | {"target": "tokens"}
-
-
-def tokens_lpred() -> Fields:
-    """Discrete tokens with the loss predictor."""
-    return random_lpred() | {"target": "tokens"}
-
-
-def hpm_tokens() -> Fields:
-    """HPM on discrete tokens."""
-    return hpm() | {"target": "tokens"}
-
-
-def ema() -> Fields:
-    """The EMA teacher's features under random masks."""
-    return mae() | {"target": "ema_features"}
-
-
-def ema_lpred() -> Fields:
-    """The EMA teacher's features with the loss predictor."""
-    return random_lpred() | {"target": "ema_features"}
-
-
-def hpm_ema() -> Fields:
-    """HPM on the EMA teacher's features."""
-    return hpm() | {"target": "ema_features"}
-
-
-_DINO = {"target": "timm_features", "target_model": "vit_base_patch16_224.dino"}
-_CLIP = {"target": "timm_features", "target_model": "vit_base_patch16_clip_224.openai"}
-
-
-def dino() -> Fields:
-    """Features of a frozen DINO ViT-B/16 under random masks; any other timm model by --target-model."""
-    return mae() | _DINO
-
-
-def dino_lpred() -> Fields:
-    """Features of a frozen DINO ViT-B/16 with the loss predictor."""
-    return random_lpred() | _DINO
-
-
-def hpm_dino() -> Fields:
-    """HPM on features of a frozen DINO ViT-B/16."""
-    return hpm() | _DINO
-
-
-def clip() -> Fields:
-    """Features of a frozen CLIP ViT-B/16 under random masks."""
-    return mae() | _CLIP
-
-
-def clip_lpred() -> Fields:
-    """Features of a frozen CLIP ViT-B/16 with the loss predictor."""
-    return random_lpred() | _CLIP
-
-
-def hpm_clip() -> Fields:
-    """HPM on features of a frozen CLIP ViT-B/16."""
-    return hpm() | _CLIP
-
-
 METHODS: dict[str, Callable[[], Fields]] = {
     "hpm": hpm,
-    "hpm-norm-pix": hpm_norm_pix,
-    "hpm-matched": hpm_matched,
-    "hpm-full": hpm_full,
     "mae": mae,
-    "mae-norm-pix": mae_norm_pix,
     "random+lpred": random_lpred,
-    "random+lpred-norm-pix": random_lpred_norm_pix,
     "colormae": colormae,
+    "hpm-both": hpm_both,
+    "hpm-full": hpm_full,
+    "hpm-absolute": hpm_absolute,
+    "hpm-detached": hpm_detached,
+    "hpm-shallow": hpm_shallow,
     "hpm-0-to-1": hpm_0_to_1,
     "hpm-constant": hpm_constant,
     "hpm-hardest": hpm_hardest,
@@ -252,28 +181,58 @@ METHODS: dict[str, Callable[[], Fields]] = {
     "block": block,
     "inverse-block": inverse_block,
     "uniform-grid": uniform_grid,
-    "hpm-absolute": hpm_absolute,
-    "hpm-detached": hpm_detached,
-    "hpm-shallow": hpm_shallow,
+    "green-noise": green_noise,
+    "red-noise": red_noise,
+    "blue-noise": blue_noise,
+    "purple-noise": purple_noise,
     "maskfeat": maskfeat,
     "beit-tokens": beit_tokens,
-    "hog": hog,
-    "hog+lpred": hog_lpred,
-    "hpm-hog": hpm_hog,
-    "tokens": tokens,
-    "tokens+lpred": tokens_lpred,
-    "hpm-tokens": hpm_tokens,
-    "ema": ema,
-    "ema+lpred": ema_lpred,
-    "hpm-ema": hpm_ema,
-    "dino": dino,
-    "dino+lpred": dino_lpred,
-    "hpm-dino": hpm_dino,
-    "clip": clip,
-    "clip+lpred": clip_lpred,
-    "hpm-clip": hpm_clip,
 }
-"""Rows of tables, by name."""
+"""Where masks lie and how the loss is predicted, by name."""
+
+
+# Targets
+
+
+def on_norm_pix() -> Fields:
+    """Pixels normalised within each patch: the target with which MAE is strongest."""
+    return {"target": "norm_pix"}
+
+
+def on_hog() -> Fields:
+    """Histograms of oriented gradients (MaskFeat, arXiv 2112.09133)."""
+    return {"target": "hog"}
+
+
+def on_tokens() -> Fields:
+    """Discrete tokens (BEiT, arXiv 2106.08254) of a k-means codebook fitted on the images."""
+    return {"target": "tokens"}
+
+
+def on_ema() -> Fields:
+    """The EMA teacher's own features."""
+    return {"target": "ema_features"}
+
+
+def on_dino() -> Fields:
+    """Features of a frozen DINO ViT-B/16; of any other timm model by --target-model."""
+    return {"target": "timm_features", "target_model": "vit_base_patch16_224.dino"}
+
+
+def on_clip() -> Fields:
+    """Features of a frozen CLIP ViT-B/16."""
+    return {"target": "timm_features", "target_model": "vit_base_patch16_clip_224.openai"}
+
+
+TARGETS: dict[str, Callable[[], Fields]] = {
+    "norm-pix": on_norm_pix,
+    "hog": on_hog,
+    "tokens": on_tokens,
+    "ema": on_ema,
+    "dino": on_dino,
+    "clip": on_clip,
+}
+"""What is reconstructed, by name; without one: the method's own, else raw pixels."""
 
 
 # Scales
@@ -403,21 +362,27 @@ def shapes_demo() -> Fields:
 
 
 def recipe(name: str) -> Config:
-    """The config of a named recipe: METHOD, METHOD-SCALE, or ``shapes-demo``.
+    """The config of a named recipe: METHOD[-TARGET][-SCALE], or ``shapes-demo``.
 
     Raises:
         InputError: There is no such recipe.
     """
     if name == "shapes-demo":
         return with_fields(Config(), shapes_demo())
-    for method, fields in METHODS.items():
-        if name == method:
-            return with_fields(Config(), fields())
-        scale = name.removeprefix(method + "-")
-        if scale != name and scale in SCALES:
-            return with_fields(Config(), SCALES[scale]() | fields())
-    known = [*METHODS, "shapes-demo", *(f"{method}-{scale}" for method in METHODS for scale in SCALES)]
+    for method, target, scale in _names():
+        if name == "-".join(part for part in (method, target, scale) if part):
+            parts = (SCALES.get(scale), METHODS[method], TARGETS.get(target))
+            fields: Fields = {}
+            for part in parts:
+                fields |= part() if part else {}
+            return with_fields(Config(), fields)
+    close = suggest(name, [*METHODS, "shapes-demo", *("-".join(filter(None, parts)) for parts in _names())])
     raise InputError(
-        f"recipe: no recipe {name!r}{suggest(name, known)}; there are {', '.join(METHODS)}, shapes-demo, and each of "
-        f"them with a scale after a hyphen: {', '.join(SCALES)}"
+        f"recipe: no recipe {name!r}{close}; a recipe is METHOD[-TARGET][-SCALE] or shapes-demo.\n"
+        f"METHOD: {', '.join(METHODS)}\nTARGET: {', '.join(TARGETS)}\nSCALE: {', '.join(SCALES)}"
     )
+
+
+def _names() -> Iterator[tuple[str, str, str]]:
+    """Every combination of method, target ("" for the method's own) and scale ("" for the config's own)."""
+    return product(METHODS, ("", *TARGETS), ("", *SCALES))
