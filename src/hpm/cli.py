@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -28,6 +28,7 @@ usage: hpm COMMAND ...
   pretrain               learn from images:  hpm pretrain --data photos/ --out runs/photos
   evaluate knn           accuracy of the k nearest neighbours, beside the untrained encoder
   evaluate foreground    how well the predicted loss finds objects, beside simple measures
+  ablate                 compare recipes with several seeds, at equal epochs and at equal compute
   visualize              what is hard in given images, as a figure
   recipes                the named starting points for pretrain
 
@@ -111,6 +112,7 @@ def _dispatch(arguments: list[str]) -> None:
         ("pretrain",): _pretrain,
         ("evaluate", "knn"): _evaluate_knn,
         ("evaluate", "foreground"): _evaluate_foreground,
+        ("ablate",): _ablate,
         ("visualize",): _visualize,
         ("recipes",): _recipes,
     }
@@ -234,6 +236,34 @@ def _print_foreground(result: Any) -> None:
                 for name in result.measures
             ],
         )
+
+
+def _ablate(arguments: list[str]) -> None:
+    from hpm import distributed
+    from hpm.ablate import AblateConfig, ablate
+
+    settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+    with_settings = make_dataclass(
+        "AblateCommand",
+        [("settings", settings, field(default=Config())), ("json", bool, field(default=False))],
+        bases=(AblateConfig,),
+        namespace={"__doc__": AblateConfig.__doc__},
+        frozen=True,
+    )
+    command = _parse(with_settings, "ablate", arguments)
+    # Every row has defaults of its own: only the flags that were given hold for all of them.
+    flags = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    given = flags | {name.removeprefix("no_") for name in flags}
+    values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
+    chosen = AblateConfig(**{item.name: getattr(command, item.name) for item in fields(AblateConfig)})
+    result = ablate(chosen, {name: value for name, value in values.items() if name in given})
+    if not distributed.is_main_of_environment():
+        return
+    print(Path(result["table"]).read_text())
+    print(f"look:  {Path(result['table']).with_suffix('.png')}")
+    print(f"next:  hpm visualize --checkpoint {result['runs'][0]['folder']} --images {values['data']!r} --out hard.png")
+    if command.json:
+        _print_json(result)
 
 
 def _visualize(arguments: list[str]) -> None:

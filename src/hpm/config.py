@@ -190,7 +190,7 @@ class RunConfig:
     keep_steps: Positive | None = None
     """Keep checkpoints of every multiple of this step for good."""
     val: str = ""
-    """Labelled images for the kNN accuracy during training; without it, labelled training images are split."""
+    """Labelled images for kNN accuracy; without them, labelled training images are split during training."""
     knn: bool = True
     """Measure kNN accuracy at every checkpoint where labels exist."""
     knn_images: Positive = 2000
