@@ -31,7 +31,7 @@ from hpm.method import Method, Student, Teacher
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
 from hpm.visualize import measure_hardness
-from hpm.vit import class_attention, patch_size, patchify
+from hpm.vit import class_attention, has_class_attention, patch_size, patchify
 
 MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
 
@@ -64,7 +64,7 @@ class ForegroundResult:
     """One finding per measure, over all images and by group."""
 
     measures: dict[str, Finding | None]
-    """None for attention where the encoder has no class token."""
+    """None for attention where the encoder has no class token, or blocks of another kind than timm's plain one."""
     by_group: dict[str, dict[str, Finding | None]]
     num_images: int
 
@@ -138,7 +138,7 @@ def measure_patches(
         "reconstruction_error": hardness.true_loss,
         "patch_variance": patch_variance(images / 255, patch),
         "edge_density": edge_density(images / 255, patch),
-        "attention": class_attention(vit, normalised) if vit.has_class_token else None,
+        "attention": class_attention(vit, normalised) if has_class_attention(vit) else None,
     }
     return {name: None if value is None else value.float().cpu().numpy() for name, value in values.items()}
 
