@@ -42,6 +42,7 @@ def finished(tmp_path_factory):
     ({"mask_ratio": 2}, r"mask_ratio.*less than 1, got 2"),
     ({"batch_size": 1000}, r"batch_size: must be at most the number of images \(48\), got 1000"),
     ({"micro_batch_size": 3}, "micro_batch_size: must divide the 8 images"),
+    ({"micro_batch_size": 16}, "micro_batch_size: must be at most the 8 images per process and step, got 16"),
     ({"predicted_loss": "none"}, "mask: 'hard' chooses by predicted loss"),
     ({"decoder_heads": 5}, "decoder_heads: must divide"),
     ({"device": "cuda"}, "device: 'cuda' is not available"),

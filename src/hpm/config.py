@@ -37,7 +37,8 @@ class DataConfig:
     __pydantic_config__ = _STRICT
 
     data: str = ""
-    """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N."""
+    """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N.
+    Each data process unpacks .tar.gz shards into its memory; .tar is read in place and better for large sets."""
     image_size: tuple[Positive, ...] = (224, 224)
     """Height and width of the crops, pixels (one number: square); the patch size must divide both."""
     channels: Positive = 3
