@@ -190,10 +190,13 @@ def _report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _evaluate_knn(arguments: list[str]) -> None:
+    from hpm.distributed import is_main_of_environment
     from hpm.evaluate import knn
 
     config, as_json = _parse_with_json(knn.KnnConfig, "evaluate knn", arguments)
     result = knn.run(config)
+    if not is_main_of_environment():
+        return
     _print_table(("k", "top-1 %"), [(str(k), f"{value:.2f}") for k, value in result.top1_by_k.items()])
     print(
         f"\nk = {result.k}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %; the same encoder untrained "
@@ -206,10 +209,13 @@ def _evaluate_knn(arguments: list[str]) -> None:
 
 
 def _evaluate_foreground(arguments: list[str]) -> None:
+    from hpm.distributed import is_main_of_environment
     from hpm.evaluate import foreground
 
     config, as_json = _parse_with_json(foreground.ForegroundConfig, "evaluate foreground", arguments)
     result = foreground.run(config)
+    if not is_main_of_environment():
+        return
     _print_foreground(result)
     flat = foreground.as_json(result)
     _save_evaluation(config.checkpoint, "foreground", flat)
