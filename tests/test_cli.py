@@ -78,7 +78,11 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
     (["pretrain", "--data", "shapes:9"], "--out"),
     (["pretrain", "--out", "x", "--recipe", "mae", "--config", "a.yaml"], "not both"),
     (["pretrian"], "did you mean pretrain"),
-    (["evaluate", "everything"], "evaluate knn"),
+    (["evaluate", "everything"], "evaluate knn  "),
+    (["evaluate", "kn"], "no evaluation 'kn'; did you mean knn?"),
+    (["evaluate"], "evaluate foreground    how well"),
+    (["evaluate", "--json", "knn"], "no evaluation '--json'"),
+    (["evalaute", "knn"], "no command 'evalaute'"),
     (["visualize", "--checkpoint", "/nothing", "--images", "shapes:3", "--out", "a.png"], "does not exist"),
     (["evaluate", "knn", "--checkpoint", "/nothing", "--train", "shapes:9", "--val", "shapes:9"], "does not exist"),
 ])  # fmt: skip
@@ -274,6 +278,12 @@ def test_help_and_version(capsys):
     assert code == 0
     assert "norm_pix" in out
     assert "(default: random)" in out
+    code, out, _ = call(capsys, "evaluate", "--help")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("  ")] == [
+        ["evaluate", "knn"],
+        ["evaluate", "foreground"],
+    ]
     code, out, _ = call(capsys, "--version")
     assert "torch" in out
     assert "timm" in out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,9 @@ from hpm.data.loading import Damage, Normalise, ordered_batches
 from hpm.data.sources import Source
 from hpm.distributed import gather_objects, is_main_of_environment, rank, world_size
 from hpm.errors import InputError
+from hpm.evaluate.config import Pooling
 from hpm.log import tracked, warn
 from hpm.vit import encode
-
-Pooling = Literal["class", "mean", "both"]
-"""The class token, the mean of the patch tokens, or both side by side, each of length one."""
 
 
 class Features(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from hpm.data.loading import Cover, Normalise, ordered_batches
 from hpm.data.sources import Source, open_source
 from hpm.distributed import choose_device, has_bf16
 from hpm.errors import InputError
+from hpm.evaluate.config import ForegroundConfig
 from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
 from hpm.log import tracked
 from hpm.method import Method, Student, Teacher
@@ -35,22 +36,6 @@ from hpm.visualize import measure_hardness
 from hpm.vit import class_attention, has_class_attention, patch_size, patchify
 
 MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
-
-
-@dataclass(frozen=True)
-class ForegroundConfig:
-    """Foreground evaluation."""
-
-    checkpoint: str
-    """Run folder or checkpoint file."""
-    images: str
-    """Images; shapes:N brings its own masks."""
-    masks: str = ""
-    """Folder of masks, one per image with the same name up to the ending; bright = foreground."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
-    max_damaged: float = 0.01
-    """Stop when more than this share of the images cannot be decoded."""
 
 
 class Finding(NamedTuple):

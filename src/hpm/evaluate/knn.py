@@ -7,7 +7,7 @@ same protocol on the untrained encoder stands beside every result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +21,9 @@ from hpm.data.loading import Normalise
 from hpm.data.sources import Source, class_indices, open_source
 from hpm.distributed import choose_device, has_bf16, process_group
 from hpm.errors import InputError
-from hpm.evaluate.features import Features, Pooling, check_max_damaged, extract_features, report_damage
+from hpm.evaluate.config import KnnConfig, Pooling
+from hpm.evaluate.features import Features, check_max_damaged, extract_features, report_damage
 from hpm.run_folder import LoadedRun
-
-
-@dataclass(frozen=True)
-class KnnConfig:
-    """k-nearest-neighbour evaluation."""
-
-    checkpoint: str
-    """Run folder or checkpoint file."""
-    train: str
-    """Labelled images to look for neighbours among."""
-    val: str
-    """Labelled images to classify."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours; top1 is quoted for the first."""
-    temperature: float = 0.07
-    """Weight of a neighbour: exp(cosine similarity / temperature)."""
-    pooling: Pooling = "mean"
-    """Feature of an image: class token, mean of the patch tokens, or both."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
-    workers: int = 0
-    """Data processes."""
-    max_damaged: float = 0.01
-    """Stop when more than this share of a source's images cannot be decoded."""
 
 
 @dataclass(frozen=True)
