@@ -41,6 +41,9 @@ class Memory(Source):
     def name(self, index):
         return f"image {index}"
 
+    def content(self, index):
+        return self.images[index].numpy().tobytes()
+
     @property
     def labels(self):
         return None

@@ -234,6 +234,27 @@ def test_other_images_than_the_run_began_with_are_refused(tmp_path, monkeypatch)
     assert run(tmp_path / "run", data=str(folder))["steps"] == 4
 
 
+def test_a_run_goes_on_with_its_images_wherever_they_are_but_not_with_others(tmp_path, monkeypatch):
+    from PIL import Image
+
+    for name, shift in (("images", 0), ("others", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(16):
+            Image.new("RGB", (40, 40), (number * 9, 99, shift)).save(tmp_path / name / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    run("run", data="images", epochs=1)
+    for same in ("images/", "./images", str(tmp_path / "images")):
+        assert run("run", data=same, epochs=1)["steps"] == 2
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert run("run", data="moved", epochs=1)["steps"] == 2
+    with pytest.raises(InputError, match="data: 'others' does not hold the images this run began with"):
+        run("run", data="others", epochs=1)
+    for file in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        file.unlink()
+    with pytest.raises(InputError, match="data: 'images' -> 'others'"):  # no fingerprint: only the same place will do
+        run("run", data="others", epochs=1)
+
+
 def test_the_encoder_says_how_it_wants_its_images(tmp_path):
     run(tmp_path / "run")
     for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "last"):

@@ -16,9 +16,6 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-import tyro
-
-from hpm.config import Config, load_config, suggest, validated
 from hpm.errors import InputError, Interrupted
 
 USAGE = """\
@@ -126,18 +123,48 @@ def _dispatch(arguments: list[str]) -> None:
         if tuple(arguments[: len(words)]) == words:
             command(arguments[len(words) :])
             return
-    given = " ".join(arguments[:2] if arguments[0] == "evaluate" else arguments[:1])
+    if arguments[0] == "evaluate":
+        _no_evaluation(arguments[1:], [words[1] for words in commands if words[0] == "evaluate"])
+        return
+
+    from hpm.config import suggest
+
     known = [" ".join(words) for words in commands]
-    raise InputError(f"no command {given!r}{suggest(given, known)}; there are {', '.join(known)}")
+    raise InputError(f"no command {arguments[0]!r}{suggest(arguments[0], known)}; there are {', '.join(known)}")
+
+
+def _no_evaluation(arguments: list[str], known: list[str]) -> None:
+    """List the evaluations.
+
+    Raises:
+        InputError: None or an unknown one was given, rather than asked for the list.
+    """
+    from hpm.config import suggest
+
+    lines = [line for line in USAGE.splitlines() if line.startswith("  evaluate ")]
+    listed = "\n".join(["usage: hpm evaluate NAME --checkpoint RUN ...", "", *lines, "",
+                        "hpm evaluate NAME --help explains one."])  # fmt: skip
+    if not arguments:
+        raise InputError(f"evaluate: needs the name of an evaluation\n\n{listed}")
+    if arguments[0] not in ("-h", "--help"):
+        raise InputError(f"evaluate: no evaluation {arguments[0]!r}{suggest(arguments[0], known)}\n\n{listed}")
+    print(listed)
 
 
 def _parse(kind: type[Any], prog: str, arguments: list[str]) -> Any:
-    """Parse flags into a dataclass; tyro prints help and complains about flags itself, with exit code 2."""
+    """Parse flags into a dataclass; tyro prints help and complains about flags itself, with exit code 2.
+
+    Commands import what they run only after this, so that ``--help`` need not wait for it.
+    """
+    import tyro
+
     return tyro.cli(kind, prog=f"hpm {prog}", args=arguments)
 
 
 def _pretrain(arguments: list[str]) -> None:
-    from hpm.pretrain import train
+    import tyro
+
+    from hpm.config import Config, load_config, validated
     from hpm.recipes import recipe
 
     # The recipe is looked up before the flags are parsed, so that --help shows its values as the defaults.
@@ -157,6 +184,9 @@ def _pretrain(arguments: list[str]) -> None:
         frozen=True,
     )
     command = _parse(with_settings, "pretrain", arguments)
+
+    from hpm.pretrain import train
+
     result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume)
     _report_run(command.out, result, as_json=command.json)
 
@@ -192,10 +222,16 @@ def _report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _evaluate_knn(arguments: list[str]) -> None:
+    from hpm.evaluate.config import KnnConfig
+
+    config, as_json = _parse_with_json(KnnConfig, "evaluate knn", arguments)
+
+    from hpm.distributed import is_main_of_environment
     from hpm.evaluate import knn
 
-    config, as_json = _parse_with_json(knn.KnnConfig, "evaluate knn", arguments)
     result = knn.run(config)
+    if not is_main_of_environment():
+        return
     _print_table(("k", "top-1 %"), [(str(k), f"{value:.2f}") for k, value in result.top1_by_k.items()])
     print(
         f"\nk = {result.k}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %; the same encoder untrained "
@@ -208,10 +244,16 @@ def _evaluate_knn(arguments: list[str]) -> None:
 
 
 def _evaluate_foreground(arguments: list[str]) -> None:
+    from hpm.evaluate.config import ForegroundConfig
+
+    config, as_json = _parse_with_json(ForegroundConfig, "evaluate foreground", arguments)
+
+    from hpm.distributed import is_main_of_environment
     from hpm.evaluate import foreground
 
-    config, as_json = _parse_with_json(foreground.ForegroundConfig, "evaluate foreground", arguments)
     result = foreground.run(config)
+    if not is_main_of_environment():
+        return
     _print_foreground(result)
     flat = foreground.as_json(result)
     _save_evaluation(config.checkpoint, "foreground", flat)
@@ -267,9 +309,10 @@ def _ablate(arguments: list[str]) -> None:
 
 
 def _visualize(arguments: list[str]) -> None:
+    command = _parse(VisualizeCommand, "visualize", arguments)
+
     from hpm.visualize import visualize
 
-    command = _parse(VisualizeCommand, "visualize", arguments)
     correlation = visualize(command.checkpoint, command.images, Path(command.out), count=command.count)
     print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
     print(f"next:  hpm evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
@@ -278,9 +321,10 @@ def _visualize(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
+    command = _parse(DemoCommand, "demo", arguments)
+
     from hpm.demo import run_demo
 
-    command = _parse(DemoCommand, "demo", arguments)
     result, found = run_demo(Path(command.out), epochs=command.epochs)
     _print_foreground(found)
     print()

@@ -37,7 +37,8 @@ class DataConfig:
     __pydantic_config__ = _STRICT
 
     data: str = ""
-    """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N."""
+    """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N.
+    Each data process unpacks .tar.gz shards into its memory; .tar is read in place and better for large sets."""
     image_size: tuple[Positive, ...] = (224, 224)
     """Height and width of the crops, pixels (one number: square); the patch size must divide both."""
     channels: Positive = 3
@@ -271,18 +272,16 @@ def validated(nested: Mapping[str, Any]) -> Config:
 
 def _check_together(config: Config) -> None:
     """Rules between fields."""
-    from hpm.masking import MASKS  # not above: torch, and --help would take seconds
-
     data, model, method, optimisation = config.data, config.model, config.method, config.optimisation
     if optimisation.warmup_epochs is not None and optimisation.warmup_epochs >= optimisation.epochs:
         raise InputError(
             f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
         )
-    if MASKS[method.mask].guide == "predicted_loss" and method.predicted_loss == "none":
+    if method.predicted_loss == "none" and _guide(method.mask) == "predicted_loss":
         raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
     if method.mining_threshold is not None and method.predicted_loss == "none":
         raise InputError("mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'")
-    if method.mining_threshold is not None and MASKS[method.mask].guide is None:
+    if method.mining_threshold is not None and _guide(method.mask) is None:
         raise InputError(f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided")
     if method.predictor_detached and (method.predicted_loss == "none" or method.predictor_view == "full"):
         raise InputError(
@@ -309,6 +308,13 @@ def _check_together(config: Config) -> None:
         raise InputError(f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}")
     if model.decoder_width % 4:
         raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
+
+
+def _guide(mask: str) -> str | None:
+    """What a mask policy chooses by; asked only where a rule depends on it, for masking imports torch."""
+    from hpm.masking import MASKS
+
+    return MASKS[mask].guide
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hpm.errors import InputError
 from hpm.evaluate import foreground
+from hpm.evaluate.config import ForegroundConfig
 from hpm.pretrain import train
 from hpm.recipes import recipe
 from hpm.report import write_report
@@ -30,7 +31,7 @@ def run_demo(out: Path, *, epochs: int | None = None) -> tuple[dict[str, Any], f
             raise InputError(f"epochs: must be at least 1, got {epochs}")
         config = replace(config, optimisation=replace(config.optimisation, epochs=epochs))
     result = train(config, out)
-    found = foreground.run(foreground.ForegroundConfig(checkpoint=str(out), images=config.run.val))
+    found = foreground.run(ForegroundConfig(checkpoint=str(out), images=config.run.val))
     folder = RunFolder(out)
     folder.save_evaluation("foreground", foreground.as_json(found))
     write_report(folder)

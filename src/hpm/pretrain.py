@@ -252,8 +252,8 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     if saved := checkpoints.load_latest():
         if saved["images"] != images:
             raise InputError(
-                f"data: {config.data.data!r} no longer holds the images this run began with ({saved['images']}, now "
-                f"{images}); order and schedules would change. Bring them back, or start over with --resume restart"
+                f"data: {config.data.data!r} does not hold the images this run began with ({saved['images']}; now "
+                f"{images}): order and schedules would change. Bring them back, or start over with --resume restart"
             )
         state.load(saved)
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
@@ -267,13 +267,15 @@ def _position(config: Config) -> Position:
     """Split the global batch over processes and micro-batches.
 
     Raises:
-        InputError: It does not divide.
+        InputError: It does not divide, or a micro-batch is larger than the share of a process.
     """
     batch, processes = config.optimisation.batch_size, distributed.world_size()
     if batch % processes:
         raise InputError(f"batch_size: must be divisible by the number of processes ({processes}), got {batch}")
     share = batch // processes
-    micro = min(config.run.micro_batch_size or share, share)
+    micro = config.run.micro_batch_size or share
+    if micro > share:
+        raise InputError(f"micro_batch_size: must be at most the {share} images per process and step, got {micro}")
     if share % micro:
         raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
     return Position(distributed.rank(), processes, share // micro)

@@ -35,6 +35,9 @@ def derive_seed(seed: int, stream: Stream, *place: int) -> int:
 def mask_noise(
     seed: int, step: int, *, batch_size: int, num_patches: int, device: torch.device
 ) -> Float[Tensor, "b n"]:
-    """Uniform noise for the masks of one global batch, drawn on ``device``."""
+    """Uniform noise for the masks of one global batch, drawn on ``device``.
+
+    Each kind of device has a generator of its own: for one seed, a CPU and a GPU draw different noise.
+    """
     generator = torch.Generator(device).manual_seed(derive_seed(seed, Stream.MASKS, step))
     return torch.rand(batch_size, num_patches, generator=generator, device=device)

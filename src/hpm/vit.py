@@ -12,7 +12,7 @@ from functools import partial
 import timm
 import torch
 from jaxtyping import Float, Int, Num
-from timm.layers import PatchEmbed, build_sincos2d_pos_embed
+from timm.layers import Attention, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -164,9 +164,29 @@ def encode(
     return encoded
 
 
+def has_class_attention(vit: VisionTransformer) -> bool:
+    """Does :func:`class_attention` know this encoder: a class token, and a last block of timm's plain kind?
+
+    Other blocks (parallel, post-norm, differential attention) keep their queries and keys elsewhere.
+    """
+    last = vit.blocks[-1]
+    return bool(vit.has_class_token) and type(last) is Block and type(last.attn) is Attention
+
+
 @torch.no_grad()
 def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-    """Attention of the class token to the patches in the last block, mean over heads."""
+    """Attention of the class token to the patches in the last block, mean over heads.
+
+    Args:
+        vit: An encoder for which :func:`has_class_attention` is true.
+        images: Normalised images.
+
+    Raises:
+        ValueError: The encoder has no class token, or its last block is of another kind.
+    """
+    if not has_class_attention(vit):
+        raise ValueError(f"no class attention in this encoder: it needs a class token and a plain last block, "
+                         f"got a {type(vit.blocks[-1]).__name__}")  # fmt: skip
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
     *blocks, last = vit.blocks
     for block in blocks:
