@@ -281,8 +281,10 @@ def _print_foreground(result: Any) -> None:
 
 
 def _ablate(arguments: list[str]) -> None:
-    from hpm import distributed
-    from hpm.ablate import AblateConfig, ablate
+    import tyro
+
+    from hpm.config import Config
+    from hpm.suites import AblateConfig
 
     settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
     with_settings = make_dataclass(
@@ -298,6 +300,10 @@ def _ablate(arguments: list[str]) -> None:
     given = flags | {name.removeprefix("no_") for name in flags}
     values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
     chosen = AblateConfig(**{item.name: getattr(command, item.name) for item in fields(AblateConfig)})
+
+    from hpm import distributed
+    from hpm.ablate import ablate
+
     result = ablate(chosen, {name: value for name, value in values.items() if name in given})
     if not distributed.is_main_of_environment():
         return
