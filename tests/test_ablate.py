@@ -114,11 +114,11 @@ def test_ablation_end_to_end(tmp_path, trained, capsys):
     ablate(setting(tmp_path / "a"), {**FIELDS, "val": "shapes:24@1"})
     assert len(trained) == 6
     ablate(setting(tmp_path / "a", suite="masks", rows=("hpm", "random+lpred"), seeds=(0,)), FIELDS)
-    assert len(trained) == 7 + 1  # random+lpred at both budgets
+    assert len(trained) == 7
     # Other fields: other runs, beside the old ones.
     ablate(setting(tmp_path / "a", rows=("hpm",), seeds=(0,)), {**FIELDS, "mask_ratio": 0.5})
-    assert len(trained) == 9
-    assert len(list((tmp_path / "a/runs").iterdir())) == 9
+    assert len(trained) == 8
+    assert len(list((tmp_path / "a/runs").iterdir())) == 8
 
 
 def test_killed_ablation_goes_on_where_it_was(tmp_path, trained, monkeypatch):
