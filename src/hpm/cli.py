@@ -1,6 +1,7 @@
 """The command ``hpm``: parses, calls, prints. Everything it does can be done from Python as well.
 
-Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving; 1 a fault of hpm's.
+Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving, 130 by Ctrl-C without; 1 a fault of
+hpm's.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             "whole: make room and run the same command again"
         )
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        _complain("stopped by Ctrl-C; nothing was saved since the last checkpoint")
+        raise SystemExit(130) from None
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":
             _say(str(stopped))
@@ -340,7 +344,7 @@ def _demo(arguments: list[str]) -> None:
 def _recipes(arguments: list[str]) -> None:
     from hpm.recipes import METHODS, SCALES, TARGETS, shapes_demo
 
-    if arguments:
+    if arguments and arguments[0] not in ("-h", "--help"):
         raise InputError(f"recipes: takes no arguments, got {arguments}")
     print("A recipe is METHOD[-TARGET][-SCALE]: hpm, mae-norm-pix, hpm-both-norm-pix-64px, mae-imagenet-800\n")
     for title, table in (

@@ -179,7 +179,7 @@ class RunConfig:
     deterministic: bool = False
     """Use only deterministic kernels (slower on CUDA; a CPU is deterministic anyway)."""
     max_damaged: Share = 0.01
-    """Stop when more than this share of the images read cannot be decoded."""
+    """Stop when more than this share of all images turns out to be damaged."""
     log_steps: Positive = 20
     """Steps between two records in metrics.jsonl."""
     checkpoint_steps: Positive | None = None

@@ -39,6 +39,7 @@ from hpm.data.loading import (
     TrainingOrder,
     default_workers,
     measure_statistics,
+    read_or_next,
     training_batches,
 )
 from hpm.data.sources import Source, fingerprint, open_source
@@ -233,6 +234,7 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     if not config.data.mean and config.data.channels != 3:
         mean, std = measure_statistics(source)
         config = replace(config, data=replace(config.data, mean=mean, std=std))
+    read_or_next(source, 0)  # a source of which nothing can be read is refused before anything is made
     folder.check_usable(config, resume)
     distributed.barrier()  # before any process makes anything there
     labelled_validation(config)
@@ -381,7 +383,14 @@ def _announce(run: Run) -> None:
         warn(
             f"after this run the teacher will still be {stale:.0%} its own random start (EMA decay "
             f"{schedule.ema.start:g} to {schedule.ema.end:g} over {schedule.total_steps} steps): what it says will be "
-            "close to noise. Leave ema_start and ema_end unset to adapt them to the length of the run."
+            "close to noise. "
+            + (
+                "Train for more epochs or with a smaller batch."
+                if config.optimisation.ema_start is None
+                and config.optimisation.ema_end is None
+                and config.optimisation.ema_ramp_epochs is None
+                else "Leave ema_start, ema_end and ema_ramp_epochs unset to adapt them to the length of the run."
+            )
         )
 
 

@@ -55,7 +55,8 @@ class RunFolder:
             if resume == "auto" and (changed := self._differences(config)):
                 raise InputError(
                     f"out: {str(self.path)!r} holds a run with another config; choose another folder, or go on with "
-                    "that run's values, or start over with --resume restart. Changed:\n  " + "\n  ".join(changed)
+                    "that run's values, or start over with --resume restart; to train on from its weights in a new "
+                    "folder, use --init-from. Changed:\n  " + "\n  ".join(changed)
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise InputError(f"out: {str(self.path)!r} is not empty and holds no run; choose a new folder")

@@ -16,6 +16,7 @@ from timm.layers import Attention, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from hpm.config import suggest
 from hpm.errors import InputError
 
 LAYER_NORM_EPS = 1e-6
@@ -49,8 +50,7 @@ def create_encoder(
         InputError: The name is unknown, is no ViT with absolute positions, or a size does not fit.
     """
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        hint = f" (timm has for example: {close})" if close else ""
+        hint = suggest(name, timm.list_models(module="vision_transformer")) or "; see timm.list_models('vit_*')"
         raise InputError(f"encoder: timm has no model named {name!r}{hint}")
     sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
     options = {key: value for key, value in sizes.items() if value is not None}
@@ -58,8 +58,9 @@ def create_encoder(
         vit = timm.create_model(name, img_size=image_size, in_chans=channels, num_classes=0, fc_norm=False, **options)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         # Models of other families do not take these arguments; a size that does not fit fails an assert of timm's.
+        kind = "" if name in timm.list_models(module="vision_transformer") else "; it is no VisionTransformer"
         raise InputError(f"encoder: timm cannot build {name!r} as a ViT of image size {image_size} "
-                         f"with {options or 'its own sizes'}: {error}") from error  # fmt: skip
+                         f"with {options or 'its own sizes'}{kind}: {error}") from error  # fmt: skip
     if not isinstance(vit, VisionTransformer):
         raise InputError(f"encoder: must be a timm VisionTransformer, got {name!r}, a {type(vit).__name__}")
     if type(vit.patch_embed) is not PatchEmbed:

@@ -103,7 +103,7 @@ class Watcher:
         )  # fmt: skip
         figure = draw_hardness(
             images, hardness, self.normalise, grid_size(run.state.student.encoder),
-            f"step {step}, rank correlation of predicted and true loss {hardness.rank_correlation:+.2f}",
+            f"step {step}; rank correlation of predicted and true loss here {hardness.rank_correlation:+.2f}",
         )  # fmt: skip
         try:
             save_figure(figure, run.folder.figures / f"hardness_{step:08d}.png")
