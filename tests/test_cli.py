@@ -73,7 +73,7 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
 
 @pytest.mark.parametrize(("words", "message"), [
     (["pretrain", "--out", "x", "--mask-ratoi", "0.5"], "mask-ratio"),
-    (["pretrain", "--out", "x", "--recipe", "nothing"], "there are hpm"),
+    (["pretrain", "--out", "x", "--recipe", "nothing"], "METHOD: hpm"),
     (["pretrain", "--out", "x", "--config", "/nothing.yaml"], "cannot read /nothing.yaml"),
     (["pretrain", "--data", "shapes:9"], "--out"),
     (["pretrain", "--out", "x", "--recipe", "mae", "--config", "a.yaml"], "not both"),
@@ -287,4 +287,6 @@ def test_help_and_version(capsys):
     code, out, _ = call(capsys, "--version")
     assert "torch" in out
     assert "timm" in out
-    assert "beit" not in call(capsys, "recipes")[1]
+    listed = call(capsys, "recipes")[1]
+    assert all(part in listed for part in ("random+lpred", "norm-pix", "imagenet-800"))
+    assert call(capsys, "recipes", "--help")[0] == 0
