@@ -115,7 +115,7 @@ def colour_priority(noise: Float[Tensor, "b n"], grid: Grid, colour: str) -> Flo
     Source: Hinojosa et al., "ColorMAE", ECCV 2024, arXiv 2407.13036.
     """
     rows, columns = grid
-    # float64 (which MPS lacks): a transform may round by how many images it is given at once, and a mask must not.
+    # float64 (which MPS lacks): an image transformed alone is rounded otherwise than among others; a mask must not be.
     uniform = (noise if noise.is_mps else noise.double()).clamp(2**-25, 1 - 2**-24)
     white = torch.erfinv(2 * uniform - 1).unflatten(1, grid)
     down = torch.fft.fftfreq(rows, device=white.device, dtype=white.dtype).square().unsqueeze(1)
