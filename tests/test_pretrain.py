@@ -51,6 +51,17 @@ def test_a_run_learns_and_leaves_what_the_interface_promises(tmp_path):
     assert hpm.load_teacher(tmp_path / "run").predict_loss(images).shape == (2, 16)
 
 
+@pytest.mark.parametrize(("mask", "unit"), [("hard", "epoch"), ("attention", "step")])
+def test_a_run_from_hard_to_easy(tmp_path, mask, unit):
+    run(
+        tmp_path / "run", mask=mask, hard_share_start=1.0, hard_share_end=0.25, hard_share_unit=unit, mask_ratio=0.6,
+        log_steps=1, checkpoint_steps=12, figures=True, num_figure_images=2,
+    )  # fmt: skip
+    shares = [record["hard_share"] for record in read_metrics(tmp_path / "run") if "hard_share" in record]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.25 <= shares[-1] < 0.4 < 0.6 < shares[0] <= 1
+
+
 @pytest.mark.parametrize("stop_after", [1, 5, 6, 11])
 @pytest.mark.parametrize("unit", ["step", "epoch"])
 def test_a_stopped_run_ends_bit_identical(tmp_path, monkeypatch, stop_after, unit):

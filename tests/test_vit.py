@@ -9,8 +9,10 @@ import torch
 
 from hpm.errors import InputError
 from hpm.vit import (
+    class_attention,
     create_encoder,
     encode,
+    encode_with_attention,
     fix_positions,
     grid_size,
     initialise,
@@ -134,6 +136,24 @@ def test_every_parameter_is_initialised_by_us_or_by_timm(name):
     timms = re.compile(r"(norm\w*|q_norm|k_norm)\.(weight|bias)|ls[12]\.gamma|patch_embed\.proj\.bias|dist_token"
                        r"|attn_pool\.latent")  # fmt: skip
     assert [n for n in ours_not if not re.search(timms.pattern + "$", n)] == []
+
+
+WITH_CLASS_ATTENTION = [
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "test_vit", "vit_base_patch16_clip_224",
+    "vit_small_patch14_reg4_dinov2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_CLASS_ATTENTION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_beside_attention_are_the_very_same(name, dtype):
+    vit = tiny(name)
+    images = images_for(vit)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        tokens, attention = encode_with_attention(vit, images)
+        assert torch.equal(tokens, encode(vit, images))
+        assert torch.equal(attention, class_attention(vit, images))
+    assert attention.shape == (2, 6)
 
 
 def test_initialisation_is_that_of_mae():

@@ -174,9 +174,12 @@ def has_class_attention(vit: VisionTransformer) -> bool:
     return bool(vit.has_class_token) and type(last) is Block and type(last.attn) is Attention
 
 
-@torch.no_grad()
-def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-    """Attention of the class token to the patches in the last block, mean over heads.
+def encode_with_attention(
+    vit: VisionTransformer, images: Float[Tensor, "b c h w"]
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b n"]]:
+    """:func:`encode` of the full image and :func:`class_attention` from one pass; the tokens are the very same.
+
+    Only queries and keys of the last block are computed a second time, about 2 % of a ViT-B.
 
     Args:
         vit: An encoder for which :func:`has_class_attention` is true.
@@ -197,7 +200,22 @@ def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) ->
     qkv = attention.qkv(last.norm1(tokens)).reshape(b, t, 3, attention.num_heads, -1)
     query, key = attention.q_norm(qkv[:, :1, 0]), attention.k_norm(qkv[:, :, 1])
     weights = torch.einsum("bqhd,bkhd->bhqk", query * attention.scale, key).softmax(dim=-1)
-    return weights.mean(dim=1)[:, 0, vit.num_prefix_tokens :]
+    encoded: Tensor = vit.norm(last(tokens))
+    return encoded, weights.mean(dim=1)[:, 0, vit.num_prefix_tokens :]
+
+
+@torch.no_grad()
+def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+    """Attention of the class token to the patches in the last block, mean over heads.
+
+    Args:
+        vit: An encoder for which :func:`has_class_attention` is true.
+        images: Normalised images.
+
+    Raises:
+        ValueError: The encoder has no class token, or its last block is of another kind.
+    """
+    return encode_with_attention(vit, images)[1]
 
 
 class Decoder(nn.Module):
