@@ -22,14 +22,14 @@ import torch
 
 from hpm import distributed
 from hpm.ablation_table import Outcome, write_tables
-from hpm.build import build_method, build_normalise, build_student, choose_attention
+from hpm.build import build_normalise, choose_attention
 from hpm.checkpoint import write_text_atomically
 from hpm.config import RESULT_SECTIONS, Config, resolve_schedule, suggest, with_fields
 from hpm.data.sources import Source, class_indices, open_source
 from hpm.errors import InputError
 from hpm.evaluate.foreground import predicted_loss_auroc
 from hpm.evaluate.knn import LabelledSplit, knn_accuracy, untrained_encoder
-from hpm.flops import step_flops
+from hpm.flops import training_flops
 from hpm.log import say, warn
 from hpm.pretrain import train
 from hpm.recipes import SCALES, recipe
@@ -125,8 +125,7 @@ def plan(config: AblateConfig, fields: Mapping[str, Any]) -> list[Job]:
     flops = {}
     for row, base in configs.items():
         resolve_schedule(base.optimisation, num_images)
-        student = build_student(base)
-        flops[row] = step_flops(student, build_method(base, student))
+        flops[row] = training_flops(base)
     jobs = []
     for seed in config.seeds:
         for row, base in configs.items():
@@ -250,7 +249,7 @@ def evaluate(folder: Path, data: Source, val: Source | None, device: torch.devic
         shown = val or data
         images = loaded.normalise(spread_images(shown, NUM_HARDNESS_IMAGES, config.data.size).to(device))
         hardness = measure_hardness(
-            loaded.student, loaded.teacher, build_method(config, loaded.student), images, share=0.0, bf16=bf16,
+            loaded.student, loaded.teacher, loaded.method, images, share=0.0, bf16=bf16,
             generator=torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES)),
         )  # fmt: skip
         figures["rank_correlation"] = hardness.rank_correlation

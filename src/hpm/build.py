@@ -1,4 +1,4 @@
-"""From a config to the objects of a run: student, method, normalisation, optimizer."""
+"""From a config to the objects of a run: target, student, method, normalisation, optimizer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from typing import Any
 
 import torch
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from hpm.config import Config, OptimisationConfig
 from hpm.data.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from hpm.errors import InputError
+from hpm.frozen import TimmFeatureTarget, load_frozen
 from hpm.masking import MASKS, num_hidden_patches
 from hpm.method import PREDICTED_LOSSES, Method, Student
 from hpm.seeding import Stream, derive_seed
-from hpm.targets import PixelTarget
+from hpm.targets import EmaFeatureTarget, HogTarget, PixelTarget, Target
+from hpm.tokens import KMeansTokenizer, TokenTarget, load_tokenizer
 from hpm.vit import create_encoder, grid_size, has_class_attention, patch_size
 
 
@@ -40,42 +43,92 @@ def timm_arguments(config: Config) -> dict[str, Any]:
 
 def input_config(config: Config) -> dict[str, Any]:
     """How the encoder wants its images, in the terms of timm's ``pretrained_cfg``."""
-    data = config.data
+    mean, std = statistics(config)
     return {
-        "input_size": [data.channels, *data.size],
-        "mean": list(data.mean or IMAGENET_MEAN),
-        "std": list(data.std or IMAGENET_STD),
+        "input_size": [config.data.channels, *config.data.size],
+        "mean": list(mean),
+        "std": list(std),
         "interpolation": "bicubic",
         "crop_pct": 1.0,
     }
 
 
-def build_target(config: Config, patch: tuple[int, int]) -> PixelTarget:
-    """The reconstruction target."""
-    return PixelTarget(patch, channels=config.data.channels, normalise=config.method.target == "norm_pix")
-
-
-def build_student(config: Config) -> Student:
-    """The student with its seeded initialisation.
+def build_encoder(config: Config) -> VisionTransformer:
+    """The encoder, drawn from PyTorch's own random state.
 
     Raises:
         InputError: A size does not fit.
     """
     model = config.model
+    return create_encoder(
+        model.encoder,
+        image_size=config.data.size,
+        channels=config.data.channels,
+        patch_size=model.patch_size,
+        width=model.encoder_width,
+        depth=model.encoder_depth,
+        heads=model.encoder_heads,
+    )
+
+
+def build_target(config: Config) -> Target:
+    """The reconstruction target, on the CPU.
+
+    A frozen timm model is loaded with its weights; the embedded codebook is empty until it is fitted or loaded.
+
+    Raises:
+        InputError: A size does not fit, or a model or tokenizer cannot be loaded.
+    """
+    method, channels = config.method, config.data.channels
+    with torch.device("meta"):  # all that a target wants to know of the encoder is sizes
+        encoder = build_encoder(config)
+    patch, grid = patch_size(encoder), grid_size(encoder)
+    match method.target:
+        case "pixels" | "norm_pix":
+            return PixelTarget(patch, channels=channels, normalise=method.target == "norm_pix")
+        case "hog":
+            return HogTarget(patch, channels=channels)
+        case "ema_features":
+            return EmaFeatureTarget(encoder)
+        case "timm_features":
+            frozen = load_frozen(method.target_model, grid=grid, image_size=config.data.size, channels=channels)
+            mean, std = statistics(config)
+            return TimmFeatureTarget(frozen, grid=grid, mean=mean, std=std)
+        case "tokens" if method.tokenizer:
+            tokenizer = load_tokenizer(
+                method.tokenizer, num_patches=grid[0] * grid[1], image_size=config.data.size, channels=channels,
+                seed=config.optimisation.seed,
+            )  # fmt: skip
+            return TokenTarget(tokenizer)
+        case "tokens":
+            return TokenTarget(KMeansTokenizer(method.num_tokens, patch_size=patch, channels=channels))
+
+
+def embedded_codebook(target: Target) -> KMeansTokenizer | None:
+    """The part of a target that is fitted to the images, and so has to be saved with the run."""
+    if isinstance(target, TokenTarget) and isinstance(target.tokenizer, KMeansTokenizer):
+        return target.tokenizer
+    return None
+
+
+def build_student(config: Config, *, target_dim: int | None = None) -> Student:
+    """The student with its seeded initialisation.
+
+    Args:
+        config: Of the run.
+        target_dim: P, the width of the target; None builds the target to ask it.
+
+    Raises:
+        InputError: A size does not fit.
+    """
+    model = config.model
+    if target_dim is None:
+        target_dim = build_target(config).dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.optimisation.seed, Stream.INITIALISATION))
-        encoder = create_encoder(
-            model.encoder,
-            image_size=config.data.size,
-            channels=config.data.channels,
-            patch_size=model.patch_size,
-            width=model.encoder_width,
-            depth=model.encoder_depth,
-            heads=model.encoder_heads,
-        )
         return Student(
-            encoder,
-            target_dim=build_target(config, patch_size(encoder)).dim,
+            build_encoder(config),
+            target_dim=target_dim,
             decoder_dim=model.decoder_width,
             decoder_depth=model.decoder_depth,
             decoder_heads=model.decoder_heads,
@@ -85,8 +138,13 @@ def build_student(config: Config) -> Student:
         )
 
 
-def build_method(config: Config, student: Student) -> Method:
+def build_method(config: Config, student: Student, target: Target | None = None) -> Method:
     """The choices of the run.
+
+    Args:
+        config: Of the run.
+        student: Of the run.
+        target: What is reconstructed; None builds it.
 
     Raises:
         InputError: The mask ratio leaves nothing hidden or nothing visible on this grid, or the mask asks for
@@ -108,7 +166,7 @@ def build_method(config: Config, student: Student) -> Method:
             f"got {config.model.encoder!r}"
         )
     return Method(
-        target=build_target(config, patch_size(student.encoder)),
+        target=build_target(config) if target is None else target,
         mask_policy=mask.policy((rows, columns)),
         guide=mask.guide,
         num_hidden=num_hidden,
@@ -118,9 +176,14 @@ def build_method(config: Config, student: Student) -> Method:
     )
 
 
+def statistics(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the run's images per channel, ImageNet's where none are given."""
+    return config.data.mean or IMAGENET_MEAN, config.data.std or IMAGENET_STD
+
+
 def build_normalise(config: Config) -> Normalise:
-    """Normalisation by the run's statistics, ImageNet's where none are given."""
-    return Normalise(config.data.mean or IMAGENET_MEAN, config.data.std or IMAGENET_STD)
+    """Normalisation by the run's statistics."""
+    return Normalise(*statistics(config))
 
 
 def build_optimizer(config: OptimisationConfig, student: Student) -> torch.optim.AdamW:

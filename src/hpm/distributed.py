@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hpm.errors import InputError
+
+Item = TypeVar("Item")
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -79,6 +81,22 @@ def gather_objects(item: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, item)
     return gathered
+
+
+def from_main(make: Callable[[], Item]) -> Item:
+    """What ``make`` returns on the main process, on every process; an :class:`InputError` is raised on every one."""
+    made: list[Any] = [None]
+    if is_main():
+        try:
+            made = [make()]
+        except InputError as error:
+            made = [error]
+    if world_size() > 1:
+        dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
+    if isinstance(made[0], InputError):
+        raise made[0]
+    item: Item = made[0]
+    return item
 
 
 def mean_over_processes(values: dict[str, float]) -> dict[str, float]:

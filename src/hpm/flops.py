@@ -7,7 +7,7 @@ from timm.layers import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpm.build import build_method, build_student
+from hpm.build import build_method, build_student, build_target, embedded_codebook
 from hpm.config import Config
 from hpm.method import Method, Student, Teacher
 
@@ -20,8 +20,11 @@ def training_flops(config: Config) -> float:
 
     A multiply-add counts as two; normalisation, optimizer and EMA, which do not depend on the batch, do not count.
     """
-    student = build_student(config)
-    return step_flops(student, build_method(config, student))
+    target = build_target(config)
+    student = build_student(config, target_dim=target.dim)
+    if codebook := embedded_codebook(target):  # any entries will do: what they are does not change the count
+        codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels))
+    return step_flops(student, build_method(config, student, target))
 
 
 def step_flops(student: Student, method: Method) -> float:

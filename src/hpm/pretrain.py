@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm import distributed
@@ -26,7 +27,9 @@ from hpm.build import (
     build_normalise,
     build_optimizer,
     build_student,
+    build_target,
     choose_attention,
+    embedded_codebook,
     input_config,
     timm_arguments,
 )
@@ -54,6 +57,7 @@ from hpm.run_folder import RunFolder
 from hpm.schedules import ema_decay, hard_share, hard_share_by_epoch, learning_rate, untouched_share
 from hpm.seeding import Stream, derive_seed, mask_noise
 from hpm.stopping import StopSignal
+from hpm.tokens import KMeansTokenizer, fit_codebook
 from hpm.watching import labelled_validation
 
 Resume = Literal["auto", "never", "restart"]
@@ -125,12 +129,13 @@ def _kernels(deterministic: bool) -> Iterator[None]:
 
 @dataclass
 class State:
-    """All that changes while training: what a checkpoint holds."""
+    """All that changes while training, and what was fitted to the images before: what a checkpoint holds."""
 
     student: Student
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     gate: MiningGate
+    codebook: KMeansTokenizer | None = None
     step: int = 0
     seconds: float = 0.0
 
@@ -144,6 +149,7 @@ class State:
             "teacher": self.teacher.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "gate": self.gate.correlation,
+            "target": self.codebook.state_dict() if self.codebook is not None else {},
             "config": asdict(config),
         }
 
@@ -154,6 +160,8 @@ class State:
         self.teacher.model.load_state_dict(saved["teacher"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.gate.correlation.copy_(saved["gate"])
+        if self.codebook is not None:
+            self.codebook.adopt(**saved["target"])
 
 
 @dataclass
@@ -229,22 +237,28 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     source = open_source(config.data.data, channels=config.data.channels, image_size=config.data.size, field="data")
     schedule = resolve_schedule(config.optimisation, len(source))
     position = _position(config)
-    student = build_student(config)
-    method = build_method(config, student)
     if not config.data.mean and config.data.channels != 3:
         mean, std = measure_statistics(source)
         config = replace(config, data=replace(config.data, mean=mean, std=std))
     read_or_next(source, 0)  # a source of which nothing can be read is refused before anything is made
+    target = build_target(config)
+    student = build_student(config, target_dim=target.dim)
+    method = build_method(config, student, target)
     folder.check_usable(config, resume)
     distributed.barrier()  # before any process makes anything there
     labelled_validation(config)
     _check_disk(folder.path, student, config.run.keep_last)
 
+    checkpoints = CheckpointFolder(folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps)
+    codebook = embedded_codebook(target)
+    if codebook is not None and (resume == "restart" or not checkpoints.steps()):
+        codebook.adopt(_fit_codebook(config, source, codebook))
     student.to(device)
+    if isinstance(target, nn.Module):
+        target.to(device)
     choose_attention(student, device)
     gate = MiningGate(config.method.mining_threshold, device)
-    state = State(student, Teacher(student), build_optimizer(config.optimisation, student), gate)
-    checkpoints = CheckpointFolder(folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps)
+    state = State(student, Teacher(student), build_optimizer(config.optimisation, student), gate, codebook)
     if distributed.is_main():
         if resume == "restart":
             folder.clear()
@@ -263,6 +277,19 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
         folder.write_config(config, device)
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))
     return Run(config, folder, device, bf16, source, schedule, position, method, state, checkpoints, images)
+
+
+def _fit_codebook(config: Config, source: Source, codebook: KMeansTokenizer) -> torch.Tensor:
+    """Fit the codebook on the main process, for all of them.
+
+    Raises:
+        InputError: The images have too few different patches.
+    """
+    images, normalise = _training_images(config, source), build_normalise(config)
+    seed = config.optimisation.seed
+    return distributed.from_main(
+        lambda: fit_codebook(images, normalise, codebook.pixels, vocabulary=codebook.vocabulary, seed=seed)
+    )
 
 
 def _position(config: Config) -> Position:
@@ -394,19 +421,25 @@ def _announce(run: Run) -> None:
         )
 
 
+def _training_images(config: Config, source: Source) -> TrainingImages:
+    """The images of a source as training crops them."""
+    data = config.data
+    return TrainingImages(
+        source, size=data.size, crop_scale=data.crop_scale, flip=data.flip, seed=config.optimisation.seed
+    )
+
+
 def _batches(run: Run) -> Generator[Batch, None, None]:
     """Training batches from the run's step on."""
     config = run.config
-    images = TrainingImages(
-        run.source, size=config.data.size, crop_scale=config.data.crop_scale, flip=config.data.flip,
-        seed=config.optimisation.seed,
-    )  # fmt: skip
     order = TrainingOrder(
         len(run.source), batch_size=config.optimisation.batch_size, first_step=run.state.step,
         total_steps=run.schedule.total_steps, seed=config.optimisation.seed, position=run.position,
     )  # fmt: skip
     workers = default_workers() if config.run.workers is None else config.run.workers
-    return training_batches(images, order, workers=workers, pin_memory=run.device.type == "cuda")
+    return training_batches(
+        _training_images(config, run.source), order, workers=workers, pin_memory=run.device.type == "cuda"
+    )
 
 
 def _parallel(student: Student, device: torch.device) -> Callable[..., StudentOutput]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,13 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from hpm.build import build_normalise, build_student, input_config
+from hpm.build import build_method, build_normalise, build_student, build_target, embedded_codebook, input_config
 from hpm.checkpoint import CheckpointFolder, load_verified, write_text_atomically
 from hpm.config import Config, differences, load_config, to_yaml, validated
 from hpm.errors import InputError
-from hpm.method import Student, Teacher
+from hpm.method import Method, Student, Teacher
 
 
 class RunFolder:
@@ -170,13 +172,30 @@ class LoadedRun:
         device = device or torch.device("cpu")
         self.config = validated(state["config"])
         self.step: int = state["step"]
-        self.student: Student = build_student(self.config)
+        # The width of the target stands in the weights: a frozen model is not needed to read them.
+        target_dim = len(state["student"]["reconstructor.head.weight"])
+        self.student: Student = build_student(self.config, target_dim=target_dim)
         self.student.load_state_dict(state["student"])
         self.student.to(device).eval()
         self.teacher = Teacher(self.student)
         self.teacher.model.load_state_dict(state["teacher"])
         self.normalise = build_normalise(self.config).to(device)
         self.device = device
+        self._target: dict[str, torch.Tensor] = state.get("target", {})
+
+    @cached_property
+    def method(self) -> Method:
+        """The choices of the run, with the target as it was saved; a frozen target model is loaded only here.
+
+        Raises:
+            InputError: The target's model or tokenizer cannot be loaded any more.
+        """
+        target = build_target(self.config)
+        if (codebook := embedded_codebook(target)) is not None:
+            codebook.adopt(**self._target)
+        if isinstance(target, nn.Module):
+            target.to(self.device)
+        return build_method(self.config, self.student, target)
 
 
 def load_teacher(checkpoint: str | Path) -> Teacher:

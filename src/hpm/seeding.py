@@ -24,6 +24,7 @@ class Stream(IntEnum):
     MASKS = 3
     STEP = 4
     FIGURES = 5
+    TOKENS = 6
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Num, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hpm.build import build_method, choose_attention
+from hpm.build import choose_attention
 from hpm.checkpoint import write_atomically
 from hpm.data.loading import Cover, Normalise, read_or_next
 from hpm.data.sources import Source, open_source
@@ -36,8 +36,8 @@ class Hardness(NamedTuple):
     """The teacher's scores on the full image; None without a loss predictor."""
     hidden: Bool[Tensor, "b n"]
     """A mask of the run's own kind."""
-    reconstruction: Float[Tensor, "b c h w"]
-    """Normalised images with the hidden patches reconstructed."""
+    reconstruction: Float[Tensor, "b c h w"] | None
+    """Normalised images with the hidden patches reconstructed; None where the target is no pixels."""
 
     @property
     def rank_correlation(self) -> float:
@@ -72,8 +72,8 @@ def measure_hardness(
     was_training = student.training
     student.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        true_loss = _average_loss(student, method, images, generator)
         answers = method.ask(teacher, images)
+        true_loss = _average_loss(student, method, images, method.target(images, answers.features), generator)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
         hidden = method.mask_policy(
             answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share)
@@ -84,11 +84,14 @@ def measure_hardness(
 
 
 def _average_loss(
-    student: Student, method: Method, images: Float[Tensor, "b c h w"], generator: torch.Generator
+    student: Student,
+    method: Method,
+    images: Float[Tensor, "b c h w"],
+    target: Num[Tensor, "b n q"],
+    generator: torch.Generator,
 ) -> Float[Tensor, "b n"]:
     """Mean loss of every patch over random masks that rotate, so that each patch is hidden equally often."""
     num_patches = student.positions.shape[1]
-    target = method.target(images)
     total = torch.zeros(len(images), num_patches, device=images.device)
     count = torch.zeros_like(total)
     rank = torch.rand(len(images), num_patches, generator=generator).argsort(1).to(images.device)
@@ -108,12 +111,12 @@ def _fill_in(
     images: Float[Tensor, "b c h w"],
     hidden: Bool[Tensor, "b n"],
     prediction: Float[Tensor, "b m p"],
-) -> Float[Tensor, "b c h w"]:
-    """The images with their hidden patches replaced by the prediction, as pixels."""
+) -> Float[Tensor, "b c h w"] | None:
+    """The images with their hidden patches replaced by the prediction; None where it is no pixels."""
+    if not isinstance(method.target, PixelTarget):
+        return None
     patch, grid = patch_size(student.encoder), grid_size(student.encoder)
     patches = patchify(images, patch)
-    if not isinstance(method.target, PixelTarget):  # features cannot be shown as pixels
-        return images
     _, index = split_patches(hidden, method.num_hidden)
     wide = index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
     pixels = method.target.to_pixels(torch.zeros_like(patches).scatter(1, wide, prediction), images)
@@ -133,7 +136,7 @@ def draw_hardness(
     grid: tuple[int, int],
     title: str,
 ) -> Figure:
-    """One row per image: input, true loss, predicted loss, masked input, reconstruction.
+    """One row per image: input, true loss, predicted loss, masked input, reconstruction (what there is of these).
 
     Args:
         images: Normalised images.
@@ -151,8 +154,9 @@ def draw_hardness(
         f"loss, {NUM_MASKS} masks": hardness.true_loss,
         "predicted loss": hardness.predicted_loss,
         "hidden": displayable(masked),
-        "reconstruction": displayable(normalise.to_display(hardness.reconstruction)),
     }
+    if hardness.reconstruction is not None:
+        pictures["reconstruction"] = displayable(normalise.to_display(hardness.reconstruction))
     columns = {name: content for name, content in pictures.items() if content is not None}
     height = 1.5 * images.shape[2] / images.shape[3]
     figure = Figure(figsize=(1.5 * len(columns), height * len(images) + 0.6), layout="constrained")
@@ -207,10 +211,9 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     config = loaded.config
     source = open_source(images, channels=config.data.channels, image_size=config.data.size, field="images")
     shown = loaded.normalise(spread_images(source, count, config.data.size))
-    method = build_method(config, loaded.student)
     choose_attention(loaded.student, loaded.device)
     hardness = measure_hardness(
-        loaded.student, loaded.teacher, method, shown, share=config.method.hard_share_end,
+        loaded.student, loaded.teacher, loaded.method, shown, share=config.method.hard_share_end,
         generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)),
     )  # fmt: skip
     title = f"{checkpoint}, step {loaded.step}: rank correlation {hardness.rank_correlation:+.2f}"

@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from hpm.build import build_method, choose_attention
+from hpm.build import choose_attention
 from hpm.data.decode import EXTENSIONS, DecodeError, decode
 from hpm.data.loading import Cover, Normalise, ordered_batches
 from hpm.data.sources import Source, open_source
@@ -228,7 +228,7 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     choose_attention(loaded.student, device)
     choose_attention(loaded.teacher, device)
     return evaluate_foreground(
-        loaded.student, loaded.teacher, build_method(loaded.config, loaded.student), loaded.normalise, source,
+        loaded.student, loaded.teacher, loaded.method, loaded.normalise, source,
         size=data.size, device=device, bf16=has_bf16(device), masks=masks,
         max_damaged=config.max_damaged,
     )  # fmt: skip

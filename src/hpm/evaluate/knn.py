@@ -238,4 +238,5 @@ def _run(config: KnnConfig, device: torch.device) -> KnnResult:
 
 def untrained_encoder(config: Config, device: torch.device) -> VisionTransformer:
     """The run's encoder at its own seeded initialisation."""
-    return build_student(config).encoder.to(device).eval()
+    encoder = build_student(config, target_dim=1).encoder  # drawn before the head: any width gives the same
+    return encoder.to(device).eval()
