@@ -23,7 +23,7 @@ def training_flops(config: Config) -> float:
     target = build_target(config)
     student = build_student(config, target_dim=target.dim)
     if codebook := embedded_codebook(target):  # any entries will do: what they are does not change the count
-        codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels))
+        codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
     return step_flops(student, build_method(config, student, target))
 
 
