@@ -320,6 +320,14 @@ def test_uniform_grid_hides_the_same_share_of_every_cell(grid, ratio):
             assert all(c.sum() == 3 for c in cells)
 
 
+def test_uniform_grid_survives_the_largest_and_smallest_offsets(monkeypatch):
+    """A cell that is as far ahead of the others as can be does not round up to their next level."""
+    extremes = torch.tensor([2**-24, 1 - 2**-24]).repeat(1, 8)
+    monkeypatch.setattr("hpm.patterns.more_noise", lambda noise, count: extremes[:, :count].expand(len(noise), -1))
+    visible = 1 - hide("uniform_grid", (8, 8), batch=20)
+    assert (visible.unflatten(1, (4, 2)).unflatten(3, (4, 2)).sum(dim=(2, 4)) == 1).all()
+
+
 def test_uniform_grid_shows_every_place_of_a_cell_alike_and_cells_independently():
     visible = 1 - hide("uniform_grid", (2, 4), batch=40_000)
     place = visible.unflatten(2, (2, 2)).permute(0, 2, 1, 3).flatten(2).argmax(dim=2)  # (B, 2 cells)
