@@ -138,10 +138,18 @@ def test_pretrain_prints_a_table_the_next_command_and_json(capsys, finished):
 
 
 def test_restart_starts_over(capsys, tmp_path):
-    assert call(capsys, "pretrain", "--out", tmp_path / "run", *flags(TINY))[0] == 0
-    other = flags(TINY | {"seed": 1})
-    assert call(capsys, "pretrain", "--out", tmp_path / "run", "--resume", "restart", *other)[0] == 0
-    assert "seed: 1" in (tmp_path / "run" / "config.yaml").read_text()
+    run = tmp_path / "run"
+    assert call(capsys, "pretrain", "--out", run, *flags(TINY | {"checkpoint_steps": 4}))[0] == 0
+    for folder, name in (("figures", "hardness_00000004.png"), ("evaluate", "knn.json"), ("events", "old")):
+        (run / folder).mkdir(exist_ok=True)
+        (run / folder / name).write_text("of the run before")
+    (run / "metrics.jsonl").write_text('{"step": 0, "knn_top1": 99.0}\n')
+    other = flags(TINY | {"seed": 1, "epochs": 1, "checkpoint_steps": 3})
+    assert call(capsys, "pretrain", "--out", run, "--resume", "restart", *other)[0] == 0
+    assert "seed: 1" in (run / "config.yaml").read_text()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [3, 6]
+    assert sorted(file.name for file in (run / "checkpoints").glob("*.pt")) == ["step_00000003.pt", "step_00000006.pt"]
+    assert not [*run.glob("figures/*"), *run.glob("evaluate/*"), *run.glob("events/old")]
 
 
 def test_evaluate_knn_prints_the_untrained_encoder_too(capsys, finished):
