@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
@@ -55,6 +56,24 @@ def build_target(config: Config, patch: tuple[int, int]) -> PixelTarget:
     return PixelTarget(patch, channels=config.data.channels, normalise=config.method.target == "norm_pix")
 
 
+def encoder_of(config: Config) -> VisionTransformer:
+    """The encoder of a config, with an initialisation from torch's global random state.
+
+    Raises:
+        InputError: A size does not fit.
+    """
+    model = config.model
+    return create_encoder(
+        model.encoder,
+        image_size=config.data.size,
+        channels=config.data.channels,
+        patch_size=model.patch_size,
+        width=model.encoder_width,
+        depth=model.encoder_depth,
+        heads=model.encoder_heads,
+    )
+
+
 def build_student(config: Config) -> Student:
     """The student with its seeded initialisation.
 
@@ -64,15 +83,7 @@ def build_student(config: Config) -> Student:
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.optimisation.seed, Stream.INITIALISATION))
-        encoder = create_encoder(
-            model.encoder,
-            image_size=config.data.size,
-            channels=config.data.channels,
-            patch_size=model.patch_size,
-            width=model.encoder_width,
-            depth=model.encoder_depth,
-            heads=model.encoder_heads,
-        )
+        encoder = encoder_of(config)
         return Student(
             encoder,
             target_dim=build_target(config, patch_size(encoder)).dim,
