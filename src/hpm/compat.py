@@ -156,7 +156,7 @@ def _without_class_row(table: Tensor) -> Tensor:
     return table[:, 1:]
 
 
-def handful(items: list[str], *, most: int = 5) -> str:
+def handful(items: list[str], *, most: int = 5, separator: str = ", ") -> str:
     """The first few, and how many more there are."""
     more = len(items) - most
-    return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")
+    return separator.join([*items[:most], *([f"and {more} more"] if more > 0 else [])])
