@@ -47,6 +47,7 @@ def finished(tmp_path_factory):
     ({"device": "cuda"}, "device: 'cuda' is not available"),
     ({"val": "{tmp}/unlabelled"}, "val: .* has no labels"),
     ({"channels": 13}, "shapes have 3 channels"),
+    ({"init_from": "{tmp}/file.bin"}, "init_from: .*file.bin': damaged"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes, message):
     from PIL import Image
@@ -75,6 +76,7 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
     (["pretrain", "--out", "x", "--recipe", "mae", "--config", "a.yaml"], "not both"),
     (["pretrian"], "did you mean pretrain"),
     (["evaluate", "everything"], "evaluate knn"),
+    (["convert", "--from", "/nothing", "--to", "a.pt"], "from: '/nothing': does not exist"),
     (["visualize", "--checkpoint", "/nothing", "--images", "shapes:3", "--out", "a.png"], "does not exist"),
     (["evaluate", "knn", "--checkpoint", "/nothing", "--train", "shapes:9", "--val", "shapes:9"], "does not exist"),
 ])  # fmt: skip
