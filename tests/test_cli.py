@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     ({"device": "cuda"}, "device: 'cuda' is not available"),
     ({"val": "{tmp}/unlabelled"}, "val: .* has no labels"),
     ({"channels": 13}, "shapes have 3 channels"),
+    ({"init_from": "{tmp}/file.bin"}, "init_from: .*file.bin': damaged"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes, message):
     from PIL import Image
@@ -83,6 +84,7 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
     (["evaluate"], "evaluate foreground    how well"),
     (["evaluate", "--json", "knn"], "no evaluation '--json'"),
     (["evalaute", "knn"], "no command 'evalaute'"),
+    (["convert", "--from", "/nothing", "--to", "a.pt"], "from: '/nothing': does not exist"),
     (["visualize", "--checkpoint", "/nothing", "--images", "shapes:3", "--out", "a.png"], "does not exist"),
     (["evaluate", "knn", "--checkpoint", "/nothing", "--train", "shapes:9", "--val", "shapes:9"], "does not exist"),
 ])  # fmt: skip

@@ -28,6 +28,7 @@ usage: hpm COMMAND ...
   evaluate foreground    how well the predicted loss finds objects, beside simple measures
   ablate                 compare recipes with several seeds, at equal epochs and at equal compute
   visualize              what is hard in given images, as a figure
+  convert                published HPM and MAE checkpoints to ours and back
   recipes                the named starting points for pretrain
 
 hpm COMMAND --help explains a command; hpm --version prints versions.
@@ -115,6 +116,7 @@ def _dispatch(arguments: list[str]) -> None:
         ("evaluate", "foreground"): _evaluate_foreground,
         ("ablate",): _ablate,
         ("visualize",): _visualize,
+        ("convert",): _convert,
         ("recipes",): _recipes,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -328,6 +330,38 @@ def _visualize(arguments: list[str]) -> None:
     print(f"next:  hpm evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
     if command.json:
         _print_json({"figure": command.out, "rank_correlation": correlation})
+
+
+def _convert(arguments: list[str]) -> None:
+    from hpm import convert
+
+    config, as_json = _parse_with_json(convert.ConvertConfig, "convert", arguments)
+    result = convert.run(config)
+    rows = [
+        ("holds", ", ".join(result.parts)),
+        ("teacher", result.teacher or "none"),
+        ("encoder", f"{result.encoder}, {result.encoder_heads} heads"),
+        ("image size", f"{result.image_size[0]}x{result.image_size[1]}, patches of {result.patch_size}"),
+        ("tensors", str(result.tensors)),
+    ]
+    if result.decoder_heads is not None:
+        rows.insert(3, ("decoders", f"{result.decoder_heads} heads"))
+    if result.left_aside:
+        rows.append(("left aside", ", ".join(result.left_aside)))
+    _print_table((result.to, result.kind), rows)
+    if result.kind == "checkpoint":
+        print(
+            f"\nnext:  hpm visualize --checkpoint {result.to} --images IMAGES --out hard.png\n"
+            f"       hpm pretrain --init-from {result.to} --data IMAGES --out RUN"
+        )
+    elif result.kind == "encoder":
+        print(f'\nuse:   import hpm\n       backbone = hpm.load_encoder("{result.to}")    # a plain timm model')
+        print("       features = backbone.forward_features(images)")
+    else:
+        print(f'\nuse:   import torch\n       state = torch.load("{result.to}", weights_only=True)["model"]')
+        print("       model.load_state_dict(state)    # build it with the heads above: the file does not say them")
+    if as_json:
+        _print_json(result._asdict())
 
 
 def _demo(arguments: list[str]) -> None:

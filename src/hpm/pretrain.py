@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm import distributed
+from hpm.adapt import start_from
 from hpm.build import (
     build_method,
     build_normalise,
@@ -259,6 +260,9 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     choose_attention(student, device)
     gate = MiningGate(config.method.mining_threshold, device)
     state = State(student, Teacher(student), build_optimizer(config.optimisation, student), gate, codebook)
+    if config.model.init_from and (resume == "restart" or not checkpoints.steps()):
+        say(start_from(config, state.student, state.teacher))
+        distributed.barrier()  # the weights may be those of the run that restart is about to clear
     if distributed.is_main():
         if resume == "restart":
             folder.clear()
@@ -406,7 +410,7 @@ def _announce(run: Run) -> None:
         f"{run.position.world_size} process(es), {run.position.num_micro_batches} micro-batch(es)"
     )
     stale = untouched_share(schedule.ema, schedule.total_steps)
-    if run.method.needs_teacher and stale > 0.05:
+    if run.method.needs_teacher and stale > 0.05 and not config.model.init_from:
         warn(
             f"after this run the teacher will still be {stale:.0%} its own random start (EMA decay "
             f"{schedule.ema.start:g} to {schedule.ema.end:g} over {schedule.total_steps} steps): what it says will be "
