@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from hpm.config import Config, with_fields
 from hpm.errors import InputError
-from hpm.mining import MEMORY, MiningGate
+from hpm.mining import MEMORY, THRESHOLD_AFTER_LOADING, MiningGate, mining_threshold
 from hpm.pretrain import pretrain
 from tiny import TINY, assert_same_state, final_state
 
@@ -21,7 +22,7 @@ def fed(gate, values):
 
 
 def test_without_threshold_mining_begins_at_once():
-    gate = MiningGate(None, CPU)
+    gate = MiningGate(0, CPU)
     assert gate.admit(7) == 7
     assert gate.is_open()
 
@@ -89,6 +90,17 @@ def test_gate_is_part_of_a_resumed_run(tmp_path, monkeypatch):
     assert_same_state(whole, cut)
     assert torch.equal(whole["gate"], cut["gate"])
     assert len({share for share in shares(tmp_path / "whole") if share}) > 0, "the gate never opened: no test"
+
+
+def test_a_run_from_weights_waits_unless_told_not_to():
+    def threshold(**fields):
+        return mining_threshold(with_fields(Config(), fields))
+
+    assert threshold() == 0
+    assert threshold(init_from="runs/old") == THRESHOLD_AFTER_LOADING
+    assert threshold(init_from="runs/old", mining_threshold=0) == 0
+    assert threshold(init_from="runs/old", mask="random") == 0
+    assert threshold(mining_threshold=0.7) == 0.7
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,9 @@ class MethodConfig:
     """Cut the gradient of the predictor's loss before the encoder and the shared decoder input (published: do not)."""
     prediction_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the predictor's loss in the total."""
-    mining_threshold: OpenShare | None = None
-    """Masks stay random while the running rank correlation of predicted and true loss is below this; none: never wait
-    (published)."""
+    mining_threshold: Share | None = None
+    """Masks stay random while the running rank correlation of predicted and true loss is below this; none: 0.3 for a
+    run that starts from weights (init_from), else 0, which is never wait (published)."""
 
 
 @dataclass(frozen=True)
@@ -279,9 +279,9 @@ def _check_together(config: Config) -> None:
         )
     if method.predicted_loss == "none" and _guide(method.mask) == "predicted_loss":
         raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
-    if method.mining_threshold is not None and method.predicted_loss == "none":
+    if method.mining_threshold and method.predicted_loss == "none":
         raise InputError("mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'")
-    if method.mining_threshold is not None and _guide(method.mask) is None:
+    if method.mining_threshold and _guide(method.mask) is None:
         raise InputError(f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided")
     if method.predictor_detached and (method.predicted_loss == "none" or method.predictor_view == "full"):
         raise InputError(

@@ -7,6 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpm import distributed
+from hpm.config import Config
+
+MEMORY = 50
+"""Steps over which the running mean forgets."""
+THRESHOLD_AFTER_LOADING = 0.3
+"""Default of a run that starts from weights: a predictor that has to begin anew is at 0, one that fits the new images
+is there within some twenty steps."""
 
 
 class MiningGate:
@@ -20,31 +27,36 @@ class MiningGate:
     predictor, or on data without anything to predict, it is not.
 
     Args:
-        threshold: Correlation from which on the gate is open; None: always open, as published.
+        threshold: Correlation from which on the gate is open; 0: always open, as published.
         device: Where the running mean is kept.
     """
 
-    def __init__(self, threshold: float | None, device: torch.device) -> None:
+    def __init__(self, threshold: float, device: torch.device) -> None:
         self.threshold = threshold
         self.correlation = torch.zeros((), device=device)
 
     def admit(self, num_hard: int) -> int | Int[Tensor, ""]:
         """``num_hard`` while the gate is open, else 0."""
-        if self.threshold is None:
+        if not self.threshold:
             return num_hard
         return torch.where(self.correlation >= self.threshold, num_hard, 0)
 
     def update(self, correlation: Float[Tensor, ""]) -> None:
         """Take in the rank correlation of one step; what is not finite counts as 0."""
-        if self.threshold is None:
+        if not self.threshold:
             return
         measured = distributed.mean_of_tensor(torch.nan_to_num(correlation.detach(), 0.0, 0.0, 0.0))
         self.correlation += (measured - self.correlation) / MEMORY
 
     def is_open(self) -> bool:
         """Is mining on? Waits for the device."""
-        return self.threshold is None or bool(self.correlation >= self.threshold)
+        return not self.threshold or bool(self.correlation >= self.threshold)
 
 
-MEMORY = 50
-"""Steps over which the running mean forgets."""
+def mining_threshold(config: Config) -> float:
+    """The threshold of a run: what was given, or what its start asks for."""
+    method = config.method
+    if method.mining_threshold is not None:
+        return method.mining_threshold
+    guided_by_loss = method.mask in ("hard", "easy", "proportional")
+    return THRESHOLD_AFTER_LOADING if config.model.init_from and guided_by_loss else 0.0

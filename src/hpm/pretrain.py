@@ -51,7 +51,7 @@ from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics, say, warn
 from hpm.meter import Meter
 from hpm.method import Losses, Method, Student, StudentOutput, Teacher
-from hpm.mining import MiningGate
+from hpm.mining import MiningGate, mining_threshold
 from hpm.recipes import recipe as named_recipe
 from hpm.reporter import reporting
 from hpm.run_folder import RunFolder
@@ -258,7 +258,7 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     if isinstance(target, nn.Module):
         target.to(device)
     choose_attention(student, device)
-    gate = MiningGate(config.method.mining_threshold, device)
+    gate = MiningGate(mining_threshold(config), device)
     state = State(student, Teacher(student), build_optimizer(config.optimisation, student), gate, codebook)
     if config.model.init_from and (resume == "restart" or not checkpoints.steps()):
         say(start_from(config, state.student, state.teacher))
