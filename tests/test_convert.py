@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import hpm
 from hpm.cli import main
 from hpm.compat import to_published
-from hpm.convert import ConvertConfig, run
+from hpm.conversion import ConvertConfig
+from hpm.convert import inferred_config, run
 from hpm.errors import InputError
 from hpm.run_folder import LoadedRun
 from hpm.vit import encode
@@ -152,8 +153,10 @@ def test_a_full_size_vit_b_there_and_back_is_bit_identical(tmp_path):
 
     with torch.device("meta"):
         shapes = to_published(build_student(Config()).state_dict())
-    generator = torch.Generator().manual_seed(0)
-    state = {name: torch.empty(tensor.shape).uniform_(generator=generator) for name, tensor in shapes.items()}
+    state = {
+        name: torch.arange(tensor.numel()).float().view(tensor.shape) + k
+        for k, (name, tensor) in enumerate(shapes.items())
+    }  # every value of a tensor differs, and every tensor from those of its shape
     state["decoder_pos_embed"][:, 0] = 0
     torch.save({"model": state}, tmp_path / "published.pth")
     there = run(ConvertConfig(source=str(tmp_path / "published.pth"), to=str(tmp_path / "ours.pt")))
@@ -189,7 +192,6 @@ def test_heads_and_grid_come_from_hugging_faces_config(capsys, tmp_path):
 def test_the_timm_model_is_chosen_by_the_shapes(width, depth, patch, name):
     from hpm.build import build_student
     from hpm.config import Config, with_fields
-    from hpm.convert import inferred_config
     from hpm.weights import Weights
 
     sizes = {

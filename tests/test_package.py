@@ -23,6 +23,7 @@ def test_importing_hpm_imports_nothing_slow():
 
 @pytest.mark.parametrize("words", [
     "", "--help", "recipes", "evaluate", "evaluate --help", "demo --help", "ablate --help", "visualize --help",
+    "convert --help",
     "evaluate knn --help", "evaluate foreground --help", "pretrain --help", "pretrain --recipe hpm-norm-pix --help",
 ])  # fmt: skip
 def test_help_imports_nothing_slow(words):

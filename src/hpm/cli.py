@@ -333,9 +333,12 @@ def _visualize(arguments: list[str]) -> None:
 
 
 def _convert(arguments: list[str]) -> None:
+    from hpm.conversion import ConvertConfig
+
+    config, as_json = _parse_with_json(ConvertConfig, "convert", arguments)
+
     from hpm import convert
 
-    config, as_json = _parse_with_json(convert.ConvertConfig, "convert", arguments)
     result = convert.run(config)
     rows = [
         ("holds", ", ".join(result.parts)),

@@ -11,12 +11,11 @@ the other. Without a loss predictor this is the layout of MAE. The names carry n
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from hpm.adapt import PIXEL_TARGETS
@@ -24,6 +23,7 @@ from hpm.build import build_encoder, build_student, input_config, timm_arguments
 from hpm.checkpoint import save_pickle, save_weights, write_atomically
 from hpm.compat import handful, to_published
 from hpm.config import Config, with_fields
+from hpm.conversion import ConvertConfig
 from hpm.errors import InputError
 from hpm.log import read_metrics
 from hpm.vit import LAYER_NORM_EPS
@@ -38,34 +38,6 @@ _NAMED = {  # width, depth, patch size, heads
     (1024, 24, 16, 16): "vit_large_patch16_224",
     (1280, 32, 14, 16): "vit_huge_patch14_224",
 }
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Convert published HPM and MAE checkpoints to ours and back; what is written depends on the ending of --to.
-
-    FILE.pt: ours, for visualize, evaluate and load_teacher. FILE.safetensors: the encoder alone, timm's names.
-    FILE.pth: published names.
-    """
-
-    source: Annotated[str, tyro.conf.arg(name="from")]
-    """What to read: a published HPM or MAE file, a Hugging Face or timm folder, timm:NAME, or a run folder or .pt."""
-    to: str
-    """File to write: .pt, .safetensors or .pth."""
-    target: Literal["pixels", "norm_pix"] = "pixels"
-    """What the model was trained to reconstruct; published files do not say."""
-    encoder_heads: int | None = None
-    """Attention heads of the encoder, which no tensor shows; none: width / 64 (16 for 1280)."""
-    decoder_heads: int | None = None
-    """Attention heads of the decoders; none: 16 for width 512."""
-    image_size: tuple[int, ...] = ()
-    """Height and width in pixels, for a learnt position table that is not square."""
-    mean: tuple[float, ...] = ()
-    """Channel means that the model's images were normalised with; empty: ImageNet's."""
-    std: tuple[float, ...] = ()
-    """Channel standard deviations; empty as for mean."""
-    force: bool = False
-    """Replace the file if it exists."""
 
 
 class Converted(NamedTuple):
