@@ -11,6 +11,7 @@ import hpm
 from hpm.adapt import fit, inflate_channels, resample_pixel_head, start_from
 from hpm.compat import to_published
 from hpm.errors import InputError, Interrupted
+from hpm.log import read_metrics
 from hpm.method import Teacher
 from hpm.pretrain import pretrain
 from hpm.reporter import Reporter
@@ -212,13 +213,14 @@ def test_a_head_of_the_same_width_for_another_target_is_not_taken(tmp_path):
     path, _, _ = published_file(tmp_path)
     weights, student = read_weights(path), tiny_student(9)
 
-    def fresh(here, there):
-        config, theirs = tiny_config(target=here), tiny_config(target=there) if there else None
+    def fresh(here, there, **changes):
+        config, theirs = tiny_config(target=here, **changes), tiny_config(target=there, **changes) if there else None
         fitted = fit(weights._replace(config=theirs), weights.student, student, config)
         assert ("reconstructor.head.weight" in fitted.state) == (not fitted.fresh)
         return fitted.fresh
 
     assert fresh("pixels", None) == fresh("pixels", "norm_pix") == fresh("hog", "hog") == []
+    assert fresh("tokens", "tokens", tokenizer="mine:codebook") == [], "the same tokenizer numbers them alike"
     for here, there in (("ema_features", None), ("pixels", "ema_features"), ("hog", "pixels"), ("tokens", "tokens")):
         assert fresh(here, there) == ["reconstructor's head (the file's is for another target)"]
 
@@ -291,8 +293,8 @@ def test_the_first_step_sees_the_weights(tmp_path):
     run(tmp_path / "long", epochs=6)
     run(tmp_path / "on", init_from=str(tmp_path / "long"), epochs=1, warmup_epochs=0.5, seed=3)
     run(tmp_path / "cold", epochs=1, warmup_epochs=0.5, seed=3)
-    last = hpm.log.read_metrics(tmp_path / "long")[-1]["reconstruction_loss"]
-    on, cold = (hpm.log.read_metrics(tmp_path / name)[0]["reconstruction_loss"] for name in ("on", "cold"))
+    last = read_metrics(tmp_path / "long")[-1]["reconstruction_loss"]
+    on, cold = (read_metrics(tmp_path / name)[0]["reconstruction_loss"] for name in ("on", "cold"))
     assert on < 1.2 * last < cold
 
 

@@ -274,8 +274,9 @@ def _same_kind_of_target(weights: Weights, bias: Tensor, proj: Tensor, config: C
     here, there = config.method, weights.config.method if weights.config else None
     if there is None or there.target in PIXEL_TARGETS:
         return len(bias) == proj[0].numel() and here.target in PIXEL_TARGETS
-    same = (here.target, here.target_model) == (there.target, there.target_model)
-    return same and here.target != "tokens"  # another codebook numbers its entries otherwise
+    if here.target == "tokens" and not here.tokenizer:  # another codebook numbers its entries otherwise
+        return False
+    return all(getattr(here, name) == getattr(there, name) for name in ("target", "target_model", "tokenizer"))
 
 
 def _by(pair: tuple[int, ...]) -> str:
