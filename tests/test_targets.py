@@ -125,7 +125,7 @@ def target_fields(name, frozen):
         "ema_features": {"target": "ema_features"},
         "timm_features": {"target": "timm_features", "target_model": frozen},
         "tokens": {"target": "tokens", "num_tokens": 16},
-        "own tokens": {"target": "tokens", "tokenizer": "tokenizers:brightness"},
+        "own tokens": {"target": "tokens", "tokenizer": "own_tokenizers:brightness"},
     }[name]
 
 

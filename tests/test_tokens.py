@@ -215,14 +215,14 @@ def test_two_processes_share_one_codebook(tmp_path):
 
 
 def adapter(name, *, num_patches=16, seed=0):
-    return load_tokenizer(f"tokenizers:{name}", num_patches=num_patches, image_size=(32, 32), channels=3, seed=seed)
+    return load_tokenizer(f"own_tokenizers:{name}", num_patches=num_patches, image_size=(32, 32), channels=3, seed=seed)
 
 
 def test_a_users_tokenizer_is_frozen_and_asked():
     tokenizer = adapter("brightness")
     assert not tokenizer.training
     assert not tokenizer.weight.requires_grad
-    target = build_target(with_fields(Config(), TOKENS | {"tokenizer": "tokenizers:brightness"}))
+    target = build_target(with_fields(Config(), TOKENS | {"tokenizer": "own_tokenizers:brightness"}))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(target(images)[..., 0], tokenizer(images).long())
     assert target.dim == 16
@@ -238,21 +238,21 @@ def test_what_a_users_tokenizer_draws_is_a_function_of_the_seed():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tokenizers", "must be module:function, got 'tokenizers'"),
+        ("own_tokenizers", "must be module:function, got 'own_tokenizers'"),
         (":brightness", "must be module:function"),
         ("no_such_module:tokenizer", "cannot import 'no_such_module'.*PYTHONPATH"),
-        ("tokenizers:nothing", "'tokenizers' has no function 'nothing'"),
-        ("tokenizers:not_a_function", "'tokenizers' has no function"),
-        ("tokenizers:fails", "'tokenizers:fails' failed: RuntimeError: no such codebook"),
-        ("tokenizers:nameless", "attribute vocabulary.*got function with vocabulary None"),
-        ("tokenizers:no_callable", "got int with vocabulary None"),
-        ("tokenizers:wrong_vocabulary", "got Fixed with vocabulary 'many'"),
-        ("tokenizers:wrong_shape", r"integers \(2, 16\) \(the patch grid of the encoder\), got \(2, 3\)"),
-        ("tokenizers:wrong_dtype", r"got torch.float32"),
-        ("tokenizers:wrong_range", r"from 0 to 3 \(vocabulary - 1\), got 0 to 15"),
-        ("tokenizers:negative", r"from 0 to 99 \(vocabulary - 1\), got -15 to 0"),
-        ("tokenizers:no_tensor", "got a str"),
-        ("tokenizers:breaks", "it failed: AttributeError"),
+        ("own_tokenizers:nothing", "'own_tokenizers' has no function 'nothing'"),
+        ("own_tokenizers:not_a_function", "'own_tokenizers' has no function"),
+        ("own_tokenizers:fails", "'own_tokenizers:fails' failed: RuntimeError: no such codebook"),
+        ("own_tokenizers:nameless", "attribute vocabulary.*got function with vocabulary None"),
+        ("own_tokenizers:no_callable", "got int with vocabulary None"),
+        ("own_tokenizers:wrong_vocabulary", "got Fixed with vocabulary 'many'"),
+        ("own_tokenizers:wrong_shape", r"integers \(2, 16\) \(the patch grid of the encoder\), got \(2, 3\)"),
+        ("own_tokenizers:wrong_dtype", r"got torch.float32"),
+        ("own_tokenizers:wrong_range", r"from 0 to 3 \(vocabulary - 1\), got 0 to 15"),
+        ("own_tokenizers:negative", r"from 0 to 99 \(vocabulary - 1\), got -15 to 0"),
+        ("own_tokenizers:no_tensor", "got a str"),
+        ("own_tokenizers:breaks", "it failed: AttributeError"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused_before_training(tmp_path, name, message):
