@@ -7,10 +7,12 @@ import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hpm.checkpoint import CheckpointFolder
+from hpm.stopping import StopSignal
 from tiny import TINY, assert_same_state, final_state, in_child, pretrain_in_child
 
 KILLS = int(os.environ.get("HPM_KILLS", "20"))
@@ -77,6 +79,20 @@ def test_a_signal_to_the_whole_group_even_twice_saves_and_leaves_with_code_3(tmp
     assert run_whole(out, values) == 0
     assert run_whole(whole, values) == 0
     assert_same_state(final_state(whole), final_state(out))
+
+
+def test_only_a_second_ctrl_c_ends_at_once_and_not_within_a_second(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hpm.stopping.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StopSignal() as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        now[0] = 30.0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def fill_the_disk_after_the_first_checkpoint(out: str, values: dict) -> None:

@@ -1,6 +1,9 @@
 """What a user types and what comes back: exit codes, messages, tables, the JSON line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,11 +45,13 @@ def finished(tmp_path_factory):
     ({"mask_ratio": 2}, r"mask_ratio.*less than 1, got 2"),
     ({"batch_size": 1000}, r"batch_size: must be at most the number of images \(48\), got 1000"),
     ({"micro_batch_size": 3}, "micro_batch_size: must divide the 8 images"),
+    ({"micro_batch_size": 16}, "micro_batch_size: must be at most the 8 images per process and step, got 16"),
     ({"predicted_loss": "none"}, "mask: 'hard' chooses by predicted loss"),
     ({"decoder_heads": 5}, "decoder_heads: must divide"),
     ({"device": "cuda"}, "device: 'cuda' is not available"),
     ({"val": "{tmp}/unlabelled"}, "val: .* has no labels"),
     ({"channels": 13}, "shapes have 3 channels"),
+    ({"init_from": "{tmp}/file.bin"}, "init_from: .*file.bin': damaged"),
 ])  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes, message):
     from PIL import Image
@@ -69,12 +74,17 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
 
 @pytest.mark.parametrize(("words", "message"), [
     (["pretrain", "--out", "x", "--mask-ratoi", "0.5"], "mask-ratio"),
-    (["pretrain", "--out", "x", "--recipe", "nothing"], "there are hpm"),
+    (["pretrain", "--out", "x", "--recipe", "nothing"], "METHOD: hpm"),
     (["pretrain", "--out", "x", "--config", "/nothing.yaml"], "cannot read /nothing.yaml"),
     (["pretrain", "--data", "shapes:9"], "--out"),
     (["pretrain", "--out", "x", "--recipe", "mae", "--config", "a.yaml"], "not both"),
     (["pretrian"], "did you mean pretrain"),
-    (["evaluate", "everything"], "evaluate knn"),
+    (["evaluate", "everything"], "evaluate knn  "),
+    (["evaluate", "kn"], "no evaluation 'kn'; did you mean knn?"),
+    (["evaluate"], "evaluate foreground    how well"),
+    (["evaluate", "--json", "knn"], "no evaluation '--json'"),
+    (["evalaute", "knn"], "no command 'evalaute'"),
+    (["convert", "--from", "/nothing", "--to", "a.pt"], "from: '/nothing': does not exist"),
     (["visualize", "--checkpoint", "/nothing", "--images", "shapes:3", "--out", "a.png"], "does not exist"),
     (["evaluate", "knn", "--checkpoint", "/nothing", "--train", "shapes:9", "--val", "shapes:9"], "does not exist"),
 ])  # fmt: skip
@@ -130,10 +140,18 @@ def test_pretrain_prints_a_table_the_next_command_and_json(capsys, finished):
 
 
 def test_restart_starts_over(capsys, tmp_path):
-    assert call(capsys, "pretrain", "--out", tmp_path / "run", *flags(TINY))[0] == 0
-    other = flags(TINY | {"seed": 1})
-    assert call(capsys, "pretrain", "--out", tmp_path / "run", "--resume", "restart", *other)[0] == 0
-    assert "seed: 1" in (tmp_path / "run" / "config.yaml").read_text()
+    run = tmp_path / "run"
+    assert call(capsys, "pretrain", "--out", run, *flags(TINY | {"checkpoint_steps": 4}))[0] == 0
+    for folder, name in (("figures", "hardness_00000004.png"), ("evaluate", "knn.json"), ("events", "old")):
+        (run / folder).mkdir(exist_ok=True)
+        (run / folder / name).write_text("of the run before")
+    (run / "metrics.jsonl").write_text('{"step": 0, "knn_top1": 99.0}\n')
+    other = flags(TINY | {"seed": 1, "epochs": 1, "checkpoint_steps": 3})
+    assert call(capsys, "pretrain", "--out", run, "--resume", "restart", *other)[0] == 0
+    assert "seed: 1" in (run / "config.yaml").read_text()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [3, 6]
+    assert sorted(file.name for file in (run / "checkpoints").glob("*.pt")) == ["step_00000003.pt", "step_00000006.pt"]
+    assert not [*run.glob("figures/*"), *run.glob("evaluate/*"), *run.glob("events/old")]
 
 
 def test_evaluate_knn_prints_the_untrained_encoder_too(capsys, finished):
@@ -145,6 +163,52 @@ def test_evaluate_knn_prints_the_untrained_encoder_too(capsys, finished):
     assert (result["num_train"], result["num_val"]) == (64, 32)
     assert json.loads((finished / "evaluate" / "knn.json").read_text())["top1"] == result["top1"]
     assert "k nearest neighbours" in (finished / "report.html").read_text()
+
+
+def labelled_folder(folder, *, damaged=()):
+    """30 shapes below folders of their classes; some are no images."""
+    from PIL import Image
+
+    from hpm.data.shapes import make_shape
+
+    for number in range(30):
+        file = folder / "abc"[number % 3] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if number in damaged:
+            file.write_bytes(b"no image")
+        else:
+            Image.fromarray(make_shape(5, number, 32, 32).image).save(file)
+    return folder
+
+
+def test_evaluate_knn_names_damaged_images_once_and_does_not_count_them(capsys, finished, tmp_path):
+    train, val = labelled_folder(tmp_path / "train", damaged=(4, 7)), labelled_folder(tmp_path / "val", damaged=(9,))
+    words = ["evaluate", "knn", "--checkpoint", finished, "--train", train, "--val", val, "--k", "5", "--json"]
+    code, _, err = call(capsys, *words)
+    assert code == 2
+    assert "max_damaged: at most 1.0% of the images may be damaged, and 2 of the 30 of train are" in err
+    code, out, err = call(capsys, *words, "--max-damaged", "0.1")
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert (result["num_train"], result["num_val"], result["damaged"]) == (28, 29, 3)
+    for name in (train / "b" / "4.png", train / "b" / "7.png", val / "a" / "9.png"):
+        assert err.count(f"damaged image left out: {name}: UnidentifiedImageError") == 1
+    assert "28 neighbours, 29 images classified" in out
+    assert "max_damaged: must be between 0 and 1, got 2" in call(capsys, *words, "--max-damaged", "2")[2]
+
+
+def test_evaluate_knn_by_two_processes_gives_the_result_of_one_and_prints_it_once(capsys, finished, tmp_path):
+    train, val = labelled_folder(tmp_path / "train", damaged=(4, 7)), labelled_folder(tmp_path / "val")
+    words = [str(word) for word in ("evaluate", "knn", "--checkpoint", finished, "--train", train, "--val", val,
+                                    "--k", "3", "7", "--max-damaged", "0.1", "--device", "cpu", "--json")]  # fmt: skip
+    _, alone, _ = call(capsys, *words)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hpm", *words],
+        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == alone
+    assert done.stderr.count("damaged image left out") == 2
 
 
 def test_evaluate_foreground_reports_every_measure_by_level(capsys, finished, tmp_path):
@@ -177,6 +241,29 @@ def test_evaluate_foreground_with_a_folder_of_masks(capsys, finished, tmp_path):
     assert "no mask for the image" in call(capsys, *words, "--masks", tmp_path / "masks")[2]
 
 
+def test_evaluate_foreground_names_damaged_images_once_and_does_not_count_them(capsys, finished, tmp_path):
+    from PIL import Image
+
+    from hpm.data.shapes import make_shape
+
+    images = labelled_folder(tmp_path / "images", damaged=(4, 7))
+    (tmp_path / "masks").mkdir()
+    for number in range(30):
+        Image.fromarray(make_shape(5, number, 32, 32).mask).save(tmp_path / "masks" / f"{number}.png")
+    words = ["evaluate", "foreground", "--checkpoint", finished, "--images", images, "--masks", tmp_path / "masks"]
+    code, _, err = call(capsys, *words)
+    assert code == 2
+    assert "max_damaged: at most 1.0% of the images may be damaged, and 2 of the 30 of images are" in err
+    code, out, err = call(capsys, *words, "--json", "--max-damaged", "0.1")
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert (result["num_images"], result["damaged"]) == (28, 2)
+    assert err.count("damaged image left out") == 2
+    for file in images.glob("*/*.png"):
+        file.write_bytes(b"")
+    assert "no readable image among 30" in call(capsys, *words, "--max-damaged", "1")[2]
+
+
 def test_visualize_writes_the_figure(capsys, finished, tmp_path):
     code, out, _ = call(capsys, "visualize", "--checkpoint", finished, "--images", "shapes:9@3", "--count", "3",
                         "--out", tmp_path / "hard.png", "--json")  # fmt: skip
@@ -201,7 +288,15 @@ def test_help_and_version(capsys):
     assert code == 0
     assert "norm_pix" in out
     assert "(default: random)" in out
+    code, out, _ = call(capsys, "evaluate", "--help")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("  ")] == [
+        ["evaluate", "knn"],
+        ["evaluate", "foreground"],
+    ]
     code, out, _ = call(capsys, "--version")
     assert "torch" in out
     assert "timm" in out
-    assert "beit" not in call(capsys, "recipes")[1]
+    listed = call(capsys, "recipes")[1]
+    assert all(part in listed for part in ("random+lpred", "norm-pix", "imagenet-800"))
+    assert call(capsys, "recipes", "--help")[0] == 0

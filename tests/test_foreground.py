@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.evaluate.foreground import edge_density, find, foreground_patches, patch_variance
-from hpm.vit import class_attention, create_encoder
+from hpm.build import build_method, build_normalise, build_student
+from hpm.config import Config, with_fields
+from hpm.evaluate.foreground import edge_density, find, foreground_patches, measure_patches, patch_variance
+from hpm.method import Teacher
+from hpm.vit import class_attention, create_encoder, has_class_attention
+from tiny import TINY
 
 torch.set_num_threads(1)
 FOREGROUND = np.array([[True, True, False, False], [False, False, True, True]])
@@ -143,6 +147,31 @@ def test_class_attention_equals_a_loop_and_timm(name, num_prefix):
             expected += (weights / weights.sum())[num_prefix:] / 2
         np.testing.assert_allclose(actual[b].numpy(), expected, rtol=1e-4)
     assert not torch.allclose(actual, actual[:, :1].expand(-1, 6), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "supported"),
+    [
+        ("vit_tiny_patch16_224", True),
+        ("vit_small_patch16_18x2_224", False),  # two attentions side by side
+        ("vit_base_patch16_xp_224", False),  # attention and MLP in one product; no class token either
+        ("vit_wee_patch16_reg1_gap_256", False),  # no class token
+    ],
+)
+def test_encoders_without_a_plain_last_block_have_no_attention_measure(name, supported):
+    config = with_fields(Config(), TINY | {"encoder": name})
+    student = build_student(config)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    measured = measure_patches(
+        student, Teacher(student), build_method(config, student), build_normalise(config), images,
+        generator=torch.Generator(), bf16=False,
+    )  # fmt: skip
+    assert has_class_attention(student.encoder) == supported
+    assert (measured["attention"] is not None) == supported
+    assert measured["predicted_loss"] is not None
+    if not supported:
+        with pytest.raises(ValueError, match="class token and a plain last block"):
+            class_attention(student.encoder, torch.zeros(2, 3, 32, 32))
 
 
 def test_figures_equal_scikit_learns_also_with_ties():

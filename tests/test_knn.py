@@ -45,6 +45,9 @@ class Images(Source):
     def name(self, index):
         return f"image {index}"
 
+    def content(self, index):
+        return self.images[index].numpy().tobytes()
+
     @property
     def labels(self):
         return ["ab"[i % 2] for i in range(len(self))]

@@ -1,5 +1,8 @@
 """Order, crops and batches: functions of the seed and the step, whatever machine they are made on."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from hpm.data.loading import (
 )
 from hpm.data.sources import Sample, Source, open_source
 from hpm.errors import InputError
+from hpm.stopping import SIGNALS, signals_held
 
 torch.set_num_threads(1)
 
@@ -40,6 +44,9 @@ class Memory(Source):
 
     def name(self, index):
         return f"image {index}"
+
+    def content(self, index):
+        return self.images[index].numpy().tobytes()
 
     @property
     def labels(self):
@@ -243,3 +250,30 @@ def test_ordered_batches_leave_out_the_damaged_and_name_them():
     assert torch.equal(batches[0].images, source.images[[5, 0]])
     assert [damage.name for batch in batches for damage in batch.damaged] == ["image 1", "image 2", "image 3"]
     assert len(batches[1].images) == 0
+
+
+def test_workers_of_evaluations_outlive_a_signal_to_the_process_group():
+    batches = ordered_batches(Memory(64), size=(8, 8), batch_size=4, workers=1)
+    seen = next(batches).indices
+    for number in SIGNALS:
+        os.kill(batches._workers[0].pid, number)
+    for batch in batches:
+        seen += batch.indices
+    assert seen == list(range(64))
+
+
+class Blocked(Memory):
+    """Images that are dark while the signals are blocked in the process that reads them."""
+
+    def read(self, index):
+        deaf = set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return Sample(torch.full((3, 8, 8), 0 if deaf else 255, dtype=torch.uint8), None)
+
+
+def test_workers_are_born_deaf_to_signals_and_hear_them_once_they_know_what_to_do():
+    with signals_held():
+        assert set(SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        batch = next(ordered_batches(Blocked(4), size=(8, 8), workers=1))
+    assert batch.images.min() == 255
+    assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert next(ordered_batches(Blocked(4), size=(8, 8))).images.min() == 255

@@ -9,10 +9,14 @@ import torch
 from scipy.stats import spearmanr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpm.masking import hide_hard, hide_random, hide_top, split_patches
+from hpm.build import build_method, build_student
+from hpm.config import Config, with_fields
+from hpm.errors import InputError
+from hpm.masking import MASKS, hide_hard, hide_random, hide_top, split_patches
 from hpm.method import Method, Student, Teacher, absolute_loss, rank_correlation, relative_loss
 from hpm.targets import PixelTarget
-from hpm.vit import create_encoder, encode, grid_size, patchify, unpatchify
+from hpm.vit import class_attention, create_encoder, encode, grid_size, patchify, unpatchify
+from tiny import TINY
 
 torch.set_num_threads(1)
 PATCH, SIZE, NUM_PATCHES, NUM_HIDDEN = (8, 8), (32, 24), 12, 8
@@ -235,6 +239,53 @@ def test_step_end_to_end(policy):
     losses.total.backward()
     unused = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("predicted_loss", ["relative", "none"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_step_with_every_mask(mask, predicted_loss, bf16):
+    """The policy gets its guide, the student its mask, and every parameter a finite gradient."""
+    fields = TINY | {"mask": mask, "predicted_loss": predicted_loss, "predictor_view": "both"}
+    if MASKS[mask].guide == "predicted_loss" and predicted_loss == "none":
+        with pytest.raises(InputError, match=f"mask: '{mask}' chooses by predicted loss"):
+            with_fields(Config(), fields)
+        return
+    config = with_fields(Config(), fields)
+    student = build_student(config)
+    teacher, method, seen = Teacher(student), build_method(config, student), {}
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    passes = []
+    teacher.model.encoder.patch_embed.register_forward_hook(lambda *rest: passes.append(1))
+
+    def spy(images, hidden, **rest):
+        seen["hidden"] = hidden
+        return student(images, hidden, **rest)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        losses = method.step(spy, teacher if method.needs_teacher else None, images, noise, num_hard=6)
+        assert len(passes) == int(method.needs_teacher), "one pass gives the teacher's tokens, scores and attention"
+        guide = {
+            "predicted_loss": lambda: teacher.predict_loss(images),
+            "attention": lambda: class_attention(teacher.model.encoder, images),
+            None: lambda: None,
+        }[method.guide]()
+        expected = MASKS[mask].policy((4, 4))(guide, noise, num_hidden=12, num_hard=6)
+    assert torch.equal(seen["hidden"], expected)
+    losses.total.backward()
+    without = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.requires_grad)
+    assert losses.total.isfinite()
+
+
+@pytest.mark.parametrize("encoder", ["vit_wee_patch16_reg1_gap_256", "vit_small_patch16_18x2_224"])
+def test_attention_masks_need_an_encoder_that_has_it(encoder):
+    config = with_fields(Config(), TINY | {"mask": "attention", "encoder": encoder})
+    with pytest.raises(InputError, match=f"mask: 'attention' needs an encoder with a class token.*{encoder}"):
+        build_method(config, build_student(config))
+    config = with_fields(config, {"mask": "hard"})
+    build_method(config, build_student(config))
 
 
 def test_mining_needs_a_teacher():

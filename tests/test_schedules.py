@@ -96,6 +96,20 @@ def test_hard_share_by_epoch_is_the_published_one():
         assert int(147 * share) == int(147 * (0.5 * (epoch + 1) / epochs))
 
 
+@pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.3, 0.1), (0.7, 0.0)])
+def test_the_hard_share_may_fall(start, end):
+    """Hard to easy: never beyond its ends, so that the number of hard patches is one of 0..M."""
+    steps = {"start": start, "end": end, "total_steps": 600}
+    for shares in (
+        [hard_share(s, **steps) for s in range(601)],
+        [hard_share_by_epoch(s, **steps, steps_per_epoch=3) for s in range(600)],
+    ):
+        assert shares == sorted(shares, reverse=True)
+        assert 0 <= shares[-1] == pytest.approx(end)
+        assert shares[0] == pytest.approx(start, abs=0.01)
+        assert shares[0] <= 1
+
+
 @pytest.mark.parametrize("start", [0.0, 0.5])
 def test_both_forms_of_the_hard_share_reach_their_end(start):
     assert hard_share(600, start=start, end=1.0, total_steps=600) == 1

@@ -4,9 +4,10 @@ from itertools import product
 
 import pytest
 import torch
+from scipy.stats import chisquare, kstest
 
 from hpm.data.loading import Position
-from hpm.seeding import Stream, derive_seed, mask_noise
+from hpm.seeding import Stream, derive_seed, mask_noise, more_noise
 
 CPU = torch.device("cpu")
 
@@ -68,3 +69,56 @@ def test_the_parts_of_all_processes_are_the_rows_of_the_whole(world_size, num_mi
         assert len(position.slices(8)) == num_micro_batches
         parts += [noise()[part] for part in position.slices(8)]
     assert torch.equal(torch.cat(parts), noise())
+
+
+def slow_splitmix64(key, count):
+    """In Python's integers of any size."""
+    outputs = []
+    for number in range(1, count + 1):
+        bits = (key + number * 0x9E3779B97F4A7C15) % 2**64
+        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+        outputs.append(bits ^ bits >> 31)
+    return outputs
+
+
+def test_the_slow_generator_is_splitmix64():
+    """Outputs of the seed 1234567, as listed for example at Rosetta Code."""
+    assert slow_splitmix64(1234567, 5) == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 16, 40])
+def test_more_noise_equals_the_slow_generator(count):
+    rows = noise(batch_size=50)
+    for row, more in zip(rows, more_noise(rows, count), strict=True):
+        bits = [int(value * 2**24) for value in row.tolist()]
+        # The key adds up the first output of a generator started at each number, n golden ratios on.
+        key = sum(slow_splitmix64(b + n * 0x9E3779B97F4A7C15, 1)[0] for n, b in enumerate(bits)) % 2**64
+        assert more.tolist() == [((output >> 41) + 0.5) / 2**23 for output in slow_splitmix64(key, count)]
+
+
+def test_more_noise_is_uniform_and_independent_of_the_row_and_of_itself():
+    rows = noise(batch_size=20_000)
+    more = more_noise(rows, 24)
+    assert 0 < more.min() < 1e-5
+    assert 1 - 1e-5 < more.max() < 1
+    assert kstest(more.flatten().numpy(), "uniform").pvalue > 0.001
+    together = torch.cat([rows, more], dim=1)
+    for values in (together, together.log(), (together * 2**10) % 1):  # also of small values, and of low bits
+        correlation = torch.corrcoef(values.clamp(min=-30).T).fill_diagonal_(0)
+        assert correlation.abs().max() < 5 / 20_000**0.5
+    counts = torch.histogramdd(torch.stack([rows[:, 3], more[:, 3]], dim=1), bins=[10, 10], range=[0, 1, 0, 1]).hist
+    assert chisquare(counts.flatten().numpy()).pvalue > 0.001
+
+
+def test_more_noise_is_a_function_of_the_whole_row_alone():
+    rows = noise()
+    more = more_noise(rows, 5)
+    assert torch.equal(more_noise(rows[2:4], 5), more[2:4])
+    assert torch.equal(more_noise(rows, 9)[:, :5], more)
+    swapped = rows[:, [1, 0, *range(2, 16)]]
+    assert (more_noise(swapped, 5) != more).all()
+    rows[0, 7] += 2**-24
+    assert (more_noise(rows, 5)[0] != more[0]).all()

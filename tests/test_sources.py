@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hpm.data.sources import class_indices, open_source
+from hpm.data.sources import class_indices, fingerprint, open_source
 from hpm.errors import InputError
 
 
@@ -294,3 +294,45 @@ def test_source_survives_pickling_for_spawned_workers(tmp_path, kind):
     copy = pickle.loads(pickle.dumps(source))
     assert values(copy) == values(source)
     assert copy.labels == source.labels
+
+
+# Fingerprints
+
+
+def test_the_fingerprint_stays_when_a_set_is_named_otherwise_or_moved(tmp_path, monkeypatch):
+    write(tmp_path / "photos", "a/1.png", "a/2.png", "b/1.png")
+    (tmp_path / "photos" / "list.txt").write_text("a/1.png\na/2.png\nb/1.png\n")
+    monkeypatch.chdir(tmp_path)
+    specs = ["photos", "photos/", "./photos", "photos/../photos", str(tmp_path / "photos"), "photos/list.txt"]
+    prints = {fingerprint(open_source(spec)) for spec in specs}
+    monkeypatch.chdir(tmp_path / "photos")
+    prints.add(fingerprint(open_source(".")))
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    prints.add(fingerprint(open_source(str(tmp_path / "moved"))))
+    assert len(prints) == 1
+
+
+def test_sets_that_differ_in_a_name_an_image_or_the_order_have_other_fingerprints(tmp_path):
+    write(tmp_path / "set", "1.png", "2.png", "3.png")
+    write(tmp_path / "same_names", "2.png", "3.png", "1.png")
+    write(tmp_path / "other_name", "1.png", "2.png", "4.png")
+    write(tmp_path / "fewer", "1.png", "2.png")
+    for name, rows in (("forth", "123"), ("back", "321")):
+        (tmp_path / "set" / f"{name}.txt").write_text("".join(f"{row}.png\n" for row in rows))
+    specs = [tmp_path / name for name in ("set", "same_names", "other_name", "fewer", "set/back.txt")]
+    specs += ["shapes:3", "shapes:3@1", "shapes:4"]
+    assert len({fingerprint(open_source(str(spec))) for spec in specs}) == len(specs)
+    assert fingerprint(open_source(str(tmp_path / "set/forth.txt"))) == fingerprint(open_source(str(tmp_path / "set")))
+
+
+def test_moved_shards_keep_their_fingerprint_and_an_unreadable_image_does_not_stop_it(tmp_path):
+    (tmp_path / "old").mkdir()
+    for number in range(2):
+        write_tar(tmp_path / "old" / f"s-{number}.tar", [(f"{i}.png", png(10 * number + i)) for i in range(3)])
+    before = fingerprint(open_source(f"{tmp_path}/old/s-{{0..1}}.tar"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert fingerprint(open_source(f"{tmp_path}/new/*.tar")) == before
+    write(tmp_path / "set", "1.png", "2.png")
+    source = open_source(str(tmp_path / "set"))
+    (tmp_path / "set" / "2.png").unlink()
+    assert fingerprint(source).startswith("2 images, ")

@@ -9,8 +9,10 @@ import torch
 
 from hpm.errors import InputError
 from hpm.vit import (
+    class_attention,
     create_encoder,
     encode,
+    encode_with_attention,
     fix_positions,
     grid_size,
     initialise,
@@ -136,6 +138,24 @@ def test_every_parameter_is_initialised_by_us_or_by_timm(name):
     assert [n for n in ours_not if not re.search(timms.pattern + "$", n)] == []
 
 
+WITH_CLASS_ATTENTION = [
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "test_vit", "vit_base_patch16_clip_224",
+    "vit_small_patch14_reg4_dinov2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_CLASS_ATTENTION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_beside_attention_are_the_very_same(name, dtype):
+    vit = tiny(name)
+    images = images_for(vit)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        tokens, attention = encode_with_attention(vit, images)
+        assert torch.equal(tokens, encode(vit, images))
+        assert torch.equal(attention, class_attention(vit, images))
+    assert attention.shape == (2, 6)
+
+
 def test_initialisation_is_that_of_mae():
     torch.manual_seed(0)
     vit = create_encoder("vit_tiny_patch16_224", image_size=(32, 32), width=128, depth=1, heads=2)
@@ -164,7 +184,7 @@ def test_the_encoder_is_a_stock_model_whose_weights_timm_loads():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit_tiny_patch61_224", {}, "no model named 'vit_tiny_patch61_224'.*for example: .*vit"),
+        ("vit_tiny_patch61_224", {}, "no model named 'vit_tiny_patch61_224'; did you mean vit_tiny_patch16_224"),
         ("", {}, "no model named ''"),
         ("resnet18", {}, "resnet18"),
         ("swin_tiny_patch4_window7_224", {}, "swin_tiny_patch4_window7_224"),

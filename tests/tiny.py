@@ -74,3 +74,23 @@ def pretrain_in_child(out: str, values: dict) -> None:
 
     torch.set_num_threads(1)
     main(["pretrain", "--out", out, *flags(values)])
+
+
+def tiny_config(**changes):
+    """The config of a tiny run."""
+    from hpm.config import Config, with_fields
+
+    return with_fields(Config(), TINY | changes)
+
+
+def tiny_student(seed: int = 0, **changes):
+    """A student of a tiny run with random values everywhere, position tables apart."""
+    from hpm.build import build_student
+
+    student = build_student(tiny_config(**changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name != "encoder.pos_embed":
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return student.eval()

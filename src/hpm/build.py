@@ -19,7 +19,7 @@ from hpm.method import PREDICTED_LOSSES, Method, Student
 from hpm.seeding import Stream, derive_seed
 from hpm.targets import EmaFeatureTarget, HogTarget, PixelTarget, Target
 from hpm.tokens import KMeansTokenizer, TokenTarget, load_tokenizer
-from hpm.vit import create_encoder, grid_size, patch_size
+from hpm.vit import create_encoder, grid_size, has_class_attention, patch_size
 
 
 def timm_arguments(config: Config) -> dict[str, Any]:
@@ -147,7 +147,8 @@ def build_method(config: Config, student: Student, target: Target | None = None)
         target: What is reconstructed; None builds it.
 
     Raises:
-        InputError: The mask ratio leaves nothing hidden or nothing visible on this grid.
+        InputError: The mask ratio leaves nothing hidden or nothing visible on this grid, or the mask asks for
+            attention that the encoder cannot tell.
     """
     rows, columns = grid_size(student.encoder)
     num_hidden = num_hidden_patches(rows * columns, config.method.mask_ratio)
@@ -158,13 +159,20 @@ def build_method(config: Config, student: Student, target: Target | None = None)
         )
     if config.method.predicted_loss == "absolute" and num_hidden < 2:
         raise InputError("predicted_loss: 'absolute' standardises within an image and needs at least 2 hidden patches")
+    mask = MASKS[config.method.mask]
+    if mask.guide == "attention" and not has_class_attention(student.encoder):
+        raise InputError(
+            f"mask: {config.method.mask!r} needs an encoder with a class token and plain attention blocks, "
+            f"got {config.model.encoder!r}"
+        )
     return Method(
         target=build_target(config) if target is None else target,
-        mask_policy=MASKS[config.method.mask].policy((rows, columns)),
-        guide=MASKS[config.method.mask].guide,
+        mask_policy=mask.policy((rows, columns)),
+        guide=mask.guide,
         num_hidden=num_hidden,
         predicted_loss=PREDICTED_LOSSES[config.method.predicted_loss],
         prediction_weight=config.method.prediction_weight,
+        predictor_view=config.method.predictor_view,
     )
 
 

@@ -100,13 +100,7 @@ class CheckpointFolder:
         target = self.file(state["step"])
 
         def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:  # a Python file: a full disk is an OSError, as everywhere
-                try:
-                    torch.save(state, file)
-                except RuntimeError as error:  # torch's complaint about the unfinished file hides the cause
-                    if isinstance(error.__context__, OSError):
-                        raise error.__context__ from None
-                    raise
+            save_pickle(temporary, state)
             _flush(temporary)
             # The checksum comes first: a checkpoint without one would be worthless, the reverse is harmless.
             write_text_atomically(_checksum_file(target), f"{_digest(temporary)}  {target.name}\n")
@@ -152,6 +146,31 @@ class CheckpointFolder:
         return None
 
 
+def save_pickle(path: Path, content: dict[str, Any]) -> None:
+    """``torch.save`` for which a full disk is an OSError, as everywhere."""
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's complaint about the unfinished file hides the cause
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def verify(path: Path, *, require_checksum: bool) -> None:
+    """Check a file against the checksum beside it.
+
+    Raises:
+        InputError: It does not fit, or there is none and one is required.
+    """
+    checksum = _checksum_file(path)
+    if checksum.is_file():
+        if checksum.read_text().split()[:1] != [_digest(path)]:
+            raise InputError(f"checkpoint {path} is damaged: its checksum does not fit")
+    elif require_checksum:
+        raise InputError(f"checkpoint {path} cannot be verified: {checksum.name} is missing")
+
+
 def load_verified(path: Path, *, require_checksum: bool = True) -> dict[str, Any]:
     """Load a checkpoint after checking it against its checksum.
 
@@ -162,13 +181,8 @@ def load_verified(path: Path, *, require_checksum: bool = True) -> dict[str, Any
     Raises:
         InputError: Missing, damaged, or no checkpoint of hpm.
     """
-    checksum = _checksum_file(path)
     try:
-        if checksum.is_file():
-            if checksum.read_text().split()[:1] != [_digest(path)]:
-                raise InputError(f"checkpoint {path} is damaged: its checksum does not fit")
-        elif require_checksum:
-            raise InputError(f"checkpoint {path} cannot be verified: {checksum.name} is missing")
+        verify(path, require_checksum=require_checksum)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise

@@ -1,6 +1,7 @@
 """The command ``hpm``: parses, calls, prints. Everything it does can be done from Python as well.
 
-Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving; 1 a fault of hpm's.
+Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving, 130 by Ctrl-C without; 1 a fault of
+hpm's.
 """
 
 from __future__ import annotations
@@ -12,13 +13,10 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-import tyro
-
-from hpm.config import Config, load_config, suggest, validated
 from hpm.errors import InputError, Interrupted
 
 USAGE = """\
@@ -28,7 +26,9 @@ usage: hpm COMMAND ...
   pretrain               learn from images:  hpm pretrain --data photos/ --out runs/photos
   evaluate knn           accuracy of the k nearest neighbours, beside the untrained encoder
   evaluate foreground    how well the predicted loss finds objects, beside simple measures
+  ablate                 compare recipes with several seeds, at equal epochs and at equal compute
   visualize              what is hard in given images, as a figure
+  convert                published HPM and MAE checkpoints to ours and back
   recipes                the named starting points for pretrain
 
 hpm COMMAND --help explains a command; hpm --version prints versions.
@@ -98,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             "whole: make room and run the same command again"
         )
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        _complain("stopped by Ctrl-C; nothing was saved since the last checkpoint")
+        raise SystemExit(130) from None
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":
             _say(str(stopped))
@@ -111,7 +114,9 @@ def _dispatch(arguments: list[str]) -> None:
         ("pretrain",): _pretrain,
         ("evaluate", "knn"): _evaluate_knn,
         ("evaluate", "foreground"): _evaluate_foreground,
+        ("ablate",): _ablate,
         ("visualize",): _visualize,
+        ("convert",): _convert,
         ("recipes",): _recipes,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -124,18 +129,48 @@ def _dispatch(arguments: list[str]) -> None:
         if tuple(arguments[: len(words)]) == words:
             command(arguments[len(words) :])
             return
-    given = " ".join(arguments[:2] if arguments[0] == "evaluate" else arguments[:1])
+    if arguments[0] == "evaluate":
+        _no_evaluation(arguments[1:], [words[1] for words in commands if words[0] == "evaluate"])
+        return
+
+    from hpm.config import suggest
+
     known = [" ".join(words) for words in commands]
-    raise InputError(f"no command {given!r}{suggest(given, known)}; there are {', '.join(known)}")
+    raise InputError(f"no command {arguments[0]!r}{suggest(arguments[0], known)}; there are {', '.join(known)}")
+
+
+def _no_evaluation(arguments: list[str], known: list[str]) -> None:
+    """List the evaluations.
+
+    Raises:
+        InputError: None or an unknown one was given, rather than asked for the list.
+    """
+    from hpm.config import suggest
+
+    lines = [line for line in USAGE.splitlines() if line.startswith("  evaluate ")]
+    listed = "\n".join(["usage: hpm evaluate NAME --checkpoint RUN ...", "", *lines, "",
+                        "hpm evaluate NAME --help explains one."])  # fmt: skip
+    if not arguments:
+        raise InputError(f"evaluate: needs the name of an evaluation\n\n{listed}")
+    if arguments[0] not in ("-h", "--help"):
+        raise InputError(f"evaluate: no evaluation {arguments[0]!r}{suggest(arguments[0], known)}\n\n{listed}")
+    print(listed)
 
 
 def _parse(kind: type[Any], prog: str, arguments: list[str]) -> Any:
-    """Parse flags into a dataclass; tyro prints help and complains about flags itself, with exit code 2."""
+    """Parse flags into a dataclass; tyro prints help and complains about flags itself, with exit code 2.
+
+    Commands import what they run only after this, so that ``--help`` need not wait for it.
+    """
+    import tyro
+
     return tyro.cli(kind, prog=f"hpm {prog}", args=arguments)
 
 
 def _pretrain(arguments: list[str]) -> None:
-    from hpm.pretrain import train
+    import tyro
+
+    from hpm.config import Config, load_config, validated
     from hpm.recipes import recipe
 
     # The recipe is looked up before the flags are parsed, so that --help shows its values as the defaults.
@@ -155,6 +190,9 @@ def _pretrain(arguments: list[str]) -> None:
         frozen=True,
     )
     command = _parse(with_settings, "pretrain", arguments)
+
+    from hpm.pretrain import train
+
     result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume)
     _report_run(command.out, result, as_json=command.json)
 
@@ -190,10 +228,16 @@ def _report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _evaluate_knn(arguments: list[str]) -> None:
+    from hpm.evaluate.config import KnnConfig
+
+    config, as_json = _parse_with_json(KnnConfig, "evaluate knn", arguments)
+
+    from hpm.distributed import is_main_of_environment
     from hpm.evaluate import knn
 
-    config, as_json = _parse_with_json(knn.KnnConfig, "evaluate knn", arguments)
     result = knn.run(config)
+    if not is_main_of_environment():
+        return
     _print_table(("k", "top-1 %"), [(str(k), f"{value:.2f}") for k, value in result.top1_by_k.items()])
     print(
         f"\nk = {result.k}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %; the same encoder untrained "
@@ -206,10 +250,16 @@ def _evaluate_knn(arguments: list[str]) -> None:
 
 
 def _evaluate_foreground(arguments: list[str]) -> None:
+    from hpm.evaluate.config import ForegroundConfig
+
+    config, as_json = _parse_with_json(ForegroundConfig, "evaluate foreground", arguments)
+
+    from hpm.distributed import is_main_of_environment
     from hpm.evaluate import foreground
 
-    config, as_json = _parse_with_json(foreground.ForegroundConfig, "evaluate foreground", arguments)
     result = foreground.run(config)
+    if not is_main_of_environment():
+        return
     _print_foreground(result)
     flat = foreground.as_json(result)
     _save_evaluation(config.checkpoint, "foreground", flat)
@@ -236,10 +286,45 @@ def _print_foreground(result: Any) -> None:
         )
 
 
+def _ablate(arguments: list[str]) -> None:
+    import tyro
+
+    from hpm.config import Config
+    from hpm.suites import AblateConfig
+
+    settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+    with_settings = make_dataclass(
+        "AblateCommand",
+        [("settings", settings, field(default=Config())), ("json", bool, field(default=False))],
+        bases=(AblateConfig,),
+        namespace={"__doc__": AblateConfig.__doc__},
+        frozen=True,
+    )
+    command = _parse(with_settings, "ablate", arguments)
+    # Every row has defaults of its own: only the flags that were given hold for all of them.
+    flags = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    given = flags | {name.removeprefix("no_") for name in flags}
+    values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
+    chosen = AblateConfig(**{item.name: getattr(command, item.name) for item in fields(AblateConfig)})
+
+    from hpm import distributed
+    from hpm.ablate import ablate
+
+    result = ablate(chosen, {name: value for name, value in values.items() if name in given})
+    if not distributed.is_main_of_environment():
+        return
+    print(Path(result["table"]).read_text())
+    print(f"look:  {Path(result['table']).with_suffix('.png')}")
+    print(f"next:  hpm visualize --checkpoint {result['runs'][0]['folder']} --images {values['data']!r} --out hard.png")
+    if command.json:
+        _print_json(result)
+
+
 def _visualize(arguments: list[str]) -> None:
+    command = _parse(VisualizeCommand, "visualize", arguments)
+
     from hpm.visualize import visualize
 
-    command = _parse(VisualizeCommand, "visualize", arguments)
     correlation = visualize(command.checkpoint, command.images, Path(command.out), count=command.count)
     print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
     print(f"next:  hpm evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
@@ -247,10 +332,43 @@ def _visualize(arguments: list[str]) -> None:
         _print_json({"figure": command.out, "rank_correlation": correlation})
 
 
+def _convert(arguments: list[str]) -> None:
+    from hpm import convert
+
+    config, as_json = _parse_with_json(convert.ConvertConfig, "convert", arguments)
+    result = convert.run(config)
+    rows = [
+        ("holds", ", ".join(result.parts)),
+        ("teacher", result.teacher or "none"),
+        ("encoder", f"{result.encoder}, {result.encoder_heads} heads"),
+        ("image size", f"{result.image_size[0]}x{result.image_size[1]}, patches of {result.patch_size}"),
+        ("tensors", str(result.tensors)),
+    ]
+    if result.decoder_heads is not None:
+        rows.insert(3, ("decoders", f"{result.decoder_heads} heads"))
+    if result.left_aside:
+        rows.append(("left aside", ", ".join(result.left_aside)))
+    _print_table((result.to, result.kind), rows)
+    if result.kind == "checkpoint":
+        print(
+            f"\nnext:  hpm visualize --checkpoint {result.to} --images IMAGES --out hard.png\n"
+            f"       hpm pretrain --init-from {result.to} --data IMAGES --out RUN"
+        )
+    elif result.kind == "encoder":
+        print(f'\nuse:   import hpm\n       backbone = hpm.load_encoder("{result.to}")    # a plain timm model')
+        print("       features = backbone.forward_features(images)")
+    else:
+        print(f'\nuse:   import torch\n       state = torch.load("{result.to}", weights_only=True)["model"]')
+        print("       model.load_state_dict(state)    # build it with the heads above: the file does not say them")
+    if as_json:
+        _print_json(result._asdict())
+
+
 def _demo(arguments: list[str]) -> None:
+    command = _parse(DemoCommand, "demo", arguments)
+
     from hpm.demo import run_demo
 
-    command = _parse(DemoCommand, "demo", arguments)
     result, found = run_demo(Path(command.out), epochs=command.epochs)
     _print_foreground(found)
     print()
@@ -258,13 +376,19 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _recipes(arguments: list[str]) -> None:
-    from hpm.recipes import RECIPES
+    from hpm.recipes import METHODS, SCALES, TARGETS, shapes_demo
 
-    if arguments:
+    if arguments and arguments[0] not in ("-h", "--help"):
         raise InputError(f"recipes: takes no arguments, got {arguments}")
-    rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in RECIPES.items()]
-    _print_table(("recipe", "what it is"), rows)
-    print("\nnext:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")
+    print("A recipe is METHOD[-TARGET][-SCALE]: hpm, mae-norm-pix, hpm-both-norm-pix-64px, mae-imagenet-800\n")
+    for title, table in (
+        ("METHOD", {**METHODS, "shapes-demo": shapes_demo}), ("TARGET", TARGETS), ("SCALE", SCALES),
+    ):  # fmt: skip
+        rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in table.items()]
+        _print_table((title, "what it is"), rows)
+        print()
+    print("Without a target: raw pixels, or the method's own. Without a scale: ViT-B/16, 224 px, 200 epochs.")
+    print("next:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")
 
 
 def _parse_with_json(kind: type[Any], prog: str, arguments: list[str]) -> tuple[Any, bool]:

@@ -37,7 +37,8 @@ class DataConfig:
     __pydantic_config__ = _STRICT
 
     data: str = ""
-    """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N."""
+    """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N.
+    Each data process unpacks .tar.gz shards into its memory; .tar is read in place and better for large sets."""
     image_size: tuple[Positive, ...] = (224, 224)
     """Height and width of the crops, pixels (one number: square); the patch size must divide both."""
     channels: Positive = 3
@@ -126,9 +127,14 @@ class MethodConfig:
     """Cut the gradient of the predictor's loss before the encoder and the shared decoder input (published: do not)."""
     prediction_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the predictor's loss in the total."""
-    mining_threshold: OpenShare | None = None
-    """Masks stay random while the running rank correlation of predicted and true loss is below this; none: never wait
-    (published)."""
+    mining_threshold: Share | None = None
+    """Masks stay random while the running rank correlation of predicted and true loss is below this; none: 0.3 for a
+    run that starts from weights (init_from), else 0, which is never wait (published)."""
+
+    @property
+    def largest_hard_share(self) -> float:
+        """The share that figures show: what the run asks at its hardest."""
+        return max(self.hard_share_start, self.hard_share_end)
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ class RunConfig:
     deterministic: bool = False
     """Use only deterministic kernels (slower on CUDA; a CPU is deterministic anyway)."""
     max_damaged: Share = 0.01
-    """Stop when more than this share of the images read cannot be decoded."""
+    """Stop when more than this share of all images turns out to be damaged."""
     log_steps: Positive = 20
     """Steps between two records in metrics.jsonl."""
     checkpoint_steps: Positive | None = None
@@ -190,7 +196,7 @@ class RunConfig:
     keep_steps: Positive | None = None
     """Keep checkpoints of every multiple of this step for good."""
     val: str = ""
-    """Labelled images for the kNN accuracy during training; without it, labelled training images are split."""
+    """Labelled images for kNN accuracy; without them, labelled training images are split during training."""
     knn: bool = True
     """Measure kNN accuracy at every checkpoint where labels exist."""
     knn_images: Positive = 2000
@@ -271,18 +277,16 @@ def validated(nested: Mapping[str, Any]) -> Config:
 
 def _check_together(config: Config) -> None:
     """Rules between fields."""
-    from hpm.masking import MASKS  # not above: torch, and --help would take seconds
-
     data, model, method, optimisation = config.data, config.model, config.method, config.optimisation
     if optimisation.warmup_epochs is not None and optimisation.warmup_epochs >= optimisation.epochs:
         raise InputError(
             f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
         )
-    if MASKS[method.mask].guide == "predicted_loss" and method.predicted_loss == "none":
+    if method.predicted_loss == "none" and _guide(method.mask) == "predicted_loss":
         raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
-    if method.mining_threshold is not None and method.predicted_loss == "none":
+    if method.mining_threshold and method.predicted_loss == "none":
         raise InputError("mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'")
-    if method.mining_threshold is not None and MASKS[method.mask].guide is None:
+    if method.mining_threshold and _guide(method.mask) is None:
         raise InputError(f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided")
     if method.predictor_detached and (method.predicted_loss == "none" or method.predictor_view == "full"):
         raise InputError(
@@ -309,6 +313,13 @@ def _check_together(config: Config) -> None:
         raise InputError(f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}")
     if model.decoder_width % 4:
         raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
+
+
+def _guide(mask: str) -> str | None:
+    """What a mask policy chooses by; asked only where a rule depends on it, for masking imports torch."""
+    from hpm.masking import MASKS
+
+    return MASKS[mask].guide
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from hpm.errors import InputError
 from hpm.evaluate import foreground
+from hpm.evaluate.config import ForegroundConfig
 from hpm.pretrain import train
-from hpm.recipes import shapes_demo
+from hpm.recipes import recipe
 from hpm.report import write_report
 from hpm.run_folder import RunFolder
 
@@ -24,13 +25,13 @@ def run_demo(out: Path, *, epochs: int | None = None) -> tuple[dict[str, Any], f
     Returns:
         The run's figures, and the foreground evaluation on 480 held-back images.
     """
-    config = shapes_demo()
+    config = recipe("shapes-demo")
     if epochs is not None:
         if epochs < 1:
             raise InputError(f"epochs: must be at least 1, got {epochs}")
         config = replace(config, optimisation=replace(config.optimisation, epochs=epochs))
     result = train(config, out)
-    found = foreground.run(foreground.ForegroundConfig(checkpoint=str(out), images=config.run.val))
+    found = foreground.run(ForegroundConfig(checkpoint=str(out), images=config.run.val))
     folder = RunFolder(out)
     folder.save_evaluation("foreground", foreground.as_json(found))
     write_report(folder)

@@ -108,6 +108,14 @@ def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, (message / world_size()).tolist()))
 
 
+def mean_of_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes, on its own device and without waiting for it."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
 def choose_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     """The device of this process.
 

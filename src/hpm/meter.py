@@ -26,7 +26,6 @@ class Meter:
         self._device = device
         self.damaged: dict[str, str] = {}
         """Every damaged image of this process so far, and why."""
-        self.images_read = 0
         self.restart()
 
     def restart(self) -> None:
@@ -41,7 +40,6 @@ class Meter:
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        self.images_read += len(batch.images) + len(batch.damaged)
         news = [item for item in batch.damaged if item.name not in self.damaged]
         self.damaged.update(news)
         return batch, news

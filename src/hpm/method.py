@@ -33,7 +33,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hpm.masking import Guide, MaskPolicy, split_patches
 from hpm.targets import Target
-from hpm.vit import Decoder, class_attention, encode, grid_size, initialise, sincos_positions, take
+from hpm.vit import Decoder, encode, encode_with_attention, grid_size, initialise, sincos_positions, take
 
 PredictorView = Literal["masked", "full", "both"]
 """On which view the loss predictor learns.
@@ -57,6 +57,17 @@ class StudentOutput(NamedTuple):
     """Predicted loss from the masked view, higher = harder; None where the predictor does not learn there."""
     full_scores: Float[Tensor, "b m"] | None
     """Predicted loss from the teacher's encoding of the full image; None where the predictor does not learn there."""
+
+
+class Answers(NamedTuple):
+    """What the teacher says about the full images."""
+
+    features: Float[Tensor, "b t d"]
+    """Its encoding."""
+    scores: Float[Tensor, "b n"] | None
+    """Predicted loss, higher = harder; None without a loss predictor."""
+    guide: Float[Tensor, "b n"] | None
+    """What the mask policy is told of each patch."""
 
 
 class Losses(NamedTuple):
@@ -205,9 +216,11 @@ class Teacher(nn.Module):
         return self.score(self.encode(images))
 
     @torch.no_grad()
-    def attention(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """Attention of the class token to every patch of the full image, in the last block."""
-        return class_attention(self.model.encoder, images)
+    def encode_with_attention(
+        self, images: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b n"]]:
+        """Tokens of the full image, and the attention of its class token to every patch in the last block."""
+        return encode_with_attention(self.model.encoder, images)
 
     @torch.no_grad()
     def update(self, student: Student, decay: float) -> None:
@@ -270,6 +283,7 @@ class Method:
         predicted_loss: How the loss is predicted; None without a loss predictor.
         prediction_weight: Weight of L_pred in the total; published: 1.
         guide: What the mask policy is told of each patch.
+        predictor_view: Where the loss predictor learns; as the student's.
     """
 
     target: Target
@@ -278,11 +292,25 @@ class Method:
     predicted_loss: PredictedLoss | None
     prediction_weight: float = 1.0
     guide: Guide | None = "predicted_loss"
+    predictor_view: PredictorView = "masked"
 
     @property
     def needs_teacher(self) -> bool:
-        """Does anything ask the teacher? Plain MAE does not, so it pays for none."""
-        return self.predicted_loss is not None or self.guide is not None or self.target.needs_teacher
+        """Does a step ask the teacher? Random masks need not, even with a loss predictor, so they pay for none."""
+        learns_on_full_view = self.predicted_loss is not None and self.predictor_view != "masked"
+        return self.guide is not None or self.target.needs_teacher or learns_on_full_view
+
+    def ask(self, teacher: Teacher, images: Float[Tensor, "b c h w"]) -> Answers:
+        """Everything that the run's choices need of the teacher, from one pass over the full images."""
+        attention = scores = None
+        if self.guide == "attention":
+            features, attention = teacher.encode_with_attention(images)
+        else:
+            features = teacher.encode(images)
+        if self.predicted_loss is not None:
+            scores = teacher.score(features)
+        guide = {"predicted_loss": scores, "attention": attention, None: None}[self.guide]
+        return Answers(features, scores, guide)
 
     def step(
         self,
@@ -303,14 +331,7 @@ class Method:
             num_hard: ``int(M * a_t)`` patches are hidden by predicted loss.
         """
         # Step 1. The teacher sets the exercise.
-        features = scores = attention = None
-        if teacher is not None:
-            features = teacher.encode(images)
-            if self.predicted_loss is not None:
-                scores = teacher.score(features)
-            if self.guide == "attention":
-                attention = teacher.attention(images)
-        guide = attention if self.guide == "attention" else scores
+        features, scores, guide = (None, None, None) if teacher is None else self.ask(teacher, images)
         hidden = self.mask_policy(guide, noise, num_hidden=self.num_hidden, num_hard=num_hard)
         # Step 2. The student solves it.
         output = student(images, hidden, num_hidden=self.num_hidden, full_features=features)

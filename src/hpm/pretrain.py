@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm import distributed
+from hpm.adapt import start_from
 from hpm.build import (
     build_method,
     build_normalise,
@@ -42,6 +43,7 @@ from hpm.data.loading import (
     TrainingOrder,
     default_workers,
     measure_statistics,
+    read_or_next,
     training_batches,
 )
 from hpm.data.sources import Source, fingerprint, open_source
@@ -49,6 +51,7 @@ from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics, say, warn
 from hpm.meter import Meter
 from hpm.method import Losses, Method, Student, StudentOutput, Teacher
+from hpm.mining import MiningGate, mining_threshold
 from hpm.recipes import recipe as named_recipe
 from hpm.reporter import reporting
 from hpm.run_folder import RunFolder
@@ -132,6 +135,7 @@ class State:
     student: Student
     teacher: Teacher
     optimizer: torch.optim.Optimizer
+    gate: MiningGate
     codebook: KMeansTokenizer | None = None
     step: int = 0
     seconds: float = 0.0
@@ -145,6 +149,7 @@ class State:
             "student": self.student.state_dict(),
             "teacher": self.teacher.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "gate": self.gate.correlation,
             "target": self.codebook.state_dict() if self.codebook is not None else {},
             "config": asdict(config),
         }
@@ -155,6 +160,7 @@ class State:
         self.student.load_state_dict(saved["student"])
         self.teacher.model.load_state_dict(saved["teacher"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.gate.correlation.copy_(saved["gate"])
         if self.codebook is not None:
             self.codebook.adopt(**saved["target"])
 
@@ -235,6 +241,7 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     if not config.data.mean and config.data.channels != 3:
         mean, std = measure_statistics(source)
         config = replace(config, data=replace(config.data, mean=mean, std=std))
+    read_or_next(source, 0)  # a source of which nothing can be read is refused before anything is made
     target = build_target(config)
     student = build_student(config, target_dim=target.dim)
     method = build_method(config, student, target)
@@ -251,7 +258,11 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     if isinstance(target, nn.Module):
         target.to(device)
     choose_attention(student, device)
-    state = State(student, Teacher(student), build_optimizer(config.optimisation, student), codebook)
+    gate = MiningGate(mining_threshold(config), device)
+    state = State(student, Teacher(student), build_optimizer(config.optimisation, student), gate, codebook)
+    if config.model.init_from and (resume == "restart" or not checkpoints.steps()):
+        say(start_from(config, state.student, state.teacher))
+        distributed.barrier()  # the weights may be those of the run that restart is about to clear
     if distributed.is_main():
         if resume == "restart":
             folder.clear()
@@ -261,8 +272,8 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     if saved := checkpoints.load_latest():
         if saved["images"] != images:
             raise InputError(
-                f"data: {config.data.data!r} no longer holds the images this run began with ({saved['images']}, now "
-                f"{images}); order and schedules would change. Bring them back, or start over with --resume restart"
+                f"data: {config.data.data!r} does not hold the images this run began with ({saved['images']}; now "
+                f"{images}): order and schedules would change. Bring them back, or start over with --resume restart"
             )
         state.load(saved)
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
@@ -289,13 +300,15 @@ def _position(config: Config) -> Position:
     """Split the global batch over processes and micro-batches.
 
     Raises:
-        InputError: It does not divide.
+        InputError: It does not divide, or a micro-batch is larger than the share of a process.
     """
     batch, processes = config.optimisation.batch_size, distributed.world_size()
     if batch % processes:
         raise InputError(f"batch_size: must be divisible by the number of processes ({processes}), got {batch}")
     share = batch // processes
-    micro = min(config.run.micro_batch_size or share, share)
+    micro = config.run.micro_batch_size or share
+    if micro > share:
+        raise InputError(f"micro_batch_size: must be at most the {share} images per process and step, got {micro}")
     if share % micro:
         raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
     return Position(distributed.rank(), processes, share // micro)
@@ -344,7 +357,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
                 config.optimisation.seed, step,
                 batch_size=config.optimisation.batch_size, num_patches=num_patches, device=device,
             )  # fmt: skip
-            step_loss = torch.zeros((), device=device)
+            step_loss, correlation = torch.zeros(2, device=device)
             for number, part in enumerate(slices):
                 batch, damaged = meter.next_batch(batches)
                 report.damaged(damaged)
@@ -354,10 +367,12 @@ def train_steps(run: Run, stop: StopSignal) -> None:
                     (losses.total / len(slices)).backward()
                 meter.add(losses)
                 step_loss += losses.total.detach()
+                correlation += losses.rank_correlation / len(slices)
+            state.gate.update(correlation)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimisation.gradient_clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
-            if run.method.needs_teacher:
+            if run.method.needs_teacher or state.student.predictor is not None:
                 state.teacher.update(state.student, ema_decay(step, schedule.ema))
             meter.end_step(step, step_loss, norm)
             state.step = step + 1
@@ -378,7 +393,8 @@ def _forward(
     """The method's step under the run's precision."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
         teacher = run.state.teacher if run.method.needs_teacher else None
-        return run.method.step(model, teacher, images, noise, num_hard=run.num_hard(step))
+        num_hard = run.state.gate.admit(run.num_hard(step))
+        return run.method.step(model, teacher, images, noise, num_hard=num_hard)
 
 
 def _announce(run: Run) -> None:
@@ -394,11 +410,18 @@ def _announce(run: Run) -> None:
         f"{run.position.world_size} process(es), {run.position.num_micro_batches} micro-batch(es)"
     )
     stale = untouched_share(schedule.ema, schedule.total_steps)
-    if run.method.needs_teacher and stale > 0.05:
+    if run.method.needs_teacher and stale > 0.05 and not config.model.init_from:
         warn(
             f"after this run the teacher will still be {stale:.0%} its own random start (EMA decay "
             f"{schedule.ema.start:g} to {schedule.ema.end:g} over {schedule.total_steps} steps): what it says will be "
-            "close to noise. Leave ema_start and ema_end unset to adapt them to the length of the run."
+            "close to noise. "
+            + (
+                "Train for more epochs or with a smaller batch."
+                if config.optimisation.ema_start is None
+                and config.optimisation.ema_end is None
+                and config.optimisation.ema_ramp_epochs is None
+                else "Leave ema_start, ema_end and ema_ramp_epochs unset to adapt them to the length of the run."
+            )
         )
 
 

@@ -98,14 +98,14 @@ class Reporter:
         if (bad := meter.first_bad_step()) is not None:
             self._diverged(bad)
         limit = self.run.config.run.max_damaged
-        everywhere = distributed.gather_objects((meter.damaged, meter.images_read))
-        damaged = {name: reason for found, _ in everywhere for name, reason in found.items()}
-        read = sum(count for _, count in everywhere)
-        if len(damaged) > limit * read:
+        everywhere = distributed.gather_objects(meter.damaged)
+        damaged = {name: reason for found in everywhere for name, reason in found.items()}
+        images = len(self.run.source)
+        if len(damaged) > limit * images:
             name, reason = next(iter(damaged.items()))
             raise InputError(
-                f"max_damaged: at most {limit:.1%} of the images may be damaged, and {len(damaged)} of the {read} read "
-                f"so far are; the first: {name}: {reason}"
+                f"max_damaged: at most {limit:.1%} of the {images} images may be damaged, and {len(damaged)} are, of "
+                f"those read so far; the first: {name}: {reason}. Remove them, or allow more with --max-damaged"
             )
 
     def _diverged(self, step: int) -> None:
@@ -125,7 +125,7 @@ class Reporter:
             "samples_seen": step * run.config.optimisation.batch_size,
             "learning_rate": run.learning_rate(step - 1),
             "ema_decay": ema_decay(step - 1, run.schedule.ema),
-            "hard_share": run.hard_share(step - 1),
+            "hard_share": run.hard_share(step - 1) if run.state.gate.is_open() else 0.0,
             "seconds": run.state.seconds,
             "seconds_left": seconds_per_step * (run.schedule.total_steps - step),
         }

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -53,16 +54,29 @@ class RunFolder:
         if self.config_file.is_file():
             if resume == "never":
                 raise InputError(f"out: {str(self.path)!r} holds a run already and resume is 'never'")
-            if resume == "auto" and (changed := differences(load_config(self.config_file), config)):
+            if resume == "auto" and (changed := self._differences(config)):
                 raise InputError(
                     f"out: {str(self.path)!r} holds a run with another config; choose another folder, or go on with "
-                    "that run's values, or start over with --resume restart. Changed:\n  " + "\n  ".join(changed)
+                    "that run's values, or start over with --resume restart; to train on from its weights in a new "
+                    "folder, use --init-from. Changed:\n  " + "\n  ".join(changed)
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise InputError(f"out: {str(self.path)!r} is not empty and holds no run; choose a new folder")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not os.access(parent, os.W_OK):
             raise InputError(f"out: cannot write in {str(parent)!r}")
+
+    def _differences(self, config: Config) -> list[str]:
+        """Fields that decide the result and differ from the run's in this folder.
+
+        Data may be named in another way and may have been moved: where there are checkpoints, the fingerprint of the
+        images in them decides.
+        """
+        before = load_config(self.config_file)
+        old, new = (os.path.abspath(Path(c.data.data).expanduser()) for c in (before, config))  # noqa: PTH100 (drops ..)
+        if old == new or any(self.checkpoints.glob("step_*.pt")):
+            before = replace(before, data=replace(before.data, data=config.data.data))
+        return differences(before, config)
 
     def clear(self) -> None:
         """Forget the run that is in this folder, so that another can start: checkpoints, metrics, result."""

@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -36,6 +36,42 @@ def derive_seed(seed: int, stream: Stream, *place: int) -> int:
 def mask_noise(
     seed: int, step: int, *, batch_size: int, num_patches: int, device: torch.device
 ) -> Float[Tensor, "b n"]:
-    """Uniform noise for the masks of one global batch, drawn on ``device``."""
+    """Uniform noise for the masks of one global batch, drawn on ``device``.
+
+    Each kind of device has a generator of its own: for one seed, a CPU and a GPU draw different noise.
+    """
     generator = torch.Generator(device).manual_seed(derive_seed(seed, Stream.MASKS, step))
     return torch.rand(batch_size, num_patches, generator=generator, device=device)
+
+
+def more_noise(noise: Float[Tensor, "b n"], count: int) -> Float[Tensor, "b {count}"]:
+    """Further uniform numbers for every image, as many as wanted, from its row of :func:`mask_noise` alone.
+
+    The bits of a row are hashed to one 64-bit key, and the numbers are what SplitMix64 gives from there: for every
+    purpose here independent of the row itself and of each other, and without any state. In integers, so that every
+    device gives the same.
+
+    Args:
+        noise: Uniform in [0, 1).
+        count: Numbers per row.
+
+    Returns:
+        Uniform in (0, 1), symmetric about a half and never 0 or 1: multiples of 2^-23, plus a half of it.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    place = torch.arange(1, max(count, noise.shape[1]) + 1, device=noise.device) * _GOLDEN
+    bits = (noise * 2**24).long()
+    key = _mix(bits + place[: noise.shape[1]]).sum(dim=1, keepdim=True)
+    return ((_mix(key + place[:count]) >> 41 & 2**23 - 1).float() + 0.5) * 2**-23
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+"""2^64 over the golden ratio, odd, as a signed number."""
+
+
+def _mix(bits: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """SplitMix64's finaliser: every bit of the input changes half of the bits of the output."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        bits = (bits ^ (bits >> shift & 2 ** (64 - shift) - 1)) * factor  # the and: torch shifts copies of the sign in
+    return bits ^ (bits >> 31 & 2**33 - 1)

@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -41,6 +43,17 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """While entered, the signals wait. Data workers started in here are born deaf to them, and so outlive one that goes
+    to the whole process group before :func:`ignore_in_worker` has run in them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_in_worker(_: int) -> None:
     """For data workers: signals often go to the whole process group, and the run needs its workers to stop well.
 
@@ -49,6 +62,7 @@ def ignore_in_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave_soon)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _leave_soon(*_: object) -> None:

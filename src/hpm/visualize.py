@@ -16,7 +16,7 @@ from hpm.checkpoint import write_atomically
 from hpm.data.loading import Cover, Normalise, read_or_next
 from hpm.data.sources import Source, open_source
 from hpm.errors import InputError
-from hpm.masking import hide_hard, hide_random, split_patches
+from hpm.masking import split_patches
 from hpm.method import Method, Student, Teacher, rank_correlation
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
@@ -35,7 +35,7 @@ class Hardness(NamedTuple):
     predicted_loss: Float[Tensor, "b n"] | None
     """The teacher's scores on the full image; None without a loss predictor."""
     hidden: Bool[Tensor, "b n"]
-    """The mask that the scores lead to (random without a loss predictor)."""
+    """A mask of the run's own kind."""
     reconstruction: Float[Tensor, "b c h w"] | None
     """Normalised images with the hidden patches reconstructed; None where the target is no pixels."""
 
@@ -62,8 +62,8 @@ def measure_hardness(
 
     Args:
         student: Reconstructs.
-        teacher: Predicts.
-        method: Target and number of hidden patches.
+        teacher: Predicts the loss and guides the mask.
+        method: The choices of the run.
         images: Normalised images.
         share: a_t of the exercise.
         generator: Of the masks, on the CPU.
@@ -72,15 +72,15 @@ def measure_hardness(
     was_training = student.training
     student.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        features = teacher.encode(images) if method.target.needs_teacher else None
-        true_loss = _average_loss(student, method, images, method.target(images, features), generator)
-        predicted = None if student.predictor is None else teacher.predict_loss(images)
+        answers = method.ask(teacher, images)
+        true_loss = _average_loss(student, method, images, method.target(images, answers.features), generator)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
-        policy = hide_random if predicted is None else hide_hard
-        hidden = policy(predicted, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share))
+        hidden = method.mask_policy(
+            answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share)
+        )
         prediction = student(images, hidden, num_hidden=method.num_hidden).prediction.float()
     student.train(was_training)
-    return Hardness(true_loss, predicted, hidden, _fill_in(student, method, images, hidden, prediction))
+    return Hardness(true_loss, answers.scores, hidden, _fill_in(student, method, images, hidden, prediction))
 
 
 def _average_loss(
@@ -213,7 +213,7 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     shown = loaded.normalise(spread_images(source, count, config.data.size))
     choose_attention(loaded.student, loaded.device)
     hardness = measure_hardness(
-        loaded.student, loaded.teacher, loaded.method, shown, share=config.method.hard_share_end,
+        loaded.student, loaded.teacher, loaded.method, shown, share=config.method.largest_hard_share,
         generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)),
     )  # fmt: skip
     title = f"{checkpoint}, step {loaded.step}: rank correlation {hardness.rank_correlation:+.2f}"

@@ -21,7 +21,7 @@ from hpm.data.decode import DecodeError
 from hpm.data.sources import Sample, Source
 from hpm.errors import InputError
 from hpm.seeding import Stream, derive_seed
-from hpm.stopping import ignore_in_worker
+from hpm.stopping import ignore_in_worker, signals_held
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -224,8 +224,10 @@ def training_batches(
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_in_worker,
     )
+    with signals_held():
+        batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except InputError as error:  # a worker's comes with its traceback in front
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
@@ -295,5 +297,7 @@ def ordered_batches(
         batch_size=batch_size,
         collate_fn=_stack_ordered,
         num_workers=workers,
+        worker_init_fn=ignore_in_worker,
     )
-    return iter(loader)
+    with signals_held():
+        return iter(loader)

@@ -58,6 +58,14 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """What to call an image in a message or a table."""
 
+    @abstractmethod
+    def content(self, index: int) -> bytes:
+        """What an image is made from: its bytes, not decoded.
+
+        Raises:
+            OSError: It cannot be read at all.
+        """
+
     @property
     @abstractmethod
     def labels(self) -> Sequence[str] | None:
@@ -87,7 +95,11 @@ class FileSource(Source):
 
     def read(self, index: int) -> Sample:
         """Read and decode one file."""
-        return Sample(decode(self.paths[index].read_bytes(), self.channels))
+        return Sample(decode(self.content(index), self.channels))
+
+    def content(self, index: int) -> bytes:
+        """The file's bytes."""
+        return self.paths[index].read_bytes()
 
     def name(self, index: int) -> str:
         """The path."""
@@ -164,14 +176,16 @@ class ShardSource(Source):
 
     def read(self, index: int) -> Sample:
         """Read and decode one member."""
+        return Sample(decode(self.content(index), self.channels))
+
+    def content(self, index: int) -> bytes:
+        """The member's bytes."""
         member = self._members[index]
         if member.shard in self._unpacked:
-            content = self._unpacked[member.shard][member.offset : member.offset + member.size]
-        else:
-            with self.shards[member.shard].open("rb") as file:
-                file.seek(member.offset)
-                content = file.read(member.size)
-        return Sample(decode(content, self.channels))
+            return self._unpacked[member.shard][member.offset : member.offset + member.size]
+        with self.shards[member.shard].open("rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
 
     def name(self, index: int) -> str:
         """Shard and key."""
@@ -215,6 +229,10 @@ class ShapesSource(Source):
         """Make one image."""
         shape = make_shape(self.seed, index, *self.size)
         return Sample(torch.from_numpy(shape.image).permute(2, 0, 1), torch.from_numpy(shape.mask))
+
+    def content(self, index: int) -> bytes:
+        """Seed, number and size decide an image."""
+        return f"{self.seed} {index} {self.size}".encode()
 
     def name(self, index: int) -> str:
         """Number, class and level."""
@@ -367,11 +385,27 @@ def _read_parquet(path: Path, field: str) -> list[dict[str, str]]:
     return rows
 
 
-def fingerprint(source: Source) -> str:
-    """Number of images and a checksum of their names: another set, or another order, has another one."""
+def fingerprint(source: Source, *, num_read: int = 64) -> str:
+    """Number of images and a checksum of their names and of some of them: another set, or another order, differs.
+
+    Names count from the folder that all have in common, so that a set may be moved and named in any way; that makes
+    names alone too weak (many sets begin at 0.png), so images spread over the set are read as well.
+
+    Args:
+        source: The images.
+        num_read: At least so many of them are read (all of a smaller set), at most twice as many.
+    """
+    names = [source.name(index) for index in range(len(source))]
+    start = os.path.commonprefix(names).rfind("/") + 1  # noqa: RUF071  (cut back to whole folders here)
     digest = hashlib.sha256()
-    for index in range(len(source)):
-        digest.update(source.name(index).encode() + b"\0")
+    for name in names:
+        digest.update(name[start:].encode() + b"\0")
+    for index in range(0, len(source), max(1, len(source) // num_read)):
+        try:
+            content = source.content(index)
+        except OSError:  # reported in training, where it counts
+            content = b""
+        digest.update(hashlib.sha256(content).digest())
     return f"{len(source)} images, {digest.hexdigest()[:12]}"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,11 @@ from torch import Tensor
 
 from hpm.data.loading import Damage, Normalise, ordered_batches
 from hpm.data.sources import Source
-from hpm.distributed import gather_objects, rank, world_size
+from hpm.distributed import gather_objects, is_main_of_environment, rank, world_size
 from hpm.errors import InputError
-from hpm.log import tracked
+from hpm.evaluate.config import Pooling
+from hpm.log import tracked, warn
 from hpm.vit import encode
-
-Pooling = Literal["class", "mean", "both"]
-"""The class token, the mean of the patch tokens, or both side by side, each of length one."""
 
 
 class Features(NamedTuple):
@@ -93,9 +92,48 @@ def extract_features(
         vit.train(was_training)
     parts = gather_objects((torch.cat(values) if values else torch.empty(0, 0), kept, damaged))
     if not any(part for _, part, _ in parts):
-        first = next(item for *_, part in parts for item in part)
-        raise InputError(f"no readable image among {len(chosen)}; the first: {first.name}: {first.reason}")
+        raise none_readable([item for *_, part in parts for item in part])
     rows = torch.cat([part for part, _, _ in parts if len(part)])
     where = [index for _, part, _ in parts for index in part]
     order = torch.tensor(where).argsort()
     return Features(rows[order], [where[i] for i in order.tolist()], [item for _, _, part in parts for item in part])
+
+
+def none_readable(damaged: Sequence[Damage]) -> InputError:
+    """What to raise where every image is damaged."""
+    return InputError(f"no readable image among {len(damaged)}; the first: {damaged[0].name}: {damaged[0].reason}")
+
+
+def report_damage(found: Mapping[str, tuple[Sequence[Damage], int]], *, max_damaged: float) -> int:
+    """Name every damaged image of an evaluation once, and refuse a source of which too many are.
+
+    Args:
+        found: By the field that names a source: what of it could not be read, and its number of images.
+        max_damaged: Share of a source that may be damaged.
+
+    Returns:
+        How many images the evaluation has to do without.
+
+    Raises:
+        InputError: More than ``max_damaged`` of a source.
+    """
+    if is_main_of_environment():
+        for item in dict.fromkeys(item for damaged, _ in found.values() for item in damaged):
+            warn(f"damaged image left out: {item.name}: {item.reason}")
+    for field, (damaged, num_images) in found.items():
+        if len(damaged) > max_damaged * num_images:
+            raise InputError(
+                f"max_damaged: at most {max_damaged:.1%} of the images may be damaged, and {len(damaged)} of the "
+                f"{num_images} of {field} are; the first: {damaged[0].name}: {damaged[0].reason}"
+            )
+    return sum(len(damaged) for damaged, _ in found.values())
+
+
+def check_max_damaged(share: float) -> None:
+    """Refuse a share that is none, before any work.
+
+    Raises:
+        InputError: Not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"max_damaged: must be between 0 and 1, got {share}")

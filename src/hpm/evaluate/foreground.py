@@ -6,10 +6,10 @@ compared within an image (predicted losses only mean something there), figures a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,28 +26,16 @@ from hpm.data.loading import Cover, Normalise, ordered_batches
 from hpm.data.sources import Source, open_source
 from hpm.distributed import choose_device, has_bf16
 from hpm.errors import InputError
+from hpm.evaluate.config import ForegroundConfig
+from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
 from hpm.log import tracked
 from hpm.method import Method, Student, Teacher
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
 from hpm.visualize import measure_hardness
-from hpm.vit import class_attention, patch_size, patchify
+from hpm.vit import class_attention, has_class_attention, patch_size, patchify
 
 MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
-
-
-@dataclass(frozen=True)
-class ForegroundConfig:
-    """Foreground evaluation."""
-
-    checkpoint: str
-    """Run folder or checkpoint file."""
-    images: str
-    """Images; shapes:N brings its own masks."""
-    masks: str = ""
-    """Folder of masks, one per image with the same name up to the ending; bright = foreground."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
 
 
 class Finding(NamedTuple):
@@ -64,9 +52,12 @@ class ForegroundResult:
     """One finding per measure, over all images and by group."""
 
     measures: dict[str, Finding | None]
-    """None for attention where the encoder has no class token."""
+    """None for attention where the encoder has no class token, or blocks of another kind than timm's plain one."""
     by_group: dict[str, dict[str, Finding | None]]
     num_images: int
+    """Images measured, without the damaged ones."""
+    damaged: int
+    """Images left out."""
 
 
 def find_in_images(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray, "b n"]) -> Float[np.ndarray, "b 3"]:
@@ -138,7 +129,7 @@ def measure_patches(
         "reconstruction_error": hardness.true_loss,
         "patch_variance": patch_variance(images / 255, patch),
         "edge_density": edge_density(images / 255, patch),
-        "attention": class_attention(vit, normalised) if vit.has_class_token else None,
+        "attention": class_attention(vit, normalised) if has_class_attention(vit) else None,
     }
     return {name: None if value is None else value.float().cpu().numpy() for name, value in values.items()}
 
@@ -153,17 +144,21 @@ def evaluate_foreground(
     size: tuple[int, int],
     device: torch.device,
     bf16: bool,
-    masks: Sequence[Bool[Tensor, "h w"]] | None = None,
+    masks: Mapping[int, Bool[Tensor, "h w"]] | None = None,
+    max_damaged: float = 0.01,
 ) -> ForegroundResult:
-    """Measure all images of a source that knows its masks (or is given them).
+    """Measure all images of a source that knows its masks (or is given them, by the images' numbers).
 
     Raises:
-        InputError: Neither the source nor the caller knows masks.
+        InputError: Neither the source nor the caller knows masks, or too many images are damaged.
     """
     scores: dict[str, list[npt.NDArray[np.float32] | None]] = {name: [] for name in MEASURES}
-    foreground, indices = [], []
+    foreground, indices, damaged = [], [], []
     generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
     for batch in tracked(ordered_batches(source, size=size), "foreground", total=-(-len(source) // 128)):
+        damaged += batch.damaged
+        if not batch.indices:
+            continue
         found = batch.masks if masks is None else torch.stack([masks[i] for i in batch.indices])
         if found is None:
             raise InputError("masks: the images bring no masks of their own; name a folder of masks")
@@ -174,6 +169,9 @@ def evaluate_foreground(
         )
         for name, value in measured.items():
             scores[name].append(value)
+    if not indices:
+        raise none_readable(damaged)
+    report_damage({"images": (damaged, len(source))}, max_damaged=max_damaged)
     truth = np.concatenate(foreground)
     joined = {
         name: None if parts[0] is None else np.concatenate([part for part in parts if part is not None])
@@ -191,6 +189,7 @@ def evaluate_foreground(
         measures=findings(np.ones(len(truth), dtype=bool)),
         by_group={str(name): findings(names == name) for name in dict.fromkeys(names.tolist())},
         num_images=len(truth),
+        damaged=len(damaged),
     )
 
 
@@ -218,8 +217,9 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     """``hpm evaluate foreground``.
 
     Raises:
-        InputError: No masks, masks that do not fit the images, or a bad checkpoint.
+        InputError: No masks, masks that do not fit the images, too many damaged images, or a bad checkpoint.
     """
+    check_max_damaged(config.max_damaged)
     device = choose_device(config.device)
     loaded = LoadedRun(config.checkpoint, device=device)
     data = loaded.config.data
@@ -230,11 +230,12 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     return evaluate_foreground(
         loaded.student, loaded.teacher, loaded.method, loaded.normalise, source,
         size=data.size, device=device, bf16=has_bf16(device), masks=masks,
+        max_damaged=config.max_damaged,
     )  # fmt: skip
 
 
-def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> list[Bool[Tensor, "h w"]]:
-    """The mask of every image, matched by name.
+def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> dict[int, Bool[Tensor, "h w"]]:
+    """The mask of every readable image by the image's number, matched by name.
 
     Raises:
         InputError: A mask is missing, damaged, or of another size than its image.
@@ -246,22 +247,25 @@ def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> list[Boo
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise InputError(f"masks: are matched by name, and several images are named {twice!r}; rename them")
-    cover, masks = Cover(size), []
+    cover, masks = Cover(size), {}
     for index in range(len(source)):
         stem = stems[index]
         if stem not in by_stem:
             raise InputError(f"masks: {str(folder)!r} has no mask for the image {source.name(index)}")
         try:
             mask = decode(by_stem[stem].read_bytes(), 1)[0] > 127
-            shape = source.read(index).image.shape[-2:]
         except (DecodeError, OSError) as error:
-            raise InputError(f"masks: cannot read {by_stem[stem]} or its image: {error}") from error
+            raise InputError(f"masks: cannot read {by_stem[stem]}: {error}") from error
+        try:
+            shape = source.read(index).image.shape[-2:]
+        except (DecodeError, OSError):  # a damaged image is left out, and reported where the others are measured
+            continue
         if mask.shape != shape:
             raise InputError(
                 f"masks: {by_stem[stem]} is {tuple(mask.shape)} pixels and its image {tuple(shape)}; "
                 "they must be of the same size"
             )
-        masks.append(cover(mask[None])[0])
+        masks[index] = cover(mask[None])[0]
     return masks
 
 
@@ -275,4 +279,5 @@ def as_json(result: ForegroundResult) -> dict[str, object]:
         **plain(result.measures),
         "by_group": {name: plain(findings) for name, findings in result.by_group.items()},
         "num_images": result.num_images,
+        "damaged": result.damaged,
     }

@@ -7,7 +7,7 @@ same protocol on the untrained encoder stands beside every result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,32 +19,11 @@ from hpm.build import build_normalise, build_student, choose_attention
 from hpm.config import Config
 from hpm.data.loading import Normalise
 from hpm.data.sources import Source, class_indices, open_source
-from hpm.distributed import choose_device, has_bf16
+from hpm.distributed import choose_device, has_bf16, process_group
 from hpm.errors import InputError
-from hpm.evaluate.features import Pooling, extract_features
+from hpm.evaluate.config import KnnConfig, Pooling
+from hpm.evaluate.features import Features, check_max_damaged, extract_features, report_damage
 from hpm.run_folder import LoadedRun
-
-
-@dataclass(frozen=True)
-class KnnConfig:
-    """k-nearest-neighbour evaluation."""
-
-    checkpoint: str
-    """Run folder or checkpoint file."""
-    train: str
-    """Labelled images to look for neighbours among."""
-    val: str
-    """Labelled images to classify."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours; top1 is quoted for the first."""
-    temperature: float = 0.07
-    """Weight of a neighbour: exp(cosine similarity / temperature)."""
-    pooling: Pooling = "mean"
-    """Feature of an image: class token, mean of the patch tokens, or both."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
-    workers: int = 0
-    """Data processes."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +37,11 @@ class KnnResult:
     """The neighbours behind top1: the first k of the config, not the best."""
     top1_by_k: dict[int, float]
     num_train: int
+    """Neighbours: training images without the damaged ones."""
     num_val: int
+    """Images classified: validation images without the damaged ones."""
+    damaged: int
+    """Images left out, of both."""
 
 
 def knn_votes(
@@ -108,32 +91,49 @@ class LabelledSplit:
     classes: list[str]
 
 
-def knn_accuracy(
+class SplitFeatures(NamedTuple):
+    """Features of both sides of a split."""
+
+    train: Features
+    val: Features
+
+
+def split_features(
     vit: VisionTransformer,
     split: LabelledSplit,
     normalise: Normalise,
     *,
     size: tuple[int, int],
-    ks: tuple[int, ...],
-    temperature: float,
     pooling: Pooling,
     device: torch.device,
     bf16: bool,
     workers: int = 0,
-) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 accuracy for every k, in percent."""
-    sides = []
-    for name, source, indices in (
-        ("neighbours", split.train, split.train_indices),
-        ("queries", split.val, split.val_indices),
-    ):
-        features = extract_features(
+) -> SplitFeatures:
+    """Features of the images that are looked among and of those that are classified."""
+    return SplitFeatures(*(
+        extract_features(
             vit, source, normalise, size=size, pooling=pooling, device=device, bf16=bf16,
             indices=indices, workers=workers, description=name,
-        )  # fmt: skip
-        labels = source.labels or []
-        sides.append((features.values, class_indices([labels[i] for i in features.indices], split.classes)))
-    (bank, bank_labels), (queries, query_labels) = sides
+        )
+        for name, source, indices in (
+            ("neighbours", split.train, split.train_indices),
+            ("queries", split.val, split.val_indices),
+        )
+    ))  # fmt: skip
+
+
+def accuracy_of_features(
+    features: SplitFeatures, split: LabelledSplit, *, ks: tuple[int, ...], temperature: float
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 accuracy for every k, in percent.
+
+    Raises:
+        InputError: A k is larger than the number of readable training images.
+    """
+    (bank, bank_labels), (queries, query_labels) = (
+        (side.values, class_indices([(source.labels or ())[i] for i in side.indices], split.classes))
+        for side, source in ((features.train, split.train), (features.val, split.val))
+    )
     accuracies = {}
     for k in sorted(set(ks)):
         if k > len(bank):
@@ -151,13 +151,41 @@ def knn_accuracy(
     return accuracies
 
 
+def knn_accuracy(
+    vit: VisionTransformer,
+    split: LabelledSplit,
+    normalise: Normalise,
+    *,
+    size: tuple[int, int],
+    ks: tuple[int, ...],
+    temperature: float,
+    pooling: Pooling,
+    device: torch.device,
+    bf16: bool,
+    workers: int = 0,
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 accuracy of an encoder for every k, in percent."""
+    features = split_features(
+        vit, split, normalise, size=size, pooling=pooling, device=device, bf16=bf16, workers=workers
+    )
+    return accuracy_of_features(features, split, ks=ks, temperature=temperature)
+
+
 def run(config: KnnConfig) -> KnnResult:
     """``hpm evaluate knn``: accuracy of a run's encoder and of the same encoder untrained.
 
+    Under ``torchrun`` every process reads a part of the images, and all return the same result.
+
     Raises:
-        InputError: No labels, classes that do not fit, too few images for k, or a bad checkpoint.
+        InputError: No labels, classes that do not fit, too few images for k, too many damaged, or a bad checkpoint.
     """
     device = choose_device(config.device)
+    with process_group(device):
+        return _run(config, device)
+
+
+def _run(config: KnnConfig, device: torch.device) -> KnnResult:
+    check_max_damaged(config.max_damaged)
     loaded = LoadedRun(config.checkpoint, device=device)
     data = loaded.config.data
     sources = []
@@ -176,24 +204,25 @@ def run(config: KnnConfig) -> KnnResult:
     if config.pooling != "mean" and not loaded.student.encoder.has_class_token:
         raise InputError(f"pooling: {config.pooling!r} needs a class token, and this encoder has none; use mean")
     split = LabelledSplit(train, val, list(range(len(train))), list(range(len(val))), classes)
-    results = []
-    for encoder in (loaded.student.encoder, untrained_encoder(loaded.config, device)):
+
+    def features_of(encoder: VisionTransformer) -> SplitFeatures:
         choose_attention(encoder, device)
-        results.append(
-            knn_accuracy(
-                encoder,
-                split,
-                build_normalise(loaded.config).to(device),
-                size=data.size,
-                ks=config.k,
-                temperature=config.temperature,
-                pooling=config.pooling,
-                device=device,
-                bf16=has_bf16(device),
-                workers=config.workers,
-            )
-        )
-    trained, untrained = results
+        return split_features(
+            encoder, split, build_normalise(loaded.config).to(device), size=data.size, pooling=config.pooling,
+            device=device, bf16=has_bf16(device), workers=config.workers,
+        )  # fmt: skip
+
+    def accuracy(features: SplitFeatures) -> dict[int, tuple[float, float]]:
+        return accuracy_of_features(features, split, ks=config.k, temperature=config.temperature)
+
+    features = features_of(loaded.student.encoder)
+    damaged = report_damage(
+        {"train": (features.train.damaged, len(train)), "val": (features.val.damaged, len(val))},
+        max_damaged=config.max_damaged,
+    )
+    num_train, num_val = len(features.train.indices), len(features.val.indices)
+    trained = accuracy(features)
+    untrained = accuracy(features_of(untrained_encoder(loaded.config, device)))
     k = config.k[0]
     return KnnResult(
         top1=trained[k][0],
@@ -201,8 +230,9 @@ def run(config: KnnConfig) -> KnnResult:
         untrained_top1=untrained[k][0],
         k=k,
         top1_by_k={key: value[0] for key, value in trained.items()},
-        num_train=len(train),
-        num_val=len(val),
+        num_train=num_train,
+        num_val=num_val,
+        damaged=damaged,
     )
 
 

@@ -1,0 +1,334 @@
+"""``hpm ablate``: fill a table honestly. Recipes x seeds, the same evaluations, equal epochs and equal compute.
+
+    OUT/runs/ROW-seedS-DIGEST/     one run per row, seed and budget; DIGEST is of all that decides a result
+    OUT/untrained-DIGEST.json      the same evaluations of the untrained encoder
+    OUT/SUITE.md  SUITE.csv  SUITE.png      the table, one line per run, the figure: written anew after every run
+
+A run whose config is there already is not repeated, whichever suite made it; one that was killed goes on. Seeds are the
+outer loop, so that a table cut short has the same seeds for every row it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from hpm import distributed
+from hpm.ablation_table import Outcome, write_tables
+from hpm.build import build_normalise, choose_attention
+from hpm.checkpoint import write_text_atomically
+from hpm.config import RESULT_SECTIONS, Config, resolve_schedule, suggest, with_fields
+from hpm.data.sources import Source, class_indices, open_source
+from hpm.errors import InputError
+from hpm.evaluate.foreground import predicted_loss_auroc
+from hpm.evaluate.knn import LabelledSplit, knn_accuracy, untrained_encoder
+from hpm.flops import training_flops
+from hpm.log import say, warn
+from hpm.pretrain import train
+from hpm.recipes import SCALES, recipe
+from hpm.run_folder import LoadedRun, RunFolder, about_this_run
+from hpm.seeding import Stream, derive_seed
+from hpm.suites import SUITES, AblateConfig, Suite
+from hpm.visualize import measure_hardness, spread_images
+
+NEIGHBOURS = 20
+"""k of the kNN accuracy."""
+NUM_HARDNESS_IMAGES = 256
+"""Images on which predicted and true loss are compared."""
+
+
+Budget = Literal["epochs", "compute"]
+
+
+class Job(NamedTuple):
+    """One run of the table."""
+
+    row: str
+    seed: int
+    budget: Budget
+    config: Config
+    flops: float
+    """Of one training step per image."""
+    folder: Path
+
+
+def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Run what is missing of a suite, and write its table.
+
+    Args:
+        config: Suite, data, seeds.
+        fields: ``data``, and any other fields of :class:`hpm.config.Config` that are to be the same for every row.
+            With ``val``, labelled like ``data``, the table has kNN accuracies.
+
+    Returns:
+        The table, as in the ``--json`` line.
+
+    Raises:
+        InputError: A name, a field or the data breaks a rule; nothing was trained.
+        Interrupted: A signal stopped a run after it was saved; the same call goes on.
+    """
+    suite = _suite(config)
+    jobs = plan(config, fields)
+    data, val = _sources(jobs[0].config, str(fields.get("val", "")))
+    out = Path(config.out).expanduser()
+    device = distributed.choose_device(jobs[0].config.run.device)
+    with distributed.process_group(device):
+        outcomes = [found for job in jobs if (found := _outcome(job))]
+        say(f"{config.suite}: {suite.about}\n{len(jobs)} runs, {len(outcomes)} of them done")
+        untrained = _untrained(out, jobs, data, val, device)
+        for number, job in enumerate(jobs, 1):
+            if _outcome(job) is None:
+                distributed.barrier()  # the others must have looked before one of them finishes it
+                say(f"run {number} of {len(jobs)}: {job.row}, seed {job.seed}, {_epochs(job)} epochs ({job.budget})")
+                _run(job, data, val, device)
+                distributed.barrier()
+            outcomes = [found for other in jobs if (found := _outcome(other))]
+            if distributed.is_main():
+                write_tables(
+                    out, config.suite, suite.rows[0], suite.about, outcomes, untrained, _about(config, fields, device)
+                )
+    return {
+        "suite": config.suite,
+        "runs": [asdict(outcome) for outcome in outcomes],
+        "untrained": untrained,
+        "table": str(out / f"{config.suite}.md"),
+    }
+
+
+def plan(config: AblateConfig, fields: Mapping[str, Any]) -> list[Job]:
+    """Every run of the table, checked; seeds are the outer loop.
+
+    Raises:
+        InputError: Names the field, the rule and the value.
+    """
+    suite = _suite(config)
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise InputError(f"seeds: must be different numbers from 0 on, at least one, got {config.seeds}")
+    if config.scale and config.scale not in SCALES:
+        raise InputError(
+            f"scale: no scale {config.scale!r}{suggest(config.scale, SCALES)}; there are {', '.join(SCALES)}"
+        )
+    configs = {row: recipe(f"{row}-{config.scale}" if config.scale else row) for row in suite.rows}
+    _check_fields(fields, configs)
+    # The ablation measures at the end, the same for all: looks during training would only take time.
+    same = {"figures": False, "knn": False, **fields, "val": ""}
+    configs = {row: with_fields(base, same) for row, base in configs.items()}
+    first = next(iter(configs.values()))
+    num_images = len(_open(first.data.data, first, "data"))
+    flops = {}
+    for row, base in configs.items():
+        resolve_schedule(base.optimisation, num_images)
+        flops[row] = training_flops(base)
+    jobs = []
+    for seed in config.seeds:
+        for row, base in configs.items():
+            ratio = flops[suite.reference] / flops[row]
+            longer = max(1, round(base.optimisation.epochs * ratio))
+            budgets: list[tuple[Budget, int]] = [("epochs", base.optimisation.epochs)]
+            if config.equal_compute and longer > base.optimisation.epochs:
+                budgets.append(("compute", longer))
+            for budget, epochs in budgets:
+                chosen = with_fields(base, {"seed": seed, "epochs": epochs})
+                jobs.append(Job(row, seed, budget, chosen, flops[row], _folder(Path(config.out), row, chosen)))
+    return jobs
+
+
+def _suite(config: AblateConfig) -> Suite:
+    """The suite, with the rows that were asked for.
+
+    Raises:
+        InputError: There is no such suite.
+    """
+    if config.suite not in SUITES:
+        raise InputError(
+            f"suite: no suite {config.suite!r}{suggest(config.suite, SUITES)}; there are {', '.join(SUITES)}"
+        )
+    suite = SUITES[config.suite]
+    if not config.rows:
+        return suite
+    if len(set(config.rows)) < len(config.rows):
+        raise InputError(f"rows: must be different, got {', '.join(config.rows)}")
+    reference = suite.reference if suite.reference in config.rows else config.rows[-1]
+    return suite._replace(rows=config.rows, reference=reference)
+
+
+def _check_fields(fields: Mapping[str, Any], configs: Mapping[str, Config]) -> None:
+    """Refuse fields that would make rows alike, or that the ablation sets itself.
+
+    Raises:
+        InputError: Names the field.
+    """
+    for name in fields:
+        if name == "seed":
+            raise InputError("seed: every row runs with several; give seeds")
+        values = {
+            row: value
+            for row, config in configs.items()
+            for section in dataclasses.asdict(config).values()
+            for key, value in section.items()
+            if key == name
+        }
+        if len({repr(value) for value in values.values()}) > 1:
+            told = ", ".join(f"{row}: {value!r}" for row, value in values.items())
+            raise InputError(f"{name}: cannot be the same for every row, because the rows differ in it ({told})")
+
+
+def _folder(out: Path, row: str, config: Config) -> Path:
+    """The run folder of a config: one that is there already, under whatever row's name, or a new one."""
+    decides = json.dumps({section: asdict(getattr(config, section)) for section in RESULT_SECTIONS}, sort_keys=True)
+    digest = hashlib.sha256(decides.encode()).hexdigest()[:8]
+    runs = out.expanduser() / "runs"
+    there = sorted(runs.glob(f"*-{digest}"))
+    return there[0] if there else runs / f"{row}-seed{config.optimisation.seed}-{digest}"
+
+
+def _epochs(job: Job) -> int:
+    return job.config.optimisation.epochs
+
+
+def _open(spec: str, config: Config, field: str) -> Source:
+    return open_source(spec, channels=config.data.channels, image_size=config.data.size, field=field)
+
+
+def _sources(base: Config, val_spec: str) -> tuple[Source, Source | None]:
+    """Training and validation images; labels are needed on both where there is a validation source.
+
+    Raises:
+        InputError: Labels are missing or do not fit.
+    """
+    data = _open(base.data.data, base, "data")
+    if not val_spec:
+        warn("no val: the table will have no accuracy, only losses and rank correlations")
+        return data, None
+    val = _open(val_spec, base, "val")
+    for name, source in (("data", data), ("val", val)):
+        if source.labels is None:
+            raise InputError(f"{name}: for accuracies both data and val need labels, and {name} has none")
+    class_indices(val.labels or [], sorted(set(data.labels or [])))
+    if len(data) < NEIGHBOURS:
+        raise InputError(f"data: needs at least {NEIGHBOURS} images for {NEIGHBOURS}-NN, got {len(data)}")
+    return data, val
+
+
+def _run(job: Job, data: Source, val: Source | None, device: torch.device) -> None:
+    """Train and evaluate one run; one that diverges leaves a note instead of figures."""
+    try:
+        train(job.config, job.folder)
+        figures: dict[str, Any] = evaluate(job.folder, data, val, device)
+    except InputError as error:
+        if not (job.folder / "config.yaml").is_file():  # refused before it began: the same would happen to all
+            raise
+        warn(f"{job.row}, seed {job.seed}: {error}")
+        figures = {"failed": str(error).splitlines()[0]}
+    if distributed.is_main():
+        RunFolder(job.folder).save_evaluation("ablation", figures)
+
+
+@torch.no_grad()
+def evaluate(folder: Path, data: Source, val: Source | None, device: torch.device) -> dict[str, float]:
+    """The figures of one run: kNN accuracy, rank correlation on full images, foreground AUROC where masks are known.
+
+    Rank correlation is the mean over images of Spearman's between the teacher's scores of the full image and the
+    student's loss on each patch, averaged over ten random masks.
+    """
+    loaded = LoadedRun(folder, device=device)
+    config, figures = loaded.config, {}
+    choose_attention(loaded.student, device)
+    choose_attention(loaded.teacher, device)
+    bf16 = config.run.precision != "float32" and distributed.has_bf16(device)
+    if val is not None:
+        figures["knn_top1"] = _knn(loaded.student.encoder, config, data, val, device, bf16)
+    if loaded.student.predictor is not None and distributed.is_main():
+        shown = val or data
+        images = loaded.normalise(spread_images(shown, NUM_HARDNESS_IMAGES, config.data.size).to(device))
+        hardness = measure_hardness(
+            loaded.student, loaded.teacher, loaded.method, images, share=0.0, bf16=bf16,
+            generator=torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES)),
+        )  # fmt: skip
+        figures["rank_correlation"] = hardness.rank_correlation
+        if shown.groups() is not None:
+            figures["foreground_auroc"] = predicted_loss_auroc(
+                loaded.teacher, loaded.normalise, shown, size=config.data.size, device=device, bf16=bf16
+            )
+    return figures
+
+
+def _knn(
+    encoder: torch.nn.Module, config: Config, data: Source, val: Source, device: torch.device, bf16: bool
+) -> float:
+    split = LabelledSplit(data, val, list(range(len(data))), list(range(len(val))), sorted(set(data.labels or [])))
+    accuracy = knn_accuracy(
+        encoder, split, build_normalise(config).to(device), size=config.data.size, ks=(NEIGHBOURS,),
+        temperature=0.07, pooling="mean", device=device, bf16=bf16,
+    )  # fmt: skip
+    return accuracy[NEIGHBOURS][0]
+
+
+def _outcome(job: Job) -> Outcome | None:
+    """What a run came to, if it is done."""
+    folder = RunFolder(job.folder)
+    file = folder.evaluations / "ablation.json"
+    if not file.is_file():
+        return None
+    result, figures = folder.result() or {}, json.loads(file.read_text())
+    samples = result.get("samples_seen", 0)
+    return Outcome(
+        row=job.row,
+        seed=job.seed,
+        budget=job.budget,
+        epochs=_epochs(job),
+        samples=samples,
+        gflop_per_image=job.flops / 1e9,
+        pflop=job.flops * samples / 1e15,
+        seconds=result.get("seconds"),
+        reconstruction_loss=result.get("reconstruction_loss"),
+        knn_top1=figures.get("knn_top1"),
+        rank_correlation=figures.get("rank_correlation"),
+        foreground_auroc=figures.get("foreground_auroc"),
+        failed=figures.get("failed"),
+        folder=str(job.folder),
+    )
+
+
+def _untrained(out: Path, jobs: list[Job], data: Source, val: Source | None, device: torch.device) -> dict[int, float]:
+    """kNN accuracy of the untrained encoder for every seed; all rows of a seed start from the same encoder."""
+    if val is None:
+        return {}
+    found = {}
+    for job in _first_of_each_seed(jobs):
+        model = json.dumps([asdict(job.config.model), asdict(job.config.data), job.seed], sort_keys=True)
+        file = out / f"untrained-{hashlib.sha256(model.encode()).hexdigest()[:8]}.json"
+        if not file.is_file():
+            distributed.barrier()
+            say(f"untrained encoder, seed {job.seed}")
+            encoder = untrained_encoder(job.config, device)
+            choose_attention(encoder, device)
+            bf16 = job.config.run.precision != "float32" and distributed.has_bf16(device)
+            accuracy = _knn(encoder, job.config, data, val, device, bf16)
+            if distributed.is_main():
+                out.mkdir(parents=True, exist_ok=True)
+                write_text_atomically(file, json.dumps({"knn_top1": accuracy}) + "\n")
+            distributed.barrier()
+        found[job.seed] = float(json.loads(file.read_text())["knn_top1"])
+    return found
+
+
+def _first_of_each_seed(jobs: list[Job]) -> Iterator[Job]:
+    seen: set[int] = set()
+    for job in jobs:
+        if job.seed not in seen:
+            seen.add(job.seed)
+            yield job
+
+
+def _about(config: AblateConfig, fields: Mapping[str, Any], device: torch.device) -> dict[str, str]:
+    """What a number needs beside it."""
+    told = ", ".join(f"{name} {value}" for name, value in fields.items())
+    return {"scale": config.scale or "none", "fields": told, **about_this_run(device)}

@@ -1,0 +1,76 @@
+"""The tables that ``hpm ablate`` fills: which recipes belong together, and what the comparison asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Suite(NamedTuple):
+    """Recipes that belong in one table."""
+
+    rows: tuple[str, ...]
+    """Names of recipes without a scale; the first is the baseline that differences are quoted against."""
+    reference: str
+    """The row whose compute the cheaper ones are given in the second view."""
+    about: str
+    """What the table asks."""
+
+
+SUITES: dict[str, Suite] = {
+    "main": Suite(
+        ("mae-norm-pix", "mae", "random+lpred-norm-pix", "colormae", "hpm-norm-pix", "hpm-both-norm-pix"),
+        "hpm-norm-pix",
+        "Does mining pay, against an honest MAE and a free rival?",
+    ),
+    "mask-strategy": Suite(
+        (
+            "mae", "random+lpred", "hpm", "hpm-hardest", "hpm-hard-to-easy", "hpm-easiest",
+            "hpm-0-to-1", "hpm-constant", "hpm-proportional",
+        ),
+        "hpm",
+        "Which patches should be hidden by predicted loss, and when? The paper: easy-to-hard > random + L_pred > "
+        "random; always-hardest and argmin < random.",
+    ),
+    "masks": Suite(
+        (
+            "mae", "block", "inverse-block", "uniform-grid", "green-noise", "red-noise", "blue-noise", "purple-noise",
+            "attmask", "hpm",
+        ),
+        "hpm",
+        "Masks that cost nothing against masks that ask a teacher.",
+    ),
+    "predicted-loss": Suite(
+        ("mae", "hpm-absolute", "hpm", "hpm-detached", "hpm-shallow", "hpm-full", "hpm-both"),
+        "hpm",
+        "How should the loss be predicted? The paper: relative > absolute > none.",
+    ),
+    "target": Suite(
+        tuple(
+            f"{method}{target}"
+            for target in ("", "-norm-pix", "-hog", "-ema", "-tokens")
+            for method in ("mae", "random+lpred", "hpm")
+        ),
+        "hpm",
+        "What should be reconstructed? The paper: every target gains from L_pred, and again from learnt masks.",
+    ),
+}  # fmt: skip
+"""The tables that ship, by name."""
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Compare recipes on your images: every row of a suite with several seeds, at equal epochs and at equal compute."""
+
+    suite: str
+    """main, mask-strategy, masks, predicted-loss or target."""
+    out: str
+    """Folder of the ablation; goes on where it was stopped, and shares runs between suites."""
+    scale: str = ""
+    """Scale of every row, see hpm recipes: 64px, micro, small...; none: ViT-B/16, 224 px, 200 epochs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of each row per seed."""
+    rows: tuple[str, ...] = ()
+    """Only these rows; any recipe without a scale may stand here. None: the suite's."""
+    equal_compute: bool = True
+    """Also give rows that cost less per image than the suite's reference the epochs that it costs more."""

@@ -1,0 +1,242 @@
+"""Ablations: the plan, equal compute, runs that are shared and not repeated, and the tables."""
+
+import csv
+import json
+import statistics
+
+import pytest
+import torch
+
+from hpm import ablate as ablation
+from hpm.ablate import ablate, plan
+from hpm.ablation_table import Outcome, View, as_markdown, cells, mean_and_spread
+from hpm.cli import main
+from hpm.config import Config
+from hpm.errors import InputError
+from hpm.flops import training_flops
+from hpm.pretrain import train
+from hpm.recipes import METHODS, TARGETS, recipe
+from hpm.suites import SUITES, AblateConfig
+from tiny import TINY, flags
+
+torch.set_num_threads(1)
+SMALL = {"data": "shapes:32", "epochs": 1}
+FIELDS = {name: value for name, value in TINY.items() if name not in ("figures", "knn")} | SMALL
+ROWS = ("mae", "hpm")
+
+
+def setting(out, **changes):
+    return AblateConfig(**{"suite": "mask-strategy", "out": str(out), "rows": ROWS, "seeds": (0, 1), **changes})
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Folders that were trained, in order."""
+    folders = []
+
+    def spy(config, out, **rest):
+        folders.append(out.name)
+        return train(config, out, **rest)
+
+    monkeypatch.setattr(ablation, "train", spy)
+    return folders
+
+
+def test_every_row_of_every_suite_is_a_recipe():
+    for suite in SUITES.values():
+        assert suite.reference in suite.rows
+        assert len(set(suite.rows)) == len(suite.rows)
+        for row in suite.rows:
+            assert any(row == m or row in {f"{m}-{t}" for t in TARGETS} for m in METHODS)
+
+
+def test_plan_has_every_row_and_seed_and_gives_the_cheaper_rows_more_epochs(tmp_path):
+    jobs = plan(setting(tmp_path), FIELDS | {"epochs": 2})
+    told = [(job.seed, job.row, job.budget, job.config.optimisation.epochs) for job in jobs]
+    flops = {job.row: job.flops for job in jobs}
+    longer = round(2 * flops["hpm"] / flops["mae"])
+    assert longer > 2
+    expected = [("mae", "epochs", 2), ("mae", "compute", longer), ("hpm", "epochs", 2)]
+    assert told == [(seed, *job) for seed in (0, 1) for job in expected]
+    assert all(job.config.optimisation.seed == job.seed for job in jobs)
+    assert len({job.folder for job in jobs}) == 6
+    assert len(plan(setting(tmp_path, equal_compute=False), FIELDS)) == 4
+
+
+def test_flops_of_a_step_follow_the_table_of_the_method():
+    """Forward multiply-adds of ViT-B/16: MAE 29.3 G, HPM without the teacher's reconstructor 68.4 G."""
+    small = {"encoder_depth": 2, "decoder_depth": 2, "predictor_depth": 2}
+    base = {"image_size": 64, "encoder": "vit_tiny_patch16_224", **small}
+    cost = {name: training_flops(recipe_with(name, base)) for name in ("mae", "random+lpred", "hpm", "hpm-full")}
+    assert cost["mae"] < cost["random+lpred"] < cost["hpm"]
+    assert cost["hpm"] == pytest.approx(cost["hpm-full"], rel=0.05)
+
+
+def recipe_with(name, fields):
+    from hpm.config import with_fields
+
+    return with_fields(recipe(name), fields)
+
+
+def test_flops_of_a_block_are_the_textbooks():
+    """12 D^2 per token in the linear layers and 2 T D in attention, forward; three times that for training."""
+    config = recipe_with("mae", FIELDS | {"image_size": 64, "encoder_depth": 3})
+    deeper = recipe_with("mae", FIELDS | {"image_size": 64, "encoder_depth": 4})
+    width, tokens = 32, 16 + 1
+    block = 2 * (12 * width**2 * tokens + 2 * tokens**2 * width)
+    assert training_flops(deeper) - training_flops(config) == pytest.approx(3 * block, rel=0.01)
+
+
+def test_ablation_end_to_end(tmp_path, trained, capsys):
+    words = ["ablate", "--suite", "mask-strategy", "--out", str(tmp_path / "a"), "--rows", *ROWS, "--seeds", "0", "1",
+             "--val", "shapes:24@1", "--json", *flags(FIELDS)]  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert len(trained) == len(result["runs"]) == 6
+    assert {run["epochs"] for run in result["runs"] if run["row"] == "hpm"} == {1}
+    for run in result["runs"]:
+        assert 0 <= run["knn_top1"] <= 100
+        assert (run["rank_correlation"] is None) == (run["row"] == "mae")
+        assert run["pflop"] == pytest.approx(run["gflop_per_image"] * run["samples"] / 1e6)
+    assert set(result["untrained"]) == {"0", "1"}
+    page = (tmp_path / "a/mask-strategy.md").read_text()
+    assert page in printed
+    assert "## Equal epochs" in page
+    assert "## Equal compute" in page
+    lines = list(csv.DictReader((tmp_path / "a/mask-strategy.csv").read_text().splitlines()))
+    assert [line["row"] for line in lines] == ["mae", "mae", "hpm"] * 2
+    assert (tmp_path / "a/mask-strategy.png").stat().st_size > 1000
+
+    # Again: nothing is repeated. Another suite: shared rows neither.
+    ablate(setting(tmp_path / "a"), {**FIELDS, "val": "shapes:24@1"})
+    assert len(trained) == 6
+    ablate(setting(tmp_path / "a", suite="masks", rows=("hpm", "random+lpred"), seeds=(0,)), FIELDS)
+    assert len(trained) == 7
+    # Other fields: other runs, beside the old ones.
+    ablate(setting(tmp_path / "a", rows=("hpm",), seeds=(0,)), {**FIELDS, "mask_ratio": 0.5})
+    assert len(trained) == 8
+    assert len(list((tmp_path / "a/runs").iterdir())) == 8
+
+
+def test_killed_ablation_goes_on_where_it_was(tmp_path, trained, monkeypatch):
+    evaluated = []
+
+    def killed(folder, *rest):
+        evaluated.append(folder.name)
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return {"knn_top1": 1.0}
+
+    monkeypatch.setattr(ablation, "evaluate", killed)
+    call = setting(tmp_path, equal_compute=False)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(call, FIELDS)
+    assert "mae" in (tmp_path / "mask-strategy.md").read_text()
+    steps = {path.name: (path / "metrics.jsonl").read_text() for path in (tmp_path / "runs").iterdir()}
+    result = ablate(call, FIELDS)
+    assert len(result["runs"]) == 4
+    first, second = trained[0], trained[1]
+    assert evaluated == [first, second, second, *trained[3:]]
+    for name, text in steps.items():  # trained to the end before: not one step more
+        assert (tmp_path / "runs" / name / "metrics.jsonl").read_text() == text
+
+
+def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "evaluate", lambda *_: {"knn_top1": 30.0})
+    monkeypatch.setattr(ablation, "train", diverging(train))
+    result = ablate(setting(tmp_path, equal_compute=False, seeds=(0,)), FIELDS)
+    failed = {run["row"]: run["failed"] for run in result["runs"]}
+    assert "not finite" in failed["mae"]
+    assert failed["hpm"] is None
+    page = (tmp_path / "mask-strategy.md").read_text()
+    assert "| mae | failed |" in page
+    assert "- mae, seed 0: the loss" in page
+
+
+def diverging(train):
+    def run(config, out, **rest):
+        result = train(config, out, **rest)
+        if config.method.mask == "random":
+            raise InputError("the loss or its gradient was not finite at step 3")
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "message"),
+    [
+        ({"suite": "mian"}, {}, "did you mean main?"),
+        ({"scale": "mikro"}, {}, "did you mean micro?"),
+        ({"rows": ("hmp",)}, {}, "no recipe 'hmp'"),
+        ({"rows": ("mae", "mae")}, {}, "rows: must be different"),
+        ({"seeds": ()}, {}, "seeds: must be different numbers"),
+        ({"seeds": (1, 1)}, {}, "seeds: must be different numbers"),
+        ({}, {"seed": 3}, "seed: every row"),
+        ({}, {"mask": "random"}, "mask: cannot be the same for every row"),
+        ({}, {"epohcs": 3}, "did you mean epochs?"),
+        ({}, {"data": "/nothing"}, "does not exist"),
+        ({}, {"val": "/nothing"}, "val: '/nothing' does not exist"),
+        ({}, {"batch_size": 64}, "batch_size: must be at most"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_trained(tmp_path, changes, fields, message):
+    with pytest.raises(InputError) as caught:
+        ablate(setting(tmp_path / "a", **changes), {**FIELDS, **fields})
+    assert message in str(caught.value)
+    assert not (tmp_path / "a").exists()
+
+
+def outcome(row, seed, knn, budget="epochs", **rest):
+    return Outcome(**{
+        "row": row, "seed": seed, "budget": budget, "epochs": 3, "samples": 1000, "gflop_per_image": 0.5, "pflop": 0.1,
+        "seconds": 60.0, "reconstruction_loss": 0.5, "knn_top1": knn, "rank_correlation": None,
+        "foreground_auroc": None, "failed": None, "folder": "", **rest,
+    })  # fmt: skip
+
+
+OUTCOMES = [
+    outcome("mae", 0, 20.0), outcome("mae", 1, 24.0), outcome("mae", 2, 22.0),
+    outcome("mae", 0, 25.0, "compute"), outcome("mae", 1, 25.5, "compute"),
+    outcome("hpm", 0, 21.0), outcome("hpm", 1, 26.0), outcome("hpm", 3, 90.0),
+]  # fmt: skip
+
+
+def test_differences_are_paired_by_seed():
+    view = View(OUTCOMES, "epochs")
+    row = cells(view, "hpm", "mae")
+    assert row[1] == f"{statistics.fmean([21, 26, 90]):.1f} ± {statistics.stdev([21, 26, 90]):.1f}"
+    assert row[2] == "+1.5 ± 0.7"  # of seeds 0 and 1 alone: 1 and 2
+    assert cells(view, "mae", "mae")[1:3] == ("22.0 ± 2.0", "-")
+
+
+def test_equal_compute_takes_the_longer_runs_and_keeps_rows_that_needed_none():
+    view = View(OUTCOMES, "compute")
+    assert view.accuracies("mae") == {0: 25.0, 1: 25.5}
+    assert view.accuracies("hpm") == {0: 21.0, 1: 26.0, 3: 90.0}
+    assert cells(view, "hpm", "mae")[2] == "-1.8 ± 3.2"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([], "-"), ([1.25], "1.2"), ([1, 2, 3], "2.0 ± 1.0"), ([float(v) for v in (0, 0)], "0.0 ± 0.0")],
+)
+def test_mean_and_spread(values, text):
+    assert mean_and_spread(values, 1) == text
+
+
+def test_columns_without_a_figure_are_left_out():
+    page = as_markdown("main", "mae", "why?", OUTCOMES, {0: 10.0}, {"torch": "2"})
+    assert "foreground" not in page
+    assert "untrained encoder: 10.0 %" in page
+    assert "- torch: 2" in page
+    header = next(line for line in page.splitlines() if line.startswith("|  |"))
+    assert all(line.count("|") == header.count("|") for line in page.splitlines() if line.startswith("|"))
+
+
+def test_config_of_the_api_needs_no_more_than_suite_and_out():
+    assert AblateConfig("main", "out").seeds == (0, 1, 2)
+    assert Config().run.val == ""

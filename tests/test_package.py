@@ -1,0 +1,49 @@
+"""``import hpm`` and its help are quick: what is slow is imported when it is needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hpm
+
+SLOW = ("torch", "timm", "sklearn", "matplotlib")
+
+
+def python(code):
+    """Run code in a fresh interpreter; its standard output."""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_hpm_imports_nothing_slow():
+    python(f"import sys, hpm; hpm.__version__, hpm.InputError, dir(hpm); assert not {{*{SLOW}}} & {{*sys.modules}}")
+
+
+@pytest.mark.parametrize("words", [
+    "", "--help", "recipes", "evaluate", "evaluate --help", "demo --help", "ablate --help", "visualize --help",
+    "evaluate knn --help", "evaluate foreground --help", "pretrain --help", "pretrain --recipe hpm-norm-pix --help",
+])  # fmt: skip
+def test_help_imports_nothing_slow(words):
+    python(f"""
+import sys
+from hpm.cli import main
+try:
+    main({words.split()})
+except SystemExit as left:
+    assert left.code == {2 if words == "evaluate" else 0}, left.code
+assert not {{*{SLOW}}} & {{*sys.modules}}""")
+
+
+def test_pretrain_is_the_function_though_a_module_has_its_name():
+    first = "from hpm.pretrain import train; import hpm, hpm.demo"
+    assert python(f"{first}; print(type(hpm.pretrain).__name__, hpm.pretrain.__name__)") == "function pretrain\n"
+
+
+def test_every_public_name_is_there():
+    assert set(hpm.__all__) <= set(dir(hpm))
+    for name in hpm.__all__:
+        assert getattr(hpm, name)
+    with pytest.raises(AttributeError, match="module 'hpm' has no attribute 'pretrian'"):
+        hpm.pretrian  # noqa: B018
