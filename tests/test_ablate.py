@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -142,6 +145,24 @@ def test_killed_ablation_goes_on_where_it_was(tmp_path, trained, monkeypatch):
     assert evaluated == [first, second, second, *trained[3:]]
     for name, text in steps.items():  # trained to the end before: not one step more
         assert (tmp_path / "runs" / name / "metrics.jsonl").read_text() == text
+
+
+def test_two_processes_fill_the_table_of_one(tmp_path):
+    words = ["ablate", "--suite", "main", "--out", str(tmp_path / "two"), "--rows", "hpm", "--seeds", "0",
+             "--val", "shapes:24@1", *flags(FIELDS)]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hpm", *words],
+        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("## Equal epochs") == 1
+    (one,) = ablate(
+        setting(tmp_path / "one", suite="main", rows=("hpm",), seeds=(0,)), {**FIELDS, "val": "shapes:24@1"}
+    )["runs"]
+    (two,) = csv.DictReader((tmp_path / "two/main.csv").read_text().splitlines())
+    assert float(two["rank_correlation"]) == pytest.approx(one["rank_correlation"], abs=0.02)
+    assert float(two["reconstruction_loss"]) == pytest.approx(one["reconstruction_loss"], rel=1e-3)
+    assert float(two["knn_top1"]) == pytest.approx(one["knn_top1"], abs=100 / 24 + 0.1)
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):

@@ -158,7 +158,6 @@ def test_nothing_of_the_frozen_model_is_trained(saved):
     student = build_student(config, target_dim=target.dim)
     optimizer = build_optimizer(config.optimisation, student)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    target.train(False)
     assert not any(module.training for module in target.model.modules())
     assert not any(parameter.requires_grad for parameter in target.model.parameters())
     method = Method(target, hide_hard, 48, relative_loss)

@@ -80,9 +80,8 @@ def test_nearest_equals_a_loop_over_centroids():
 
 def test_tokens_name_the_structure_whatever_its_brightness_and_contrast():
     source = Kinds()
-    codebook = fit_codebook(uncropped(source), NORMALISE, PIXELS, vocabulary=6, seed=0)
     tokenizer = KMeansTokenizer(6, patch_size=(8, 8), channels=3)
-    tokenizer.adopt(codebook)
+    tokenizer.adopt(fit_codebook(uncropped(source), NORMALISE, tokenizer.pixels, vocabulary=6, seed=0))
     tokens = tokenizer(NORMALISE(source.images)).flatten()
     pairs = set(zip(tokens.tolist(), source.kind.flatten().tolist(), strict=True))
     assert len(pairs) == 6, "one token for each kind"
@@ -125,7 +124,7 @@ def test_an_empty_codebook_names_nothing():
 
 def test_tokens_do_not_depend_on_autocast():
     tokenizer = KMeansTokenizer(50, patch_size=(8, 8), channels=3)
-    tokenizer.adopt(torch.randn(50, 192))
+    tokenizer.adopt(torch.randn(192) + 1e-3 * torch.randn(50, 192))
     images = torch.randn(8, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         tokens = tokenizer(images)

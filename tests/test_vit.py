@@ -184,7 +184,7 @@ def test_the_encoder_is_a_stock_model_whose_weights_timm_loads():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit_tiny_patch61_224", {}, "no model named 'vit_tiny_patch61_224'.*for example: .*vit"),
+        ("vit_tiny_patch61_224", {}, "no model named 'vit_tiny_patch61_224'; did you mean vit_tiny_patch16_224"),
         ("", {}, "no model named ''"),
         ("resnet18", {}, "resnet18"),
         ("swin_tiny_patch4_window7_224", {}, "swin_tiny_patch4_window7_224"),

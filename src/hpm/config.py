@@ -131,6 +131,11 @@ class MethodConfig:
     """Masks stay random while the running rank correlation of predicted and true loss is below this; none: 0.3 for a
     run that starts from weights (init_from), else 0, which is never wait (published)."""
 
+    @property
+    def largest_hard_share(self) -> float:
+        """The share that figures show: what the run asks at its hardest."""
+        return max(self.hard_share_start, self.hard_share_end)
+
 
 @dataclass(frozen=True)
 class OptimisationConfig:

@@ -213,7 +213,7 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     shown = loaded.normalise(spread_images(source, count, config.data.size))
     choose_attention(loaded.student, loaded.device)
     hardness = measure_hardness(
-        loaded.student, loaded.teacher, loaded.method, shown, share=config.method.hard_share_end,
+        loaded.student, loaded.teacher, loaded.method, shown, share=config.method.largest_hard_share,
         generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)),
     )  # fmt: skip
     title = f"{checkpoint}, step {loaded.step}: rank correlation {hardness.rank_correlation:+.2f}"

@@ -96,7 +96,7 @@ class Watcher:
     def _figures(self, step: int) -> dict[str, float]:
         run = self.run
         images = self.normalise(self.images.to(run.device))
-        share = 0.0 if run.method.guide is None else run.config.method.hard_share_end
+        share = 0.0 if run.method.guide is None else run.config.method.largest_hard_share
         hardness = measure_hardness(
             run.state.student, run.state.teacher, run.method, images, share=share, bf16=run.bf16,
             generator=torch.Generator().manual_seed(derive_seed(run.config.optimisation.seed, Stream.FIGURES)),
