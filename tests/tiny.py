@@ -72,6 +72,7 @@ def pretrain_in_child(out: str, values: dict) -> None:
     """Target for :func:`in_child`: one thread, so that runs are comparable bit for bit."""
     from hpm.cli import main
 
+    multiprocessing.set_start_method("fork", force=True)  # data workers as in a run of its own
     torch.set_num_threads(1)
     main(["pretrain", "--out", out, *flags(values)])
 
