@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -116,7 +117,7 @@ def about_this_run(device: torch.device) -> dict[str, str]:
     return {
         **versions(device),
         "git": _git_sha(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["hpm", *sys.argv[1:]]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
