@@ -95,7 +95,7 @@ fi
 stage agreement 60 "$PYTHON" benchmarks/cuda_agreement.py --out "$OUT/agreement.json"
 stage step_small 110 "$PYTHON" benchmarks/step.py --models "$small_model" "${step[@]}" --out "$OUT/step_small.json"
 stage step_base 130 "$PYTHON" benchmarks/step.py --models "$base_model" "${step[@]}" --out "$OUT/step_base.json"
-if stage pretrain "${PRETRAIN_SECONDS:-200}" "$PYTHON" -m hpm pretrain --recipe hpm-64px --data "$train" --val "$val" \
+if stage pretrain "${PRETRAIN_SECONDS:-200}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
     --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then
     tail -n 1 "$SCRATCH/pretrain.txt" >"$OUT/pretrain.json"
 fi
