@@ -51,6 +51,9 @@ class Kinds(Source):
     def name(self, index):
         return str(index)
 
+    def content(self, index):
+        return self.images[index].numpy().tobytes()
+
     @property
     def labels(self):
         return None
