@@ -268,5 +268,5 @@ def test_weights_carry_timm_arguments(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_weights(path, {"a": torch.arange(6.0).view(2, 3).t()}, {"model_name": "vit"}, {"mean": [0.5]})
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"timm": '{"model_name": "vit"}', "input": '{"mean": [0.5]}'}
+        assert file.metadata() == {"hpm": '{"timm": {"model_name": "vit"}, "input": {"mean": [0.5]}}'}
         assert torch.equal(file.get_tensor("a"), torch.arange(6.0).view(2, 3).t())

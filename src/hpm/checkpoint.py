@@ -217,6 +217,7 @@ def save_weights(
     """
     content = safetensors_bytes(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-        metadata={"timm": json.dumps(timm_arguments), "input": json.dumps(input_config)},
+        # One entry: safetensors writes several in any order, and equal runs would not give equal files.
+        metadata={"hpm": json.dumps({"timm": timm_arguments, "input": input_config})},
     )
     write_atomically(path, lambda temporary: temporary.write_bytes(content))

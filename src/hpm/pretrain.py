@@ -251,18 +251,16 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     _check_disk(folder.path, student, config.run.keep_last)
 
     checkpoints = CheckpointFolder(folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps)
-    codebook = embedded_codebook(target)
-    if codebook is not None and (resume == "restart" or not checkpoints.steps()):
-        codebook.adopt(_fit_codebook(config, source, codebook))
     student.to(device)
     if isinstance(target, nn.Module):
         target.to(device)
     choose_attention(student, device)
     gate = MiningGate(mining_threshold(config), device)
-    state = State(student, Teacher(student), build_optimizer(config.optimisation, student), gate, codebook)
-    if config.model.init_from and (resume == "restart" or not checkpoints.steps()):
-        say(start_from(config, state.student, state.teacher))
-        distributed.barrier()  # the weights may be those of the run that restart is about to clear
+    state = State(
+        student, Teacher(student), build_optimizer(config.optimisation, student), gate, embedded_codebook(target)
+    )
+    if resume == "restart" or not checkpoints.steps():
+        _begin(config, source, state)
     if distributed.is_main():
         if resume == "restart":
             folder.clear()
@@ -281,6 +279,15 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
         folder.write_config(config, device)
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))
     return Run(config, folder, device, bf16, source, schedule, position, method, state, checkpoints, images)
+
+
+def _begin(config: Config, source: Source, state: State) -> None:
+    """What only a run that starts afresh needs: weights to start from, a codebook fitted to the images."""
+    if config.model.init_from:
+        say(start_from(config, state.student, state.teacher))
+        distributed.barrier()  # the weights may be those of the run that restart is about to clear
+    if state.codebook is not None:
+        state.codebook.adopt(_fit_codebook(config, source, state.codebook))
 
 
 def _fit_codebook(config: Config, source: Source, codebook: KMeansTokenizer) -> torch.Tensor:

@@ -233,7 +233,8 @@ def load_encoder(checkpoint: str | Path) -> VisionTransformer:
         return run.student.encoder
     try:
         with safe_open(weights, framework="pt") as file:
-            arguments, wanted = (json.loads((file.metadata() or {})[key]) for key in ("timm", "input"))
+            about = json.loads((file.metadata() or {})["hpm"])
+            arguments, wanted = about["timm"], about["input"]
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"checkpoint: {str(weights)!r} holds no encoder of hpm: {error}") from error
