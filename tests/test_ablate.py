@@ -10,16 +10,16 @@ import sys
 import pytest
 import torch
 
-from hpm import ablate as ablation
-from hpm.ablate import ablate, plan
-from hpm.ablation_table import Outcome, View, as_markdown, cells, mean_and_spread
+from hpm.ablation import ablate as ablation
+from hpm.ablation.ablate import ablate, plan
+from hpm.ablation.suites import SUITES, AblateConfig
+from hpm.ablation.table import Outcome, View, as_markdown, cells, mean_and_spread
 from hpm.cli import main
 from hpm.config import Config
 from hpm.errors import InputError
 from hpm.flops import training_flops
 from hpm.pretrain import train
 from hpm.recipes import METHODS, TARGETS, recipe
-from hpm.suites import SUITES, AblateConfig
 from tiny import TINY, flags
 
 torch.set_num_threads(1)

@@ -8,8 +8,6 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models._manipulate import adapt_input_conv
 
 import hpm
-from hpm.adapt import fit, inflate_channels, resample_pixel_head, start_from
-from hpm.compat import to_published
 from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics
 from hpm.method import Teacher
@@ -17,7 +15,9 @@ from hpm.pretrain import pretrain
 from hpm.reporter import Reporter
 from hpm.run_folder import LoadedRun
 from hpm.vit import encode, patchify, unpatchify
-from hpm.weights import read_weights
+from hpm.weights.adapt import fit, inflate_channels, resample_pixel_head, start_from
+from hpm.weights.names import to_published
+from hpm.weights.read import read_weights
 from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
 
 torch.set_num_threads(1)

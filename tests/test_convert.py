@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 import hpm
 from hpm.cli import main
-from hpm.compat import to_published
-from hpm.conversion import ConvertConfig
-from hpm.convert import inferred_config, run
 from hpm.errors import InputError
 from hpm.run_folder import LoadedRun
 from hpm.vit import encode
+from hpm.weights.config import ConvertConfig
+from hpm.weights.convert import inferred_config, run
+from hpm.weights.names import to_published
 from tiny import TINY, tiny_student
 
 torch.set_num_threads(1)
@@ -192,7 +192,7 @@ def test_heads_and_grid_come_from_hugging_faces_config(capsys, tmp_path):
 def test_the_timm_model_is_chosen_by_the_shapes(width, depth, patch, name):
     from hpm.build import build_student
     from hpm.config import Config, with_fields
-    from hpm.weights import Weights
+    from hpm.weights.read import Weights
 
     sizes = {
         "encoder_width": width,

@@ -289,8 +289,8 @@ def _print_foreground(result: Any) -> None:
 def _ablate(arguments: list[str]) -> None:
     import tyro
 
+    from hpm.ablation.suites import AblateConfig
     from hpm.config import Config
-    from hpm.suites import AblateConfig
 
     settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
     with_settings = make_dataclass(
@@ -308,7 +308,7 @@ def _ablate(arguments: list[str]) -> None:
     chosen = AblateConfig(**{item.name: getattr(command, item.name) for item in fields(AblateConfig)})
 
     from hpm import distributed
-    from hpm.ablate import ablate
+    from hpm.ablation.ablate import ablate
 
     result = ablate(chosen, {name: value for name, value in values.items() if name in given})
     if not distributed.is_main_of_environment():
@@ -333,11 +333,11 @@ def _visualize(arguments: list[str]) -> None:
 
 
 def _convert(arguments: list[str]) -> None:
-    from hpm.conversion import ConvertConfig
+    from hpm.weights.config import ConvertConfig
 
     config, as_json = _parse_with_json(ConvertConfig, "convert", arguments)
 
-    from hpm import convert
+    from hpm.weights import convert
 
     result = convert.run(config)
     rows = [

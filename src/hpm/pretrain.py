@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm import distributed
-from hpm.adapt import start_from
 from hpm.build import (
     build_method,
     build_normalise,
@@ -31,11 +30,9 @@ from hpm.build import (
     build_target,
     choose_attention,
     embedded_codebook,
-    input_config,
-    timm_arguments,
 )
-from hpm.checkpoint import CheckpointFolder, save_weights, write_text_atomically
-from hpm.config import Config, Schedule, load_config, resolve_schedule, with_fields
+from hpm.checkpoint import CheckpointFolder, write_text_atomically
+from hpm.config import Config, load_config, resolve_schedule, with_fields
 from hpm.data.loading import (
     Batch,
     Position,
@@ -50,16 +47,18 @@ from hpm.data.sources import Source, fingerprint, open_source
 from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics, say, warn
 from hpm.meter import Meter
-from hpm.method import Losses, Method, Student, StudentOutput, Teacher
+from hpm.method import Losses, Student, StudentOutput, Teacher
 from hpm.mining import MiningGate, mining_threshold
 from hpm.recipes import recipe as named_recipe
 from hpm.reporter import reporting
+from hpm.run import Run, State
 from hpm.run_folder import RunFolder
-from hpm.schedules import ema_decay, hard_share, hard_share_by_epoch, learning_rate, untouched_share
+from hpm.schedules import ema_decay, untouched_share
 from hpm.seeding import Stream, derive_seed, mask_noise
 from hpm.stopping import StopSignal
 from hpm.tokens import KMeansTokenizer, fit_codebook
 from hpm.watching import labelled_validation
+from hpm.weights.adapt import start_from
 
 Resume = Literal["auto", "never", "restart"]
 
@@ -126,106 +125,6 @@ def _kernels(deterministic: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-@dataclass
-class State:
-    """All that changes while training, and what was fitted to the images before: what a checkpoint holds."""
-
-    student: Student
-    teacher: Teacher
-    optimizer: torch.optim.Optimizer
-    gate: MiningGate
-    codebook: KMeansTokenizer | None = None
-    step: int = 0
-    seconds: float = 0.0
-
-    def to_dict(self, config: Config, images: str) -> dict[str, Any]:
-        """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
-        return {
-            "images": images,
-            "step": self.step,
-            "seconds": self.seconds,
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "gate": self.gate.correlation,
-            "target": self.codebook.state_dict() if self.codebook is not None else {},
-            "config": asdict(config),
-        }
-
-    def load(self, saved: dict[str, Any]) -> None:
-        """Take over a saved state."""
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        self.student.load_state_dict(saved["student"])
-        self.teacher.model.load_state_dict(saved["teacher"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.gate.correlation.copy_(saved["gate"])
-        if self.codebook is not None:
-            self.codebook.adopt(**saved["target"])
-
-
-@dataclass
-class Run:
-    """Everything a run needs, checked and put together."""
-
-    config: Config
-    folder: RunFolder
-    device: torch.device
-    bf16: bool
-    source: Source
-    schedule: Schedule
-    position: Position
-    method: Method
-    state: State
-    checkpoints: CheckpointFolder
-    images: str
-    """Fingerprint of the training images."""
-
-    def num_hard(self, step: int) -> int:
-        """``int(M * a_t)``."""
-        share = self.hard_share(step)
-        return int(self.method.num_hidden * share)
-
-    def hard_share(self, step: int) -> float:
-        """a_t."""
-        method, schedule = self.config.method, self.schedule
-        if self.method.guide is None:
-            return 0.0
-        ends = {
-            "start": method.hard_share_start,
-            "end": method.hard_share_end,
-            "total_steps": schedule.total_steps,
-        }
-        if method.hard_share_unit == "epoch":
-            return hard_share_by_epoch(step, **ends, steps_per_epoch=schedule.steps_per_epoch)  # type: ignore[arg-type]
-        return hard_share(step, **ends)  # type: ignore[arg-type]
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        schedule = self.schedule
-        return learning_rate(
-            step,
-            peak=schedule.peak_learning_rate,
-            warmup_steps=schedule.warmup_steps,
-            total_steps=schedule.total_steps,
-        )
-
-    @property
-    def checkpoint_steps(self) -> int:
-        """Steps between two scheduled checkpoints."""
-        return self.config.run.checkpoint_steps or max(1, math.ceil(self.schedule.total_steps / 10))
-
-    def save(self) -> None:
-        """Save the state and the encoder; the main process alone does."""
-        if distributed.is_main():
-            self.checkpoints.save(self.state.to_dict(self.config, self.images))
-            save_weights(
-                self.folder.weights_file,
-                self.state.student.encoder.state_dict(),
-                timm_arguments(self.config),
-                input_config(self.config),
-            )
 
 
 def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) -> Run:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpm import distributed
 from hpm.errors import InputError
 from hpm.log import RunLog, read_metrics, warn
 from hpm.meter import Meter
+from hpm.run import Run
 from hpm.schedules import ema_decay
 from hpm.watching import Watcher, labelled_validation
-
-if TYPE_CHECKING:
-    from hpm.pretrain import Run
 
 
 class Reporter:

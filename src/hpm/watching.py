@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from hpm import distributed
@@ -15,12 +13,10 @@ from hpm.errors import InputError
 from hpm.evaluate.foreground import predicted_loss_auroc
 from hpm.evaluate.knn import LabelledSplit, knn_accuracy
 from hpm.log import warn
+from hpm.run import Run
 from hpm.seeding import Stream, derive_seed
 from hpm.visualize import draw_hardness, measure_hardness, save_figure, spread_images
 from hpm.vit import grid_size
-
-if TYPE_CHECKING:
-    from hpm.pretrain import Run
 
 NEIGHBOURS = 20
 """k of the kNN accuracy during training."""

@@ -18,16 +18,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpm.adapt import PIXEL_TARGETS
 from hpm.build import build_encoder, build_student, input_config, timm_arguments
 from hpm.checkpoint import save_pickle, save_weights, write_atomically
-from hpm.compat import handful, to_published
 from hpm.config import Config, with_fields
-from hpm.conversion import ConvertConfig
 from hpm.errors import InputError
 from hpm.log import read_metrics
 from hpm.vit import LAYER_NORM_EPS
-from hpm.weights import Weights, mismatches, read_weights, table_grid
+from hpm.weights.adapt import PIXEL_TARGETS
+from hpm.weights.config import ConvertConfig
+from hpm.weights.names import handful, to_published
+from hpm.weights.read import Weights, mismatches, read_weights, table_grid
 
 Kind = Literal["checkpoint", "encoder", "published"]
 

@@ -29,12 +29,12 @@ from torch.serialization import safe_globals
 
 from hpm.build import build_encoder
 from hpm.checkpoint import verify
-from hpm.compat import from_hugging_face, from_published, handful
 from hpm.config import Config, validated
 from hpm.errors import InputError
 from hpm.masking import MASKS
 from hpm.run_folder import locate_checkpoint
 from hpm.vit import sincos_positions
+from hpm.weights.names import from_hugging_face, from_published, handful
 
 
 class Weights(NamedTuple):

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from hpm import distributed
-from hpm.ablation_table import Outcome, write_tables
+from hpm.ablation.suites import SUITES, AblateConfig, Suite
+from hpm.ablation.table import Outcome, write_tables
 from hpm.build import build_normalise, choose_attention
 from hpm.checkpoint import write_text_atomically
 from hpm.config import RESULT_SECTIONS, Config, resolve_schedule, suggest, with_fields
@@ -35,7 +36,6 @@ from hpm.pretrain import train
 from hpm.recipes import SCALES, recipe
 from hpm.run_folder import LoadedRun, RunFolder, about_this_run
 from hpm.seeding import Stream, derive_seed
-from hpm.suites import SUITES, AblateConfig, Suite
 from hpm.visualize import measure_hardness, spread_images
 
 NEIGHBOURS = 20
