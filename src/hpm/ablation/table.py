@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -44,15 +44,16 @@ class View:
     """One of the two ways to compare: every row at its epochs, or every row at the reference's compute.
 
     Args:
-        outcomes: All runs of the table.
-        budget: Which view. A row that was not given more epochs for equal compute stands in both views.
+        outcomes: All runs that are done.
+        budget: Which view.
+        longer: Rows that are given more epochs for equal compute; the others stand in both views.
     """
 
-    def __init__(self, outcomes: Sequence[Outcome], budget: Literal["epochs", "compute"]) -> None:
-        names = list(dict.fromkeys(outcome.row for outcome in outcomes))
-        longer = {outcome.row for outcome in outcomes if outcome.budget == "compute"}
+    def __init__(
+        self, outcomes: Sequence[Outcome], budget: Literal["epochs", "compute"], longer: Collection[str]
+    ) -> None:
         self.rows: dict[str, list[Outcome]] = {}
-        for name in names:
+        for name in dict.fromkeys(outcome.row for outcome in outcomes):
             wanted = "compute" if budget == "compute" and name in longer else "epochs"
             self.rows[name] = [run for run in outcomes if run.row == name and run.budget == wanted]
 
@@ -67,6 +68,7 @@ def write_tables(
     baseline: str,
     question: str,
     outcomes: Sequence[Outcome],
+    longer: Collection[str],
     untrained: Mapping[int, float],
     about: Mapping[str, str],
 ) -> None:
@@ -78,14 +80,17 @@ def write_tables(
         baseline: Row that differences are quoted against.
         question: What the table asks.
         outcomes: All runs that are done.
+        longer: Rows that are given more epochs for equal compute.
         untrained: Accuracy of the untrained encoder by seed.
         about: Data, versions, hardware, command.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out / f"{suite}.csv", as_csv(outcomes))
-    write_text_atomically(out / f"{suite}.md", as_markdown(suite, baseline, question, outcomes, untrained, about))
+    write_text_atomically(
+        out / f"{suite}.md", as_markdown(suite, baseline, question, outcomes, longer, untrained, about)
+    )
     if any(run.knn_top1 is not None for run in outcomes):
-        save_figure(draw(suite, outcomes, untrained), out / f"{suite}.png")
+        save_figure(draw(suite, outcomes, longer, untrained), out / f"{suite}.png")
 
 
 def as_csv(outcomes: Sequence[Outcome]) -> str:
@@ -102,6 +107,7 @@ def as_markdown(
     baseline: str,
     question: str,
     outcomes: Sequence[Outcome],
+    longer: Collection[str],
     untrained: Mapping[int, float],
     about: Mapping[str, str],
 ) -> str:
@@ -116,7 +122,7 @@ def as_markdown(
     if any(run.budget == "compute" for run in outcomes):
         budgets.append(("compute", "Equal compute"))
     for budget, title in budgets:
-        lines += [f"## {title}", "", *_markdown_rows(View(outcomes, budget), baseline), ""]
+        lines += [f"## {title}", "", *_markdown_rows(View(outcomes, budget, longer), baseline), ""]
     failed = [run for run in outcomes if run.failed]
     lines += [f"- {run.row}, seed {run.seed}: {run.failed}" for run in failed] + ([""] if failed else [])
     lines += [f"- {name}: {value}" for name, value in about.items()]
@@ -164,11 +170,11 @@ def mean_and_spread(values: Sequence[float], digits: int, *, sign: bool = False)
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def draw(suite: str, outcomes: Sequence[Outcome], untrained: Mapping[int, float]) -> Figure:
+def draw(suite: str, outcomes: Sequence[Outcome], longer: Collection[str], untrained: Mapping[int, float]) -> Figure:
     """Every seed a dot, means as bars, both views side by side on one axis of accuracy."""
-    views = {"equal epochs": View(outcomes, "epochs")}
+    views = {"equal epochs": View(outcomes, "epochs", longer)}
     if any(run.budget == "compute" for run in outcomes):
-        views["equal compute"] = View(outcomes, "compute")
+        views["equal compute"] = View(outcomes, "compute", longer)
     names = list(next(iter(views.values())).rows)
     figure = Figure(figsize=(1.6 + 3.4 * len(views), 0.8 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(views), sharex=True, sharey=True, squeeze=False)[0]
