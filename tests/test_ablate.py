@@ -227,7 +227,7 @@ OUTCOMES = [
 
 
 def test_differences_are_paired_by_seed():
-    view = View(OUTCOMES, "epochs")
+    view = View(OUTCOMES, "epochs", {"mae"})
     row = cells(view, "hpm", "mae")
     assert row[1] == f"{statistics.fmean([21, 26, 90]):.1f} ± {statistics.stdev([21, 26, 90]):.1f}"
     assert row[2] == "+1.5 ± 0.7"  # of seeds 0 and 1 alone: 1 and 2
@@ -235,10 +235,16 @@ def test_differences_are_paired_by_seed():
 
 
 def test_equal_compute_takes_the_longer_runs_and_keeps_rows_that_needed_none():
-    view = View(OUTCOMES, "compute")
+    view = View(OUTCOMES, "compute", {"mae"})
     assert view.accuracies("mae") == {0: 25.0, 1: 25.5}
     assert view.accuracies("hpm") == {0: 21.0, 1: 26.0, 3: 90.0}
     assert cells(view, "hpm", "mae")[2] == "-1.8 ± 3.2"
+
+
+def test_a_row_whose_longer_run_is_not_done_is_not_in_the_view_of_equal_compute():
+    waiting = [run for run in OUTCOMES if run.budget == "epochs"]
+    assert View(waiting, "compute", {"mae"}).rows["mae"] == []
+    assert View(waiting, "compute", {"mae"}).accuracies("hpm")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +256,7 @@ def test_mean_and_spread(values, text):
 
 
 def test_columns_without_a_figure_are_left_out():
-    page = as_markdown("main", "mae", "why?", OUTCOMES, {0: 10.0}, {"torch": "2"})
+    page = as_markdown("main", "mae", "why?", OUTCOMES, {"mae"}, {0: 10.0}, {"torch": "2"})
     assert "foreground" not in page
     assert "untrained encoder: 10.0 %" in page
     assert "- torch: 2" in page

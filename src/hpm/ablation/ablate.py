@@ -91,9 +91,9 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
                 distributed.barrier()
             outcomes = [found for other in jobs if (found := _outcome(other))]
             if distributed.is_main():
-                write_tables(
-                    out, config.suite, suite.rows[0], suite.about, outcomes, untrained, _about(config, fields, device)
-                )
+                longer = {other.row for other in jobs if other.budget == "compute"}
+                about = _about(config, fields, device)
+                write_tables(out, config.suite, suite.rows[0], suite.about, outcomes, longer, untrained, about)
     return {
         "suite": config.suite,
         "runs": [asdict(outcome) for outcome in outcomes],
