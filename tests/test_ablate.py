@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hpm.ablation.suites import SUITES, AblateConfig
 from hpm.ablation.table import Outcome, View, as_markdown, cells, mean_and_spread
 from hpm.cli import main
 from hpm.config import Config
-from hpm.errors import InputError
+from hpm.errors import DivergedError, InputError, Interrupted
 from hpm.flops import training_flops
 from hpm.pretrain import train
 from hpm.recipes import METHODS, TARGETS, recipe
@@ -114,12 +115,13 @@ def test_ablation_end_to_end(tmp_path, trained, capsys):
     assert (tmp_path / "a/mask-strategy.png").stat().st_size > 1000
 
     # Again: nothing is repeated. Another suite: shared rows neither.
-    ablate(setting(tmp_path / "a"), {**FIELDS, "val": "shapes:24@1"})
+    val = {"val": "shapes:24@1"}
+    ablate(setting(tmp_path / "a"), FIELDS | val)
     assert len(trained) == 6
-    ablate(setting(tmp_path / "a", suite="masks", rows=("hpm", "random+lpred"), seeds=(0,)), FIELDS)
+    ablate(setting(tmp_path / "a", suite="masks", rows=("hpm", "random+lpred"), seeds=(0,)), FIELDS | val)
     assert len(trained) == 7
     # Other fields: other runs, beside the old ones.
-    ablate(setting(tmp_path / "a", rows=("hpm",), seeds=(0,)), {**FIELDS, "mask_ratio": 0.5})
+    ablate(setting(tmp_path / "a", rows=("hpm",), seeds=(0,)), {**FIELDS, **val, "mask_ratio": 0.5})
     assert len(trained) == 8
     assert len(list((tmp_path / "a/runs").iterdir())) == 8
 
@@ -127,13 +129,13 @@ def test_ablation_end_to_end(tmp_path, trained, capsys):
 def test_killed_ablation_goes_on_where_it_was(tmp_path, trained, monkeypatch):
     evaluated = []
 
-    def killed(folder, *rest):
+    def killed(folder, *_):
         evaluated.append(folder.name)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
         return {"knn_top1": 1.0}
 
-    monkeypatch.setattr(ablation, "evaluate", killed)
+    monkeypatch.setattr(ablation, "measure", killed)
     call = setting(tmp_path, equal_compute=False)
     with pytest.raises(KeyboardInterrupt):
         ablate(call, FIELDS)
@@ -166,7 +168,7 @@ def test_two_processes_fill_the_table_of_one(tmp_path):
 
 
 def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "evaluate", lambda *_: {"knn_top1": 30.0})
+    monkeypatch.setattr(ablation, "measure", lambda *_: {"knn_top1": 30.0})
     monkeypatch.setattr(ablation, "train", diverging(train))
     result = ablate(setting(tmp_path, equal_compute=False, seeds=(0,)), FIELDS)
     failed = {run["row"]: run["failed"] for run in result["runs"]}
@@ -177,11 +179,99 @@ def test_a_run_that_diverges_is_reported_and_the_others_go_on(tmp_path, monkeypa
     assert "- mae, seed 0: the loss" in page
 
 
+def test_an_ablation_of_which_every_run_diverges_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "train", diverging(train))
+    with pytest.raises(InputError, match="every run of the ablation failed"):
+        ablate(setting(tmp_path, rows=("mae",), seeds=(0,)), FIELDS)
+
+
+def test_what_is_no_divergence_is_not_taken_for_a_result(tmp_path, monkeypatch):
+    """Out of memory, say: mended by another flag, and then the run has to be done."""
+
+    def too_big(config, out):
+        out.mkdir(parents=True)
+        (out / "config.yaml").write_text("")
+        raise InputError("micro_batch_size: the device's memory is too small")
+
+    monkeypatch.setattr(ablation, "train", too_big)
+    with pytest.raises(InputError, match="micro_batch_size"):
+        ablate(setting(tmp_path, rows=("mae",), seeds=(0,)), FIELDS)
+    assert not list(tmp_path.glob("runs/*/evaluate/*"))
+
+
+def test_figures_belong_to_the_images_they_were_measured_on(tmp_path, trained, monkeypatch):
+    measured = []
+    monkeypatch.setattr(ablation, "measure", lambda folder, images, _: measured.append(images) or {"knn_top1": 1.0})
+    call = setting(tmp_path, rows=("hpm",), seeds=(0,))
+    for val, times in (("", 1), ("shapes:24@1", 2), ("shapes:24@1", 2), ("shapes:24@2", 3)):
+        ablate(call, FIELDS | {"val": val})
+        assert len(measured) == times
+    assert len(set(trained)) == 1, "measured anew, not trained anew"
+    assert len(list(tmp_path.glob("untrained-*.json"))) == 2
+
+
+def test_runs_belong_to_the_images_not_to_the_spelling_of_their_path(tmp_path, monkeypatch):
+    from PIL import Image
+
+    for folder, shade in (("a", 10), ("b", 11)):
+        (tmp_path / folder).mkdir()
+        for number in range(16):
+            Image.new("RGB", (40, 40), (number * shade, 99, 20)).save(tmp_path / folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    call = setting(tmp_path / "out", rows=("mae",), seeds=(0,))
+    folders = [plan(call, FIELDS | {"data": data})[0].folder for data in ("a", "./a/", str(tmp_path / "a"), "b")]
+    assert len(set(folders[:3])) == 1
+    assert folders[3] != folders[0]
+
+
+def test_rows_that_are_the_same_run_are_done_once(tmp_path, capsys):
+    call = setting(tmp_path, suite="predicted-loss", scale="micro", rows=("hpm", "hpm-shallow"), seeds=(0,))
+    assert [job.row for job in plan(call, {"data": "shapes:200"})] == ["hpm"]  # micro predictors have one block already
+    assert "hpm-shallow is the same run as hpm" in capsys.readouterr().err
+
+
+def test_a_row_dearer_than_the_reference_gets_fewer_epochs(tmp_path):
+    jobs = plan(setting(tmp_path, suite="main", rows=("mae", "hpm"), seeds=(0,)), FIELDS | {"epochs": 10})
+    dearest = {(job.row, job.budget): job.config.optimisation.epochs for job in jobs}
+    assert dearest[("mae", "compute")] > 10  # hpm-norm-pix is not among the rows: the dearest is the measure
+    wanted = SUITES["main"]._replace(reference="mae")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SUITES, "main", wanted)
+        jobs = plan(setting(tmp_path, suite="main", rows=("mae", "hpm"), seeds=(0,)), FIELDS | {"epochs": 10})
+    epochs = {(job.row, job.budget): job.config.optimisation.epochs for job in jobs}
+    assert epochs[("hpm", "compute")] == round(10 * jobs[0].flops / jobs[1].flops)
+    assert ("mae", "compute") not in epochs
+
+
+def test_images_of_other_channels_are_normalised_by_their_own_statistics(tmp_path):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for number in range(24):
+            (tmp_path / split / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (40, 40), number * 9).save(tmp_path / split / "ab"[number % 2] / f"{number}.png")
+    fields = FIELDS | {"channels": 1, "data": str(tmp_path / "train"), "val": str(tmp_path / "val")}
+    (run,) = ablate(setting(tmp_path / "out", rows=("hpm",), seeds=(0,)), fields)["runs"]
+    assert 0 <= run["knn_top1"] <= 100
+
+
+def test_a_signal_while_a_run_is_measured_stops_after_it(tmp_path, trained, monkeypatch):
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"knn_top1": 1.0}
+
+    monkeypatch.setattr(ablation, "measure", signalled)
+    with pytest.raises(Interrupted, match="SIGTERM after run 1 of 3"):
+        ablate(setting(tmp_path, seeds=(0,)), FIELDS | {"epochs": 2})
+    assert len(trained) == 1
+    assert "mae" in (tmp_path / "mask-strategy.md").read_text()
+
+
 def diverging(train):
     def run(config, out, **rest):
         result = train(config, out, **rest)
         if config.method.mask == "random":
-            raise InputError("the loss or its gradient was not finite at step 3")
+            raise DivergedError("the loss or its gradient was not finite at step 3")
         return result
 
     return run

@@ -146,6 +146,16 @@ def test_predicted_loss_trains_the_encoder_only_through_the_masked_view(view, re
     assert all(parameter.grad is None for parameter in student.reconstructor.parameters())
 
 
+@pytest.mark.parametrize("view", ["masked", "both"])
+def test_a_detached_predictor_shapes_nothing_but_itself(view):
+    student = tiny_student(view)
+    student.predictor_detached = True
+    losses = tiny_method().step(student, Teacher(student), some_images(), some_noise(), num_hard=3)
+    losses.prediction.backward()
+    shaped = {name.split(".")[0] for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert shaped == {"predictor"}
+
+
 def test_both_views_add_their_losses():
     prediction = {}
     for view in ("masked", "full", "both"):

@@ -23,6 +23,7 @@ from hpm.method import Method, Teacher
 from hpm.pretrain import pretrain
 from hpm.recipes import METHODS, recipe
 from hpm.reporter import Reporter
+from hpm.run_folder import RunFolder
 from hpm.schedules import ema_decay, learning_rate
 from hpm.targets import PixelTarget
 from tiny import TINY, assert_same_state, final_state, flags, in_child
@@ -179,6 +180,23 @@ def test_looking_at_a_run_leaves_it_as_it_is(tmp_path):
     run(tmp_path / "alone")
     run(tmp_path / "watched", figures=True, num_figure_images=2, knn=True, val="shapes:24@1", checkpoint_steps=4)
     assert_same_state(final_state(tmp_path / "alone"), final_state(tmp_path / "watched"))
+
+
+def test_two_processes_cannot_train_the_same_run(tmp_path):
+    run(tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    held = RunFolder(tmp_path / "run")
+    held.claim()
+    with pytest.raises(InputError, match="another process is training"):
+        run(tmp_path / "run")
+    held.release()
+    run(tmp_path / "run")
+
+
+def test_a_folder_in_which_a_run_was_killed_at_birth_is_free(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.config.yaml.123.tmp").write_text("da")
+    assert run(tmp_path / "run")["steps"] == 12
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):

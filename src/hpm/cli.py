@@ -314,8 +314,10 @@ def _ablate(arguments: list[str]) -> None:
     if not distributed.is_main_of_environment():
         return
     print(Path(result["table"]).read_text())
-    print(f"look:  {Path(result['table']).with_suffix('.png')}")
-    print(f"next:  hpm visualize --checkpoint {result['runs'][0]['folder']} --images {values['data']!r} --out hard.png")
+    if (figure := Path(result["table"]).with_suffix(".png")).is_file():
+        print(f"look:  {figure}")
+    run = next(run["folder"] for run in result["runs"] if not run["failed"])
+    print(f"next:  hpm visualize --checkpoint {run} --images {values['data']!r} --out hard.png")
     if command.json:
         _print_json(result)
 
@@ -428,6 +430,8 @@ def _print_json(figures: dict[str, Any]) -> None:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     print(json.dumps(plain(figures), allow_nan=False))

@@ -5,5 +5,9 @@ class InputError(ValueError):
     """The user's input breaks a rule; the message names the field, the rule and the value (exit code 2)."""
 
 
+class DivergedError(InputError):
+    """The loss is not finite any more: nothing is wrong with the call, but this run cannot go on."""
+
+
 class Interrupted(Exception):  # noqa: N818  (not an error: the run is saved and can go on)
     """A signal stopped the run after it was saved (exit code 3)."""

@@ -34,7 +34,8 @@ def step_flops(student: Student, method: Method) -> float:
     size = student.encoder.patch_embed.img_size
     images = torch.zeros(NUM_IMAGES, student.encoder.patch_embed.proj.in_channels, *size, device=device)
     noise = torch.rand(NUM_IMAGES, student.positions.shape[1], device=device)
-    written_out = [_write_out_attention(model) for model in (student, teacher) if model is not None]
+    models = [model for model in (student, teacher, method.target) if isinstance(model, nn.Module)]
+    written_out = [_write_out_attention(model) for model in models]
     try:
         with FlopCounterMode(display=False) as counter:
             method.step(student, teacher, images, noise, num_hard=0).total.backward()

@@ -182,6 +182,7 @@ class Student(nn.Module):
             raise ValueError("this student was built without a loss predictor (predictor_depth=0)")
         prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
         tokens = torch.cat([prefix, patches + self.positions], dim=1)
+        tokens = tokens.detach() if self.predictor_detached else tokens
         scores: Tensor = self.predictor(tokens, last=self.positions.shape[1]).float().mean(dim=-1)
         return scores
 

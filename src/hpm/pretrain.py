@@ -1,8 +1,8 @@
 """Pre-training: the loop, and everything around it that must not be seen in it.
 
 Everything random is a function of the seed and the step (:mod:`hpm.seeding`), every schedule a function of the step
-(:mod:`hpm.schedules`). So a state is: the step, the student, the teacher, the optimizer. Nothing else is saved, and a
-run that was killed ends bit-identical to one that was not.
+(:mod:`hpm.schedules`). So no random state is saved: a checkpoint holds what :class:`hpm.run.State` lists, and a run
+that was killed ends bit-identical to one that was not.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def train(config: Config, out: Path, *, resume: Resume = "auto") -> dict[str, An
         stop = stack.enter_context(StopSignal())
         stack.enter_context(distributed.process_group(device))
         stack.enter_context(_kernels(config.run.deterministic))
-        run = prepare(config, out, device=device, resume=resume)
+        folder = RunFolder(out)
+        stack.callback(folder.release)
+        run = prepare(config, folder, device=device, resume=resume)
         if run.state.step >= run.schedule.total_steps and (finished := run.folder.result()):
             say(f"{run.folder.path} holds a finished run of {run.schedule.total_steps} steps; nothing to do")
             return finished
@@ -127,13 +129,12 @@ def _kernels(deterministic: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) -> Run:
+def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: Resume) -> Run:
     """Check everything that can be checked before work starts, and put the run together.
 
     Raises:
         InputError: Names the field, the rule and the value.
     """
-    folder = RunFolder(out)
     source = open_source(config.data.data, channels=config.data.channels, image_size=config.data.size, field="data")
     schedule = resolve_schedule(config.optimisation, len(source))
     position = _position(config)
@@ -161,6 +162,7 @@ def prepare(config: Config, out: Path, *, device: torch.device, resume: Resume) 
     if resume == "restart" or not checkpoints.steps():
         _begin(config, source, state)
     if distributed.is_main():
+        folder.claim()
         if resume == "restart":
             folder.clear()
         checkpoints.clear_temporary()
@@ -368,6 +370,11 @@ def _sync(model: Callable[..., StudentOutput], *, last: bool) -> Any:
 
 def finish(run: Run) -> dict[str, Any]:
     """Write ``result.json`` and the report of a run whose last step is done."""
+    if not run.state.gate.is_open() and distributed.is_main():
+        warn(
+            "the masks of this run stayed random, or had become so again: the running rank correlation of predicted "
+            f"and true loss is {float(run.state.gate.correlation):+.2f}, mining_threshold {run.state.gate.threshold:g}"
+        )
     records = read_metrics(run.folder.path)
     training = [record for record in records if "reconstruction_loss" in record]
     knn = {record["step"]: record["knn_top1"] for record in records if "knn_top1" in record}

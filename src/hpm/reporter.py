@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from hpm import distributed
-from hpm.errors import InputError
-from hpm.log import RunLog, read_metrics, warn
+from hpm.errors import DivergedError, InputError
+from hpm.log import RunLog, read_metrics, say, warn
 from hpm.meter import Meter
 from hpm.run import Run
 from hpm.schedules import ema_decay
@@ -31,6 +31,7 @@ class Reporter:
         self.watcher = watcher
         self._last_save = time.monotonic()
         self._since = time.monotonic()
+        self._mining = run.state.gate.is_open()
 
     def start(self) -> None:
         """Look at the model where that was not done yet."""
@@ -52,7 +53,7 @@ class Reporter:
         """Record and save when it is time to.
 
         Raises:
-            InputError: Diverged, too much damage, or a full disk.
+            InputError: DivergedError, too much damage, or a full disk.
         """
         run, step = self.run, self.run.state.step
         if self.log:
@@ -61,12 +62,15 @@ class Reporter:
         if step % run.config.run.log_steps == 0 or due:
             self.stop_check(meter)
             self._clock()
+            self._tell_mining()
             self._record({**meter.read(batch_size=run.config.optimisation.batch_size), **self._progress()})
         if due:
             run.save()
             self._record(self.watcher.watch(step))
         elif distributed.is_main() and time.monotonic() - self._last_save > 60 * run.config.run.checkpoint_minutes:
             if (bad := meter.first_bad_step_here()) is not None:
+                if distributed.world_size() > 1:  # all processes stop together, at the next record
+                    return
                 self._diverged(bad)
             self._clock()
             run.save()
@@ -74,6 +78,14 @@ class Reporter:
             return
         meter.restart()
         self._last_save = self._since = time.monotonic()
+
+    def _tell_mining(self) -> None:
+        """Say when the gate of mining has opened or closed."""
+        gate = self.run.state.gate
+        if gate.is_open() != self._mining and self.log:
+            self._mining = not self._mining
+            what = "begins" if self._mining else "pauses"
+            say(f"step {self.run.state.step}: mining {what}, running rank correlation {float(gate.correlation):+.2f}")
 
     def _is_due(self, step: int) -> bool:
         """Is a checkpoint with figures due after this step?"""
@@ -109,7 +121,7 @@ class Reporter:
     def _diverged(self, step: int) -> None:
         saved = self.run.checkpoints.steps()
         last = self.run.checkpoints.file(saved[-1]) if saved else "none yet"
-        raise InputError(
+        raise DivergedError(
             f"the loss or its gradient was not finite at step {step + 1}; last good checkpoint: {last}. Try a lower "
             "--base-learning-rate, a longer --warmup-epochs, a smaller --gradient-clip or --precision float32 "
             "in a new run, and look for constant or broken images"

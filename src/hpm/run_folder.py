@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import timm
 import torch
@@ -24,6 +25,7 @@ from hpm.build import build_method, build_normalise, build_student, build_target
 from hpm.checkpoint import CheckpointFolder, load_verified, write_text_atomically
 from hpm.config import Config, differences, load_config, to_yaml, validated
 from hpm.errors import InputError
+from hpm.log import warn
 from hpm.method import Method, Student, Teacher
 
 
@@ -43,6 +45,29 @@ class RunFolder:
         self.result_file = self.path / "result.json"
         self.report_file = self.path / "report.html"
         self.evaluations = self.path / "evaluate"
+        self._claim: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Take the folder for this process, until :meth:`release` or its end, however it ends.
+
+        Raises:
+            InputError: Another process trains this run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = (self.path / ".claim").open("w")
+        try:
+            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise InputError(f"out: another process is training in {str(self.path)!r}") from None
+        except OSError as error:  # some network file systems know no locks
+            warn(f"cannot lock {str(self.path)!r} ({error.strerror}): see to it that only one process trains there")
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def check_usable(self, config: Config, resume: Literal["auto", "never", "restart"]) -> None:
         """Can a run with this config start or go on here?
@@ -61,7 +86,7 @@ class RunFolder:
                     "that run's values, or start over with --resume restart; to train on from its weights in a new "
                     "folder, use --init-from. Changed:\n  " + "\n  ".join(changed)
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(not file.name.startswith(".") for file in self.path.iterdir()):
             raise InputError(f"out: {str(self.path)!r} is not empty and holds no run; choose a new folder")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not os.access(parent, os.W_OK):

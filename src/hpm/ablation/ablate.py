@@ -13,12 +13,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import yaml
 
 from hpm import distributed
 from hpm.ablation.suites import SUITES, AblateConfig, Suite
@@ -26,16 +30,18 @@ from hpm.ablation.table import Outcome, write_tables
 from hpm.build import build_normalise, choose_attention
 from hpm.checkpoint import write_text_atomically
 from hpm.config import RESULT_SECTIONS, Config, resolve_schedule, suggest, with_fields
-from hpm.data.sources import Source, class_indices, open_source
-from hpm.errors import InputError
+from hpm.data.loading import default_workers, measure_statistics
+from hpm.data.sources import Source, class_indices, fingerprint, open_source
+from hpm.errors import DivergedError, InputError, Interrupted
 from hpm.evaluate.foreground import predicted_loss_auroc
 from hpm.evaluate.knn import LabelledSplit, knn_accuracy, untrained_encoder
 from hpm.flops import training_flops
 from hpm.log import say, warn
 from hpm.pretrain import train
 from hpm.recipes import SCALES, recipe
-from hpm.run_folder import LoadedRun, RunFolder, about_this_run
+from hpm.run_folder import LoadedRun, RunFolder
 from hpm.seeding import Stream, derive_seed
+from hpm.stopping import StopSignal
 from hpm.visualize import measure_hardness, spread_images
 
 NEIGHBOURS = 20
@@ -59,11 +65,20 @@ class Job(NamedTuple):
     folder: Path
 
 
+class Images(NamedTuple):
+    """What is learnt from, and what is classified."""
+
+    data: Source
+    val: Source | None
+    fingerprint: str
+    """Of both: figures from other images are not figures of this table."""
+
+
 def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Run what is missing of a suite, and write its table.
 
     Args:
-        config: Suite, data, seeds.
+        config: Suite, seeds, folder.
         fields: ``data``, and any other fields of :class:`hpm.config.Config` that are to be the same for every row.
             With ``val``, labelled like ``data``, the table has kNN accuracies.
 
@@ -71,34 +86,36 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
         The table, as in the ``--json`` line.
 
     Raises:
-        InputError: A name, a field or the data breaks a rule; nothing was trained.
+        InputError: A name, a field or the data breaks a rule, and nothing was trained; or every run diverged.
         Interrupted: A signal stopped a run after it was saved; the same call goes on.
     """
     suite = _suite(config)
     jobs = plan(config, fields)
-    data, val = _sources(jobs[0].config, str(fields.get("val", "")))
-    out = Path(config.out).expanduser()
+    images = _images(jobs[0].config, str(fields.get("val", "")))
     device = distributed.choose_device(jobs[0].config.run.device)
-    with distributed.process_group(device):
-        outcomes = [found for job in jobs if (found := _outcome(job))]
-        say(f"{config.suite}: {suite.about}\n{len(jobs)} runs, {len(outcomes)} of them done")
-        untrained = _untrained(out, jobs, data, val, device)
+    with StopSignal() as stop, distributed.process_group(device):
+        done = [outcome for job in jobs if (outcome := _outcome(job, images))]
+        say(f"{config.suite}: {suite.about}\n{len(jobs)} runs, {len(done)} of them done")
+        untrained = _untrained(Path(config.out).expanduser(), jobs, images, device)
+        _write(config, fields, jobs, images, untrained)
         for number, job in enumerate(jobs, 1):
-            if _outcome(job) is None:
+            if _outcome(job, images) is None:
                 distributed.barrier()  # the others must have looked before one of them finishes it
                 say(f"run {number} of {len(jobs)}: {job.row}, seed {job.seed}, {_epochs(job)} epochs ({job.budget})")
-                _run(job, data, val, device)
+                _run(job, images, device)
                 distributed.barrier()
-            outcomes = [found for other in jobs if (found := _outcome(other))]
-            if distributed.is_main():
-                longer = {other.row for other in jobs if other.budget == "compute"}
-                about = _about(config, fields, device)
-                write_tables(out, config.suite, suite.rows[0], suite.about, outcomes, longer, untrained, about)
+                _write(config, fields, jobs, images, untrained)
+            if distributed.any_process(stop.name is not None):
+                raise Interrupted(f"stopped by {stop.name or 'a signal'} after run {number} of {len(jobs)}; the same "
+                                  "command goes on from there")  # fmt: skip
+    outcomes = [outcome for job in jobs if (outcome := _outcome(job, images))]
+    if all(outcome.failed for outcome in outcomes):
+        raise InputError(f"every run of the ablation failed; the first: {outcomes[0].failed}")
     return {
         "suite": config.suite,
         "runs": [asdict(outcome) for outcome in outcomes],
         "untrained": untrained,
-        "table": str(out / f"{config.suite}.md"),
+        "table": str(Path(config.out).expanduser() / f"{config.suite}.md"),
     }
 
 
@@ -111,6 +128,29 @@ def plan(config: AblateConfig, fields: Mapping[str, Any]) -> list[Job]:
     suite = _suite(config)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
         raise InputError(f"seeds: must be different numbers from 0 on, at least one, got {config.seeds}")
+    configs, data = _configs(config, suite, fields)
+    flops = {row: training_flops(base) for row, base in configs.items()}
+    budget_of = flops.get(suite.reference, max(flops.values()))
+    jobs = []
+    for seed in config.seeds:
+        for row, base in configs.items():
+            epochs = base.optimisation.epochs
+            equal = max(1, round(epochs * budget_of / flops[row]))
+            budgets: list[tuple[Budget, int]] = [("epochs", epochs)]
+            if config.equal_compute and equal != epochs:
+                budgets.append(("compute", equal))
+            for budget, length in budgets:
+                chosen = with_fields(base, {"seed": seed, "epochs": length})
+                jobs.append(Job(row, seed, budget, chosen, flops[row], _folder(Path(config.out), row, chosen, data)))
+    return jobs
+
+
+def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> tuple[dict[str, Config], str]:
+    """The config of every row, and the fingerprint of the training images.
+
+    Raises:
+        InputError: Names the field, the rule and the value.
+    """
     if config.scale and config.scale not in SCALES:
         raise InputError(
             f"scale: no scale {config.scale!r}{suggest(config.scale, SCALES)}; there are {', '.join(SCALES)}"
@@ -119,25 +159,19 @@ def plan(config: AblateConfig, fields: Mapping[str, Any]) -> list[Job]:
     _check_fields(fields, configs)
     # The ablation measures at the end, the same for all: looks during training would only take time.
     same = {"figures": False, "knn": False, **fields, "val": ""}
-    configs = {row: with_fields(base, same) for row, base in configs.items()}
-    first = next(iter(configs.values()))
-    num_images = len(_open(first.data.data, first, "data"))
-    flops = {}
+    first = with_fields(next(iter(configs.values())), same)
+    source = _open(first.data.data, first, "data")
+    if not first.data.mean and first.data.channels != 3:
+        same["mean"], same["std"] = measure_statistics(source)
+    different: dict[str, Config] = {}
     for row, base in configs.items():
-        resolve_schedule(base.optimisation, num_images)
-        flops[row] = training_flops(base)
-    jobs = []
-    for seed in config.seeds:
-        for row, base in configs.items():
-            ratio = flops[suite.reference] / flops[row]
-            longer = max(1, round(base.optimisation.epochs * ratio))
-            budgets: list[tuple[Budget, int]] = [("epochs", base.optimisation.epochs)]
-            if config.equal_compute and longer > base.optimisation.epochs:
-                budgets.append(("compute", longer))
-            for budget, epochs in budgets:
-                chosen = with_fields(base, {"seed": seed, "epochs": epochs})
-                jobs.append(Job(row, seed, budget, chosen, flops[row], _folder(Path(config.out), row, chosen)))
-    return jobs
+        chosen = with_fields(base, same)
+        resolve_schedule(chosen.optimisation, len(source))
+        if twin := next((name for name, other in different.items() if other == chosen), None):
+            warn(f"{row} is the same run as {twin} here; left out")
+        else:
+            different[row] = chosen
+    return different, fingerprint(source)
 
 
 def _suite(config: AblateConfig) -> Suite:
@@ -155,8 +189,7 @@ def _suite(config: AblateConfig) -> Suite:
         return suite
     if len(set(config.rows)) < len(config.rows):
         raise InputError(f"rows: must be different, got {', '.join(config.rows)}")
-    reference = suite.reference if suite.reference in config.rows else config.rows[-1]
-    return suite._replace(rows=config.rows, reference=reference)
+    return suite._replace(rows=config.rows)
 
 
 def _check_fields(fields: Mapping[str, Any], configs: Mapping[str, Config]) -> None:
@@ -180,13 +213,17 @@ def _check_fields(fields: Mapping[str, Any], configs: Mapping[str, Config]) -> N
             raise InputError(f"{name}: cannot be the same for every row, because the rows differ in it ({told})")
 
 
-def _folder(out: Path, row: str, config: Config) -> Path:
-    """The run folder of a config: one that is there already, under whatever row's name, or a new one."""
-    decides = json.dumps({section: asdict(getattr(config, section)) for section in RESULT_SECTIONS}, sort_keys=True)
-    digest = hashlib.sha256(decides.encode()).hexdigest()[:8]
+def _folder(out: Path, row: str, config: Config, data: str) -> Path:
+    """The run folder of a config on some images: one that is there already, whatever row made it, or a new one."""
+    named = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
+    digest = _digest({section: asdict(getattr(named, section)) for section in RESULT_SECTIONS})
     runs = out.expanduser() / "runs"
     there = sorted(runs.glob(f"*-{digest}"))
     return there[0] if there else runs / f"{row}-seed{config.optimisation.seed}-{digest}"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _epochs(job: Job) -> int:
@@ -197,7 +234,7 @@ def _open(spec: str, config: Config, field: str) -> Source:
     return open_source(spec, channels=config.data.channels, image_size=config.data.size, field=field)
 
 
-def _sources(base: Config, val_spec: str) -> tuple[Source, Source | None]:
+def _images(base: Config, val_spec: str) -> Images:
     """Training and validation images; labels are needed on both where there is a validation source.
 
     Raises:
@@ -205,8 +242,8 @@ def _sources(base: Config, val_spec: str) -> tuple[Source, Source | None]:
     """
     data = _open(base.data.data, base, "data")
     if not val_spec:
-        warn("no val: the table will have no accuracy, only losses and rank correlations")
-        return data, None
+        say("no val: the table will have no accuracy, only losses and rank correlations")
+        return Images(data, None, fingerprint(data))
     val = _open(val_spec, base, "val")
     for name, source in (("data", data), ("val", val)):
         if source.labels is None:
@@ -214,25 +251,23 @@ def _sources(base: Config, val_spec: str) -> tuple[Source, Source | None]:
     class_indices(val.labels or [], sorted(set(data.labels or [])))
     if len(data) < NEIGHBOURS:
         raise InputError(f"data: needs at least {NEIGHBOURS} images for {NEIGHBOURS}-NN, got {len(data)}")
-    return data, val
+    return Images(data, val, f"{fingerprint(data)} {fingerprint(val)}")
 
 
-def _run(job: Job, data: Source, val: Source | None, device: torch.device) -> None:
-    """Train and evaluate one run; one that diverges leaves a note instead of figures."""
+def _run(job: Job, images: Images, device: torch.device) -> None:
+    """Train and measure one run; one that diverges leaves a note instead of figures."""
     try:
         train(job.config, job.folder)
-        figures: dict[str, Any] = evaluate(job.folder, data, val, device)
-    except InputError as error:
-        if not (job.folder / "config.yaml").is_file():  # refused before it began: the same would happen to all
-            raise
-        warn(f"{job.row}, seed {job.seed}: {error}")
+        figures: dict[str, Any] = measure(job.folder, images, device)
+    except DivergedError as error:  # on every process alike
+        warn(f"{job.row}, seed {job.seed}: {error}\n(remove {job.folder} to try again)")
         figures = {"failed": str(error).splitlines()[0]}
     if distributed.is_main():
-        RunFolder(job.folder).save_evaluation("ablation", figures)
+        RunFolder(job.folder).save_evaluation("ablation", {"images": images.fingerprint, **figures})
 
 
 @torch.no_grad()
-def evaluate(folder: Path, data: Source, val: Source | None, device: torch.device) -> dict[str, float]:
+def measure(folder: Path, images: Images, device: torch.device) -> dict[str, float]:
     """The figures of one run: kNN accuracy, rank correlation on full images, foreground AUROC where masks are known.
 
     Rank correlation is the mean over images of Spearman's between the teacher's scores of the full image and the
@@ -243,21 +278,30 @@ def evaluate(folder: Path, data: Source, val: Source | None, device: torch.devic
     choose_attention(loaded.student, device)
     choose_attention(loaded.teacher, device)
     bf16 = config.run.precision != "float32" and distributed.has_bf16(device)
-    if val is not None:
-        figures["knn_top1"] = _knn(loaded.student.encoder, config, data, val, device, bf16)
+    if images.val is not None:
+        figures["knn_top1"] = _knn(loaded.student.encoder, config, images.data, images.val, device, bf16)
     if loaded.student.predictor is not None and distributed.is_main():
-        shown = val or data
-        images = loaded.normalise(spread_images(shown, NUM_HARDNESS_IMAGES, config.data.size).to(device))
-        hardness = measure_hardness(
-            loaded.student, loaded.teacher, loaded.method, images, share=0.0, bf16=bf16,
-            generator=torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES)),
-        )  # fmt: skip
-        figures["rank_correlation"] = hardness.rank_correlation
+        shown = images.val or images.data
+        figures["rank_correlation"] = _rank_correlation(loaded, shown, bf16)
         if shown.groups() is not None:
             figures["foreground_auroc"] = predicted_loss_auroc(
                 loaded.teacher, loaded.normalise, shown, size=config.data.size, device=device, bf16=bf16
             )
     return figures
+
+
+def _rank_correlation(loaded: LoadedRun, shown: Source, bf16: bool) -> float:
+    """In parts of a size that any device can hold."""
+    generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
+    parts = spread_images(shown, NUM_HARDNESS_IMAGES, loaded.config.data.size).split(32)
+    total = 0.0
+    for part in parts:
+        hardness = measure_hardness(
+            loaded.student, loaded.teacher, loaded.method, loaded.normalise(part.to(loaded.device)), share=0.0,
+            bf16=bf16, generator=generator,
+        )  # fmt: skip
+        total += hardness.rank_correlation * len(part)
+    return total / sum(len(part) for part in parts)
 
 
 def _knn(
@@ -267,17 +311,20 @@ def _knn(
     accuracy = knn_accuracy(
         encoder, split, build_normalise(config).to(device), size=config.data.size, ks=(NEIGHBOURS,),
         temperature=0.07, pooling="mean", device=device, bf16=bf16,
+        workers=default_workers() if config.run.workers is None else config.run.workers,
     )  # fmt: skip
     return accuracy[NEIGHBOURS][0]
 
 
-def _outcome(job: Job) -> Outcome | None:
-    """What a run came to, if it is done."""
+def _outcome(job: Job, images: Images) -> Outcome | None:
+    """What a run came to, if it is done and was measured on these images."""
     folder = RunFolder(job.folder)
     file = folder.evaluations / "ablation.json"
     if not file.is_file():
         return None
     result, figures = folder.result() or {}, json.loads(file.read_text())
+    if figures["images"] != images.fingerprint:
+        return None
     samples = result.get("samples_seen", 0)
     return Outcome(
         row=job.row,
@@ -297,21 +344,23 @@ def _outcome(job: Job) -> Outcome | None:
     )
 
 
-def _untrained(out: Path, jobs: list[Job], data: Source, val: Source | None, device: torch.device) -> dict[int, float]:
-    """kNN accuracy of the untrained encoder for every seed; all rows of a seed start from the same encoder."""
-    if val is None:
+def _untrained(out: Path, jobs: list[Job], images: Images, device: torch.device) -> dict[int, float]:
+    """kNN accuracy of a random start for every seed; all rows of a seed have the same."""
+    if images.val is None:
         return {}
     found = {}
     for job in _first_of_each_seed(jobs):
-        model = json.dumps([asdict(job.config.model), asdict(job.config.data), job.seed], sort_keys=True)
-        file = out / f"untrained-{hashlib.sha256(model.encode()).hexdigest()[:8]}.json"
+        sizes = dataclasses.replace(job.config.data, data="")
+        file = (
+            out / f"untrained-{_digest([asdict(job.config.model), asdict(sizes), images.fingerprint, job.seed])}.json"
+        )
         if not file.is_file():
             distributed.barrier()
             say(f"untrained encoder, seed {job.seed}")
             encoder = untrained_encoder(job.config, device)
             choose_attention(encoder, device)
             bf16 = job.config.run.precision != "float32" and distributed.has_bf16(device)
-            accuracy = _knn(encoder, job.config, data, val, device, bf16)
+            accuracy = _knn(encoder, job.config, images.data, images.val, device, bf16)
             if distributed.is_main():
                 out.mkdir(parents=True, exist_ok=True)
                 write_text_atomically(file, json.dumps({"knn_top1": accuracy}) + "\n")
@@ -328,7 +377,28 @@ def _first_of_each_seed(jobs: list[Job]) -> Iterator[Job]:
             yield job
 
 
-def _about(config: AblateConfig, fields: Mapping[str, Any], device: torch.device) -> dict[str, str]:
-    """What a number needs beside it."""
-    told = ", ".join(f"{name} {value}" for name, value in fields.items())
-    return {"scale": config.scale or "none", "fields": told, **about_this_run(device)}
+def _write(
+    config: AblateConfig, fields: Mapping[str, Any], jobs: list[Job], images: Images, untrained: dict[int, float]
+) -> None:
+    """Write the tables of what is done, with what a number needs beside it: who made it, and how."""
+    if not distributed.is_main():
+        return
+    outcomes = [outcome for job in jobs if (outcome := _outcome(job, images))]
+    if not outcomes:
+        return
+    made = [yaml.safe_load(RunFolder(outcome.folder).config_file.read_text())["about"] for outcome in outcomes]
+    makers = sorted(
+        {", ".join(f"{key} {run[key]}" for key in ("hpm", "git", "torch", "timm", "device")) for run in made}
+    )
+    about = {
+        "command": shlex.join(["hpm", *sys.argv[1:]]),
+        "scale": config.scale or "none",
+        "fields": ", ".join(f"{name} {value}" for name, value in fields.items()),
+        "runs made by": "; ".join(makers),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    suite = _suite(config)
+    write_tables(
+        Path(config.out).expanduser(), config.suite, jobs[0].row, suite.about, outcomes,
+        {job.row for job in jobs if job.budget == "compute"}, untrained, about,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ class Suite(NamedTuple):
     rows: tuple[str, ...]
     """Names of recipes without a scale; the first is the baseline that differences are quoted against."""
     reference: str
-    """The row whose compute the cheaper ones are given in the second view."""
+    """The row whose compute all others are given in the second view; the dearest row where it is not among them."""
     about: str
     """What the table asks."""
 
@@ -71,6 +71,6 @@ class AblateConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each row per seed."""
     rows: tuple[str, ...] = ()
-    """Only these rows; any recipe without a scale may stand here. None: the suite's."""
+    """Only these rows; any recipe without a scale may stand here, and the first is the baseline. None: the suite's."""
     equal_compute: bool = True
-    """Also give rows that cost less per image than the suite's reference the epochs that it costs more."""
+    """Also run every row for as many (whole) epochs as cost what the suite's reference costs."""

@@ -46,7 +46,7 @@ class View:
     Args:
         outcomes: All runs that are done.
         budget: Which view.
-        longer: Rows that are given more epochs for equal compute; the others stand in both views.
+        longer: Rows that are given other epochs for equal compute; the rest stand in both views.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ def write_tables(
         baseline: Row that differences are quoted against.
         question: What the table asks.
         outcomes: All runs that are done.
-        longer: Rows that are given more epochs for equal compute.
+        longer: Rows that are given other epochs for equal compute.
         untrained: Accuracy of the untrained encoder by seed.
         about: Data, versions, hardware, command.
     """

@@ -163,7 +163,7 @@ def inferred_config(weights: Weights, given: ConvertConfig) -> Config:
     }
     if name is None:
         fields |= {"patch_size": patch[0], "encoder_width": width, "encoder_depth": depth, "encoder_heads": heads}
-    if weights.has("decoder_embed"):
+    if weights.has("decoder_embed") and not given.to.endswith(".safetensors"):  # there the encoder goes alone
         decoder_width = len(state["decoder_embed.weight"])
         decoder_heads = given.decoder_heads or weights.decoder_heads or (16 if decoder_width == 512 else None)
         if decoder_heads is None:
