@@ -14,7 +14,7 @@ import torch
 from hpm.ablation import ablate as ablation
 from hpm.ablation.ablate import ablate, plan
 from hpm.ablation.suites import SUITES, AblateConfig
-from hpm.ablation.table import Outcome, View, as_markdown, cells, mean_and_spread
+from hpm.ablation.table import Outcome, Table, View, cells, mean_and_spread
 from hpm.cli import main
 from hpm.config import Config
 from hpm.errors import DivergedError, InputError, Interrupted
@@ -346,9 +346,9 @@ def test_mean_and_spread(values, text):
 
 
 def test_columns_without_a_figure_are_left_out():
-    page = as_markdown("main", "mae", "why?", OUTCOMES, {"mae"}, {0: 10.0}, {"torch": "2"})
+    page = Table("main", "mae", "why?", OUTCOMES, {"mae"}, {0: 10.0}, {"torch": "2"}).as_markdown()
     assert "foreground" not in page
-    assert "untrained encoder: 10.0 %" in page
+    assert "random start: 10.0 %" in page
     assert "- torch: 2" in page
     header = next(line for line in page.splitlines() if line.startswith("|  |"))
     assert all(line.count("|") == header.count("|") for line in page.splitlines() if line.startswith("|"))

@@ -26,7 +26,7 @@ import yaml
 
 from hpm import distributed
 from hpm.ablation.suites import SUITES, AblateConfig, Suite
-from hpm.ablation.table import Outcome, write_tables
+from hpm.ablation.table import Outcome, Table
 from hpm.build import build_normalise, choose_attention
 from hpm.checkpoint import write_text_atomically
 from hpm.config import RESULT_SECTIONS, Config, resolve_schedule, suggest, with_fields
@@ -397,8 +397,6 @@ def _write(
         "runs made by": "; ".join(makers),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    suite = _suite(config)
-    write_tables(
-        Path(config.out).expanduser(), config.suite, jobs[0].row, suite.about, outcomes,
-        {job.row for job in jobs if job.budget == "compute"}, untrained, about,
-    )  # fmt: skip
+    longer = {job.row for job in jobs if job.budget == "compute"}
+    table = Table(config.suite, jobs[0].row, _suite(config).about, outcomes, longer, untrained, about)
+    table.write(Path(config.out).expanduser())

@@ -62,71 +62,86 @@ class View:
         return {run.seed: run.knn_top1 for run in self.rows.get(name, []) if run.knn_top1 is not None}
 
 
-def write_tables(
-    out: Path,
-    suite: str,
-    baseline: str,
-    question: str,
-    outcomes: Sequence[Outcome],
-    longer: Collection[str],
-    untrained: Mapping[int, float],
-    about: Mapping[str, str],
-) -> None:
-    """Write ``SUITE.md``, ``SUITE.csv`` and ``SUITE.png``.
+@dataclass(frozen=True)
+class Table:
+    """Everything that is written about a suite."""
 
-    Args:
-        out: The folder.
-        suite: Name of the table.
-        baseline: Row that differences are quoted against.
-        question: What the table asks.
-        outcomes: All runs that are done.
-        longer: Rows that are given other epochs for equal compute.
-        untrained: Accuracy of the untrained encoder by seed.
-        about: Data, versions, hardware, command.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(out / f"{suite}.csv", as_csv(outcomes))
-    write_text_atomically(
-        out / f"{suite}.md", as_markdown(suite, baseline, question, outcomes, longer, untrained, about)
-    )
-    if any(run.knn_top1 is not None for run in outcomes):
-        save_figure(draw(suite, outcomes, longer, untrained), out / f"{suite}.png")
+    suite: str
+    baseline: str
+    """Row that differences are quoted against."""
+    question: str
+    """What the table asks."""
+    outcomes: Sequence[Outcome]
+    """All runs that are done."""
+    longer: Collection[str]
+    """Rows that are given other epochs for equal compute."""
+    untrained: Mapping[int, float]
+    """Accuracy of a random start by seed."""
+    about: Mapping[str, str]
+    """Command, versions, hardware."""
 
+    def write(self, out: Path) -> None:
+        """Write ``SUITE.md``, ``SUITE.csv`` and, where there are accuracies, ``SUITE.png``."""
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(out / f"{self.suite}.csv", self.as_csv())
+        write_text_atomically(out / f"{self.suite}.md", self.as_markdown())
+        if any(run.knn_top1 is not None for run in self.outcomes):
+            save_figure(self.draw(), out / f"{self.suite}.png")
 
-def as_csv(outcomes: Sequence[Outcome]) -> str:
-    """One line per run."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Outcome)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(outcome) for outcome in outcomes)
-    return text.getvalue()
+    def views(self) -> dict[str, View]:
+        """Both views by title; one where no row is given other epochs."""
+        views = {"Equal epochs": View(self.outcomes, "epochs", self.longer)}
+        if any(run.budget == "compute" for run in self.outcomes):
+            views["Equal compute"] = View(self.outcomes, "compute", self.longer)
+        return views
 
+    def as_csv(self) -> str:
+        """One line per run."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in fields(Outcome)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(outcome) for outcome in self.outcomes)
+        return text.getvalue()
 
-def as_markdown(
-    suite: str,
-    baseline: str,
-    question: str,
-    outcomes: Sequence[Outcome],
-    longer: Collection[str],
-    untrained: Mapping[int, float],
-    about: Mapping[str, str],
-) -> str:
-    """Both views, each a table, with what a number needs beside it."""
-    seeds = sorted({run.seed for run in outcomes})
-    lines = [f"# {suite}", "", question, ""]
-    lines += [f"Mean ± standard deviation over seeds ({', '.join(map(str, seeds)) or 'none yet'}). "
-              f"The difference to {baseline} is paired by seed.", ""]  # fmt: skip
-    if untrained:
-        lines += [f"20-NN top-1 of the untrained encoder: {mean_and_spread(list(untrained.values()), 1)} %.", ""]
-    budgets: list[tuple[Literal["epochs", "compute"], str]] = [("epochs", "Equal epochs")]
-    if any(run.budget == "compute" for run in outcomes):
-        budgets.append(("compute", "Equal compute"))
-    for budget, title in budgets:
-        lines += [f"## {title}", "", *_markdown_rows(View(outcomes, budget, longer), baseline), ""]
-    failed = [run for run in outcomes if run.failed]
-    lines += [f"- {run.row}, seed {run.seed}: {run.failed}" for run in failed] + ([""] if failed else [])
-    lines += [f"- {name}: {value}" for name, value in about.items()]
-    return "\n".join(lines) + "\n"
+    def as_markdown(self) -> str:
+        """Both views, each a table, with what a number needs beside it."""
+        seeds = sorted({run.seed for run in self.outcomes})
+        lines = [f"# {self.suite}", "", self.question, ""]
+        lines += [f"Mean ± standard deviation over seeds ({', '.join(map(str, seeds)) or 'none yet'}). "
+                  f"The difference to {self.baseline} is paired by seed.", ""]  # fmt: skip
+        if self.untrained:
+            random_start = mean_and_spread(list(self.untrained.values()), 1)
+            lines += [f"20-NN top-1 of the encoder at its random start: {random_start} %.", ""]
+        for title, view in self.views().items():
+            lines += [f"## {title}", "", *_markdown_rows(view, self.baseline), ""]
+        failed = [run for run in self.outcomes if run.failed]
+        lines += [f"- {run.row}, seed {run.seed}: {run.failed}" for run in failed] + ([""] if failed else [])
+        lines += [f"- {name}: {value}" for name, value in self.about.items()]
+        return "\n".join(lines) + "\n"
+
+    def draw(self) -> Figure:
+        """Every seed a dot, means as bars, both views side by side on one axis of accuracy."""
+        views = self.views()
+        names = list(next(iter(views.values())).rows)
+        figure = Figure(figsize=(1.6 + 3.4 * len(views), 0.8 + 0.42 * len(names)), layout="constrained")
+        axes = figure.subplots(1, len(views), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, (title, view) in zip(axes, views.items(), strict=True):
+            for place, name in enumerate(names):
+                if values := list(view.accuracies(name).values()):
+                    axis.plot(values, [place] * len(values), "o", color="#1f77b4", alpha=0.45, markersize=5)
+                    mean = statistics.fmean(values)
+                    axis.plot([mean, mean], [place - 0.28, place + 0.28], color="#0b3d66", linewidth=2.5)
+            if self.untrained:
+                axis.axvline(statistics.fmean(self.untrained.values()), color="grey", linestyle=":", linewidth=1)
+            axis.set_title(title.lower(), fontsize=10, loc="left")
+            axis.set_xlabel("20-NN top-1 %" + (" (dotted: random start)" if self.untrained else ""), fontsize=8)
+            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.tick_params(labelsize=8)
+            axis.grid(axis="x", alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].invert_yaxis()
+        figure.suptitle(self.suite, fontsize=10)
+        return figure
 
 
 HEADER = ("", "20-NN top-1 %", "difference", "rank correlation", "foreground AUROC", "runs", "epochs", "samples",
@@ -168,30 +183,3 @@ def mean_and_spread(values: Sequence[float], digits: int, *, sign: bool = False)
         return "-"
     mean = f"{statistics.fmean(values):{'+' if sign else ''}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def draw(suite: str, outcomes: Sequence[Outcome], longer: Collection[str], untrained: Mapping[int, float]) -> Figure:
-    """Every seed a dot, means as bars, both views side by side on one axis of accuracy."""
-    views = {"equal epochs": View(outcomes, "epochs", longer)}
-    if any(run.budget == "compute" for run in outcomes):
-        views["equal compute"] = View(outcomes, "compute", longer)
-    names = list(next(iter(views.values())).rows)
-    figure = Figure(figsize=(1.6 + 3.4 * len(views), 0.8 + 0.42 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(views), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, (title, view) in zip(axes, views.items(), strict=True):
-        for place, name in enumerate(names):
-            values = list(view.accuracies(name).values())
-            if values:
-                axis.plot(values, [place] * len(values), "o", color="#1f77b4", alpha=0.45, markersize=5)
-                axis.plot([statistics.fmean(values)] * 2, [place - 0.28, place + 0.28], color="#0b3d66", linewidth=2.5)
-        if untrained:
-            axis.axvline(statistics.fmean(untrained.values()), color="grey", linestyle=":", linewidth=1)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("20-NN top-1 %" + (" (dotted: untrained)" if untrained else ""), fontsize=8)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="x", alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.suptitle(suite, fontsize=10)
-    return figure
