@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hpm.ablation import ablate as ablation
-from hpm.ablation.ablate import ablate, plan
+from hpm.ablation.ablate import ablate
+from hpm.ablation.plan import plan
 from hpm.ablation.suites import SUITES, AblateConfig
 from hpm.ablation.table import Outcome, Table, View, cells, mean_and_spread
 from hpm.cli import main

@@ -1,0 +1,118 @@
+"""What a run of the table is worth: the same measurements, on the same images, for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from hpm import distributed
+from hpm.build import build_normalise, choose_attention
+from hpm.config import Config
+from hpm.data.loading import default_workers
+from hpm.data.sources import Source, class_indices, fingerprint, open_source
+from hpm.errors import InputError
+from hpm.evaluate.foreground import predicted_loss_auroc
+from hpm.evaluate.knn import LabelledSplit, knn_accuracy, untrained_encoder
+from hpm.log import say
+from hpm.run_folder import LoadedRun
+from hpm.seeding import Stream, derive_seed
+from hpm.visualize import measure_hardness, spread_images
+
+NEIGHBOURS = 20
+"""k of the kNN accuracy."""
+NUM_HARDNESS_IMAGES = 256
+"""Images on which predicted and true loss are compared."""
+
+
+class Images(NamedTuple):
+    """What is learnt from, and what is classified."""
+
+    data: Source
+    val: Source | None
+    fingerprint: str
+    """Of both: figures from other images are not figures of this table."""
+
+
+def open_images(base: Config, val_spec: str) -> Images:
+    """Training and validation images; labels are needed on both where there is a validation source.
+
+    Raises:
+        InputError: Labels are missing or do not fit.
+    """
+    data = _open(base.data.data, base, "data")
+    if not val_spec:
+        say("no val: the table will have no accuracy, only losses and rank correlations")
+        return Images(data, None, fingerprint(data))
+    val = _open(val_spec, base, "val")
+    for name, source in (("data", data), ("val", val)):
+        if source.labels is None:
+            raise InputError(f"{name}: for accuracies both data and val need labels, and {name} has none")
+    class_indices(val.labels or [], sorted(set(data.labels or [])))
+    if len(data) < NEIGHBOURS:
+        raise InputError(f"data: needs at least {NEIGHBOURS} images for {NEIGHBOURS}-NN, got {len(data)}")
+    return Images(data, val, f"{fingerprint(data)} {fingerprint(val)}")
+
+
+def _open(spec: str, config: Config, field: str) -> Source:
+    return open_source(spec, channels=config.data.channels, image_size=config.data.size, field=field)
+
+
+@torch.no_grad()
+def measure(folder: Path, images: Images, device: torch.device) -> dict[str, float]:
+    """The figures of one run: kNN accuracy, rank correlation on full images, foreground AUROC where masks are known.
+
+    Rank correlation is the mean over images of Spearman's between the teacher's scores of the full image and the
+    student's loss on each patch, averaged over ten random masks.
+    """
+    loaded = LoadedRun(folder, device=device)
+    config, figures = loaded.config, {}
+    choose_attention(loaded.student, device)
+    choose_attention(loaded.teacher, device)
+    bf16 = config.run.precision != "float32" and distributed.has_bf16(device)
+    if images.val is not None:
+        figures["knn_top1"] = _knn(loaded.student.encoder, config, images.data, images.val, device, bf16)
+    if loaded.student.predictor is not None and distributed.is_main():
+        shown = images.val or images.data
+        figures["rank_correlation"] = _rank_correlation(loaded, shown, bf16)
+        if shown.groups() is not None:
+            figures["foreground_auroc"] = predicted_loss_auroc(
+                loaded.teacher, loaded.normalise, shown, size=config.data.size, device=device, bf16=bf16
+            )
+    return figures
+
+
+def _rank_correlation(loaded: LoadedRun, shown: Source, bf16: bool) -> float:
+    """In parts of a size that any device can hold."""
+    generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
+    parts = spread_images(shown, NUM_HARDNESS_IMAGES, loaded.config.data.size).split(32)
+    total = 0.0
+    for part in parts:
+        hardness = measure_hardness(
+            loaded.student, loaded.teacher, loaded.method, loaded.normalise(part.to(loaded.device)), share=0.0,
+            bf16=bf16, generator=generator,
+        )  # fmt: skip
+        total += hardness.rank_correlation * len(part)
+    return total / sum(len(part) for part in parts)
+
+
+def _knn(
+    encoder: torch.nn.Module, config: Config, data: Source, val: Source, device: torch.device, bf16: bool
+) -> float:
+    split = LabelledSplit(data, val, list(range(len(data))), list(range(len(val))), sorted(set(data.labels or [])))
+    accuracy = knn_accuracy(
+        encoder, split, build_normalise(config).to(device), size=config.data.size, ks=(NEIGHBOURS,),
+        temperature=0.07, pooling="mean", device=device, bf16=bf16,
+        workers=default_workers() if config.run.workers is None else config.run.workers,
+    )  # fmt: skip
+    return accuracy[NEIGHBOURS][0]
+
+
+def measure_untrained(config: Config, images: Images, device: torch.device) -> float:
+    """kNN accuracy, in percent, of the encoder at its random start."""
+    assert images.val is not None, "accuracies need images to classify"
+    encoder = untrained_encoder(config, device)
+    choose_attention(encoder, device)
+    bf16 = config.run.precision != "float32" and distributed.has_bf16(device)
+    return _knn(encoder, config, images.data, images.val, device, bf16)

@@ -1,0 +1,147 @@
+"""Which runs a table needs: every row with every seed, at its epochs and at equal compute; and where they live."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from hpm.ablation.suites import SUITES, AblateConfig, Suite
+from hpm.config import RESULT_SECTIONS, Config, resolve_schedule, suggest, with_fields
+from hpm.data.loading import measure_statistics
+from hpm.data.sources import fingerprint, open_source
+from hpm.errors import InputError
+from hpm.flops import training_flops
+from hpm.log import warn
+from hpm.recipes import SCALES, recipe
+
+Budget = Literal["epochs", "compute"]
+
+
+class Job(NamedTuple):
+    """One run of the table."""
+
+    row: str
+    seed: int
+    budget: Budget
+    config: Config
+    flops: float
+    """Of one training step per image."""
+    folder: Path
+
+    @property
+    def epochs(self) -> int:
+        """Length of the run."""
+        return self.config.optimisation.epochs
+
+
+def plan(config: AblateConfig, fields: Mapping[str, Any]) -> list[Job]:
+    """Every run of the table, checked; seeds are the outer loop.
+
+    Raises:
+        InputError: Names the field, the rule and the value.
+    """
+    suite = chosen_suite(config)
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise InputError(f"seeds: must be different numbers from 0 on, at least one, got {config.seeds}")
+    configs, data = _configs(config, suite, fields)
+    flops = {row: training_flops(base) for row, base in configs.items()}
+    budget_of = flops.get(suite.reference, max(flops.values()))
+    jobs = []
+    for seed in config.seeds:
+        for row, base in configs.items():
+            epochs = base.optimisation.epochs
+            equal = max(1, round(epochs * budget_of / flops[row]))
+            budgets: list[tuple[Budget, int]] = [("epochs", epochs)]
+            if config.equal_compute and equal != epochs:
+                budgets.append(("compute", equal))
+            for budget, length in budgets:
+                chosen = with_fields(base, {"seed": seed, "epochs": length})
+                jobs.append(Job(row, seed, budget, chosen, flops[row], _folder(Path(config.out), row, chosen, data)))
+    return jobs
+
+
+def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> tuple[dict[str, Config], str]:
+    """The config of every row, and the fingerprint of the training images.
+
+    Raises:
+        InputError: Names the field, the rule and the value.
+    """
+    if config.scale and config.scale not in SCALES:
+        raise InputError(
+            f"scale: no scale {config.scale!r}{suggest(config.scale, SCALES)}; there are {', '.join(SCALES)}"
+        )
+    configs = {row: recipe(f"{row}-{config.scale}" if config.scale else row) for row in suite.rows}
+    _check_fields(fields, configs)
+    # The ablation measures at the end, the same for all: looks during training would only take time.
+    same = {"figures": False, "knn": False, **fields, "val": ""}
+    first = with_fields(next(iter(configs.values())), same)
+    source = open_source(first.data.data, channels=first.data.channels, image_size=first.data.size, field="data")
+    if not first.data.mean and first.data.channels != 3:
+        same["mean"], same["std"] = measure_statistics(source)
+    different: dict[str, Config] = {}
+    for row, base in configs.items():
+        chosen = with_fields(base, same)
+        resolve_schedule(chosen.optimisation, len(source))
+        if twin := next((name for name, other in different.items() if other == chosen), None):
+            warn(f"{row} is the same run as {twin} here; left out")
+        else:
+            different[row] = chosen
+    return different, fingerprint(source)
+
+
+def chosen_suite(config: AblateConfig) -> Suite:
+    """The suite, with the rows that were asked for.
+
+    Raises:
+        InputError: There is no such suite.
+    """
+    if config.suite not in SUITES:
+        raise InputError(
+            f"suite: no suite {config.suite!r}{suggest(config.suite, SUITES)}; there are {', '.join(SUITES)}"
+        )
+    suite = SUITES[config.suite]
+    if not config.rows:
+        return suite
+    if len(set(config.rows)) < len(config.rows):
+        raise InputError(f"rows: must be different, got {', '.join(config.rows)}")
+    return suite._replace(rows=config.rows)
+
+
+def _check_fields(fields: Mapping[str, Any], configs: Mapping[str, Config]) -> None:
+    """Refuse fields that would make rows alike, or that the ablation sets itself.
+
+    Raises:
+        InputError: Names the field.
+    """
+    for name in fields:
+        if name == "seed":
+            raise InputError("seed: every row runs with several; give seeds")
+        values = {
+            row: value
+            for row, config in configs.items()
+            for section in dataclasses.asdict(config).values()
+            for key, value in section.items()
+            if key == name
+        }
+        if len({repr(value) for value in values.values()}) > 1:
+            told = ", ".join(f"{row}: {value!r}" for row, value in values.items())
+            raise InputError(f"{name}: cannot be the same for every row, because the rows differ in it ({told})")
+
+
+def _folder(out: Path, row: str, config: Config, data: str) -> Path:
+    """The run folder of a config on some images: one that is there already, whatever row made it, or a new one."""
+    named = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
+    name = digest({section: asdict(getattr(named, section)) for section in RESULT_SECTIONS})
+    runs = out.expanduser() / "runs"
+    there = sorted(runs.glob(f"*-{name}"))
+    return there[0] if there else runs / f"{row}-seed{config.optimisation.seed}-{name}"
+
+
+def digest(content: Any) -> str:
+    """Eight characters that stand for some JSON content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
