@@ -1,6 +1,7 @@
 """Ablations: the plan, equal compute, runs that are shared and not repeated, and the tables."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -211,6 +212,15 @@ def test_figures_belong_to_the_images_they_were_measured_on(tmp_path, trained, m
     assert len(list(tmp_path.glob("untrained-*.json"))) == 2
 
 
+def test_a_table_without_accuracies_keeps_no_figure_of_another_call(tmp_path):
+    with_accuracy = Table("main", "mae", "hpm", "why?", OUTCOMES, {"mae"}, {}, {})
+    with_accuracy.write(tmp_path)
+    assert (tmp_path / "main.png").is_file()
+    without = [dataclasses.replace(run, knn_top1=None) for run in OUTCOMES]
+    dataclasses.replace(with_accuracy, outcomes=without).write(tmp_path)
+    assert not (tmp_path / "main.png").exists()
+
+
 def test_runs_belong_to_the_images_not_to_the_spelling_of_their_path(tmp_path, monkeypatch):
     from PIL import Image
 
@@ -284,6 +294,7 @@ def diverging(train):
         ({"suite": "mian"}, {}, "did you mean main?"),
         ({"scale": "mikro"}, {}, "did you mean micro?"),
         ({"rows": ("hmp",)}, {}, "no recipe 'hmp'"),
+        ({"rows": ("hpm-64px", "mae")}, {}, "the scale is set for all by --scale; got 'hpm-64px'"),
         ({"rows": ("mae", "mae")}, {}, "rows: must be different"),
         ({"seeds": ()}, {}, "seeds: must be different numbers"),
         ({"seeds": (1, 1)}, {}, "seeds: must be different numbers"),
@@ -347,7 +358,7 @@ def test_mean_and_spread(values, text):
 
 
 def test_columns_without_a_figure_are_left_out():
-    page = Table("main", "mae", "why?", OUTCOMES, {"mae"}, {0: 10.0}, {"torch": "2"}).as_markdown()
+    page = Table("main", "mae", "hpm", "why?", OUTCOMES, {"mae"}, {0: 10.0}, {"torch": "2"}).as_markdown()
     assert "foreground" not in page
     assert "random start: 10.0 %" in page
     assert "- torch: 2" in page

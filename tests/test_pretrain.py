@@ -23,7 +23,6 @@ from hpm.method import Method, Teacher
 from hpm.pretrain import pretrain
 from hpm.recipes import METHODS, recipe
 from hpm.reporter import Reporter
-from hpm.run_folder import RunFolder
 from hpm.schedules import ema_decay, learning_rate
 from hpm.targets import PixelTarget
 from tiny import TINY, assert_same_state, final_state, flags, in_child
@@ -185,11 +184,14 @@ def test_looking_at_a_run_leaves_it_as_it_is(tmp_path):
 def test_two_processes_cannot_train_the_same_run(tmp_path):
     run(tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
-    held = RunFolder(tmp_path / "run")
-    held.claim()
-    with pytest.raises(InputError, match="another process is training"):
-        run(tmp_path / "run")
-    held.release()
+    code = "import sys; from hpm.run_folder import RunFolder; f = RunFolder(sys.argv[1]); f.claim(); print(1); input()"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process is training"):
+            run(tmp_path / "run")
+        other.kill()
     run(tmp_path / "run")
 
 

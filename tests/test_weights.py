@@ -331,7 +331,7 @@ def test_nothing_there(tmp_path):
     with pytest.raises(InputError, match=r"holds no run and none of model\.safetensors"):
         read_weights(tmp_path)
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(InputError, match=r"text\.pth': damaged, or made by something else"):
+    with pytest.raises(InputError, match=r"text\.pth': damaged, cut short, or no file of torch.save"):
         read_weights(tmp_path / "text.pth")
 
 

@@ -191,7 +191,9 @@ def load_verified(path: Path, *, require_checksum: bool = True) -> dict[str, Any
     except Exception as error:  # whatever unpickling a damaged file may raise
         raise InputError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or "student" not in state:
-        raise InputError(f"checkpoint {path} is not one of hpm's (no 'student' in it)")
+        raise InputError(
+            f"checkpoint {path} is not one of hpm's (no 'student' in it); hpm convert turns published files into ours"
+        )
     return state
 
 

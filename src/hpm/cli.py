@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _complain("stopped by Ctrl-C; nothing was saved since the last checkpoint")
+        _complain("stopped by Ctrl-C; what was saved before is whole, and the same command goes on from there")
         raise SystemExit(130) from None
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -316,7 +316,8 @@ def _ablate(arguments: list[str]) -> None:
     print(Path(result["table"]).read_text())
     if (figure := Path(result["table"]).with_suffix(".png")).is_file():
         print(f"look:  {figure}")
-    run = next(run["folder"] for run in result["runs"] if not run["failed"])
+    useful = sorted((run for run in result["runs"] if not run["failed"]), key=lambda r: r["rank_correlation"] is None)
+    run = useful[0]["folder"]
     print(f"next:  hpm visualize --checkpoint {run} --images {values['data']!r} --out hard.png")
     if command.json:
         _print_json(result)
@@ -328,8 +329,12 @@ def _visualize(arguments: list[str]) -> None:
     from hpm.visualize import visualize
 
     correlation = visualize(command.checkpoint, command.images, Path(command.out), count=command.count)
-    print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
-    print(f"next:  hpm evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
+    if math.isnan(correlation):
+        print(f"{command.out}: true loss, masks and reconstruction; this run has no loss predictor")
+        print(f"next:  hpm evaluate knn --checkpoint {command.checkpoint} --train TRAIN --val VAL")
+    else:
+        print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
+        print(f"next:  hpm evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
     if command.json:
         _print_json({"figure": command.out, "rank_correlation": correlation})
 
@@ -381,6 +386,7 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _recipes(arguments: list[str]) -> None:
+    from hpm.ablation.suites import SUITES
     from hpm.recipes import METHODS, SCALES, TARGETS, shapes_demo
 
     if arguments and arguments[0] not in ("-h", "--help"):
@@ -392,6 +398,8 @@ def _recipes(arguments: list[str]) -> None:
         rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in table.items()]
         _print_table((title, "what it is"), rows)
         print()
+    _print_table(("SUITE", "hpm ablate compares"), [(name, ", ".join(suite.rows)) for name, suite in SUITES.items()])
+    print()
     print("Without a target: raw pixels, or the method's own. Without a scale: ViT-B/16, 224 px, 200 epochs.")
     print("next:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")
 

@@ -110,7 +110,7 @@ def summary_line(metrics: Mapping[str, float | int | None]) -> str:
         ("data_wait", "wait {:.0%}"),
     ):
         value = metrics.get(key)
-        if value is not None:
+        if value is not None and (key != "prediction_loss" or value):  # 0: nothing is predicted
             parts.append(text.format(value))
     return "  ".join(parts) if "reconstruction_loss" in metrics else ""
 

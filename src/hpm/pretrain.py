@@ -372,8 +372,9 @@ def finish(run: Run) -> dict[str, Any]:
     """Write ``result.json`` and the report of a run whose last step is done."""
     if not run.state.gate.is_open() and distributed.is_main():
         warn(
-            "the masks of this run stayed random, or had become so again: the running rank correlation of predicted "
-            f"and true loss is {float(run.state.gate.correlation):+.2f}, mining_threshold {run.state.gate.threshold:g}"
+            "this run ended with random masks: the rank correlation of predicted and true loss, averaged over about "
+            f"the last 50 steps from 0, is {float(run.state.gate.correlation):+.2f}, below mining_threshold "
+            f"{run.state.gate.threshold:g}. Train longer, or lower --mining-threshold (0: mine from the first step)"
         )
     records = read_metrics(run.folder.path)
     training = [record for record in records if "reconstruction_loss" in record]

@@ -56,8 +56,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._claim = (self.path / ".claim").open("w")
         try:
-            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock: data workers would inherit it, and keep the folder for a while after a kill.
+            fcntl.lockf(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             self.release()
             raise InputError(f"out: another process is training in {str(self.path)!r}") from None
         except OSError as error:  # some network file systems know no locks

@@ -178,6 +178,13 @@ def draw_hardness(
     return figure
 
 
+def told_correlation(hardness: Hardness) -> str:
+    """For a title; nothing without a loss predictor."""
+    if hardness.predicted_loss is None:
+        return ""
+    return f"; rank correlation of predicted and true loss here {hardness.rank_correlation:+.2f}"
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG that is either whole or not there.
 
@@ -216,7 +223,7 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
         loaded.student, loaded.teacher, loaded.method, shown, share=config.method.largest_hard_share,
         generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)),
     )  # fmt: skip
-    title = f"{checkpoint}, step {loaded.step}: rank correlation {hardness.rank_correlation:+.2f}"
+    title = f"{checkpoint}, step {loaded.step}" + told_correlation(hardness)
     figure = draw_hardness(shown, hardness, loaded.normalise, grid_size(loaded.student.encoder), title)
     try:
         save_figure(figure, out)

@@ -15,7 +15,7 @@ from hpm.evaluate.knn import LabelledSplit, knn_accuracy
 from hpm.log import warn
 from hpm.run import Run
 from hpm.seeding import Stream, derive_seed
-from hpm.visualize import draw_hardness, measure_hardness, save_figure, spread_images
+from hpm.visualize import draw_hardness, measure_hardness, save_figure, spread_images, told_correlation
 from hpm.vit import grid_size
 
 NEIGHBOURS = 20
@@ -99,7 +99,7 @@ class Watcher:
         )  # fmt: skip
         figure = draw_hardness(
             images, hardness, self.normalise, grid_size(run.state.student.encoder),
-            f"step {step}; rank correlation of predicted and true loss here {hardness.rank_correlation:+.2f}",
+            f"step {step}" + told_correlation(hardness),
         )  # fmt: skip
         try:
             save_figure(figure, run.folder.figures / f"hardness_{step:08d}.png")

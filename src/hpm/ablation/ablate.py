@@ -165,10 +165,14 @@ def _write(
     about = {
         "command": shlex.join(["hpm", *sys.argv[1:]]),
         "scale": config.scale or "none",
+        "accuracies": "of val" if images.val else "none, because no val was given; the rest is measured on data",
         "fields": ", ".join(f"{name} {value}" for name, value in fields.items()),
         "runs made by": "; ".join(makers),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     longer = {job.row for job in jobs if job.budget == "compute"}
-    table = Table(config.suite, jobs[0].row, chosen_suite(config).about, outcomes, longer, untrained, about)
+    flops = {job.row: job.flops for job in jobs}
+    suite = chosen_suite(config)
+    reference = suite.reference if suite.reference in flops else max(flops, key=lambda row: flops[row])
+    table = Table(config.suite, jobs[0].row, reference, suite.about, outcomes, longer, untrained, about)
     table.write(Path(config.out).expanduser())

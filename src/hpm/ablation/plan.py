@@ -17,7 +17,7 @@ from hpm.data.sources import fingerprint, open_source
 from hpm.errors import InputError
 from hpm.flops import training_flops
 from hpm.log import warn
-from hpm.recipes import SCALES, recipe
+from hpm.recipes import METHODS, SCALES, TARGETS, recipe
 
 Budget = Literal["epochs", "compute"]
 
@@ -75,6 +75,11 @@ def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> t
         raise InputError(
             f"scale: no scale {config.scale!r}{suggest(config.scale, SCALES)}; there are {', '.join(SCALES)}"
         )
+    plain = {*METHODS, *(f"{method}-{target}" for method in METHODS for target in TARGETS)}
+    for row in suite.rows:
+        if row not in plain:
+            recipe(row)  # says what is close to a name that is none
+            raise InputError(f"rows: must be METHOD or METHOD-TARGET, the scale is set for all by --scale; got {row!r}")
     configs = {row: recipe(f"{row}-{config.scale}" if config.scale else row) for row in suite.rows}
     _check_fields(fields, configs)
     # The ablation measures at the end, the same for all: looks during training would only take time.

@@ -69,6 +69,8 @@ class Table:
     suite: str
     baseline: str
     """Row that differences are quoted against."""
+    reference: str
+    """Row whose compute the others are given."""
     question: str
     """What the table asks."""
     outcomes: Sequence[Outcome]
@@ -85,8 +87,11 @@ class Table:
         out.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out / f"{self.suite}.csv", self.as_csv())
         write_text_atomically(out / f"{self.suite}.md", self.as_markdown())
+        figure = out / f"{self.suite}.png"
         if any(run.knn_top1 is not None for run in self.outcomes):
-            save_figure(self.draw(), out / f"{self.suite}.png")
+            save_figure(self.draw(), figure)
+        else:  # one of another call would not belong to this table
+            figure.unlink(missing_ok=True)
 
     def views(self) -> dict[str, View]:
         """Both views by title; one where no row is given other epochs."""
@@ -114,6 +119,8 @@ class Table:
             lines += [f"20-NN top-1 of the encoder at its random start: {random_start} %.", ""]
         for title, view in self.views().items():
             lines += [f"## {title}", "", *_markdown_rows(view, self.baseline), ""]
+        if self.longer:
+            lines += [f"Equal compute: the FLOPs of {self.reference}, in whole epochs; PFLOP is what each came to.", ""]
         failed = [run for run in self.outcomes if run.failed]
         lines += [f"- {run.row}, seed {run.seed}: {run.failed}" for run in failed] + ([""] if failed else [])
         lines += [f"- {name}: {value}" for name, value in self.about.items()]

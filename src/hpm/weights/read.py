@@ -178,17 +178,15 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}") from error
+    except PermissionError as error:
+        raise InputError(f"cannot be read: {error.strerror}") from error
     except Exception as error:  # whatever unpickling a damaged file may raise
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
                 f"refused: loading it would call {asked[1]}, which weights have no need of; a pickle can run any code"
             ) from None
-        reason = (str(error).splitlines() or ["unexpected end"])[0]
-        raise InputError(
-            f"damaged, or made by something else than torch.save: {type(error).__name__}: {reason}"
-        ) from error
+        # PyTorch's own words are left out: to what it will not load it adds advice to load it without protection.
+        raise InputError("damaged, cut short, or no file of torch.save; nothing in it was run") from error
 
 
 def _find_states(content: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
