@@ -25,7 +25,7 @@ demo: $(VENV)/.runtime
 	$(VENV)/bin/hpm demo --out runs/demo
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2  # one thread each: threads of two processes would only wait
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
