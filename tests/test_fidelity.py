@@ -102,7 +102,7 @@ def test_trajectory_equals_the_published_training(case):
         if not case.json["relative"]:  # a common shift of all scores is noise there: see assert_same_weights
             assert scores.double().sum().item() == pytest.approx(expected["teacher_loss_prediction_sum"], rel=1e-4)
         output = case.student(case.images, hidden, num_hidden=case.method.num_hidden)
-        losses = case.method.losses(output, case.images, hidden, scores)
+        losses = case.method.losses(output, case.images, case.method.choose_decoded(hidden, hidden.float()), scores)
         assert losses.reconstruction.item() == pytest.approx(expected["reconstruction_loss"], rel=1e-5, abs=1e-5)
         assert losses.prediction.item() == pytest.approx(expected["predictor_loss"], rel=1e-5, abs=1e-5)
         losses.total.backward()

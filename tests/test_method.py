@@ -219,7 +219,7 @@ def test_student_equals_a_decoder_run_in_image_order():
             (student.reconstructor, output.prediction[b]),
             (student.predictor, output.scores[b]),
         ):
-            decoded = decoder(torch.stack(sequence)[None], last=NUM_PATCHES)[0][hidden[b]]
+            decoded = decoder(sequence[0][None, None], torch.stack(sequence[1:])[None])[0][hidden[b]]
             decoded = decoded if decoder is student.reconstructor else decoded.mean(dim=-1)
             torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
 

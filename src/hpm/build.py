@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
@@ -19,7 +19,7 @@ from hpm.method import PREDICTED_LOSSES, Method, Student
 from hpm.seeding import Stream, derive_seed
 from hpm.targets import EmaFeatureTarget, HogTarget, PixelTarget, Target
 from hpm.tokens import KMeansTokenizer, TokenTarget, load_tokenizer
-from hpm.vit import create_encoder, grid_size, has_class_attention, patch_size
+from hpm.vit import CrossAttention, CrossBlock, create_encoder, grid_size, has_class_attention, patch_size
 
 
 def timm_arguments(config: Config) -> dict[str, Any]:
@@ -124,18 +124,35 @@ def build_student(config: Config, *, target_dim: int | None = None) -> Student:
     model = config.model
     if target_dim is None:
         target_dim = build_target(config).dim
+    reduction = _reduction(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.optimisation.seed, Stream.INITIALISATION))
         return Student(
             build_encoder(config),
             target_dim=target_dim,
+            decoder=model.decoder,
             decoder_dim=model.decoder_width,
             decoder_depth=model.decoder_depth,
             decoder_heads=model.decoder_heads,
             predictor_depth=0 if config.method.predicted_loss == "none" else model.predictor_depth,
             predictor_view=config.method.predictor_view,
             predictor_detached=config.method.predictor_detached,
+            reduction=reduction,
         )
+
+
+def _reduction(config: Config) -> int:
+    """How many times smaller the teacher sees images.
+
+    Raises:
+        InputError: The grid of patches cannot be divided like this.
+    """
+    with torch.device("meta"):
+        rows, columns = grid_size(build_encoder(config))
+    reduction = config.model.teacher_reduction
+    if rows % reduction or columns % reduction:
+        raise InputError(f"teacher_reduction: must divide the grid of {rows}x{columns} patches, got {reduction}")
+    return reduction
 
 
 def build_method(config: Config, student: Student, target: Target | None = None) -> Method:
@@ -159,6 +176,12 @@ def build_method(config: Config, student: Student, target: Target | None = None)
         )
     if config.method.predicted_loss == "absolute" and num_hidden < 2:
         raise InputError("predicted_loss: 'absolute' standardises within an image and needs at least 2 hidden patches")
+    num_decoded = max(1, round(num_hidden * config.method.decoded_share))
+    if num_decoded < 2 and config.method.predicted_loss != "none":
+        raise InputError(
+            f"decoded_share: must leave at least 2 of the {num_hidden} hidden patches for the loss predictor to "
+            f"compare, got {config.method.decoded_share}"
+        )
     mask = MASKS[config.method.mask]
     if mask.guide == "attention" and not has_class_attention(student.encoder):
         raise InputError(
@@ -173,6 +196,7 @@ def build_method(config: Config, student: Student, target: Target | None = None)
         predicted_loss=PREDICTED_LOSSES[config.method.predicted_loss],
         prediction_weight=config.method.prediction_weight,
         predictor_view=config.method.predictor_view,
+        num_decoded=num_decoded,
     )
 
 
@@ -198,5 +222,18 @@ def choose_attention(model: nn.Module, device: torch.device) -> None:
     Measured in ``docs/log.md``; the numbers agree to rounding.
     """
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention | CrossAttention):
             module.fused_attn = device.type != "cpu"
+
+
+def compile_blocks(*models: nn.Module) -> None:
+    """``torch.compile`` every transformer block, in place; names of parameters stay as they are.
+
+    Blocks rather than whole models: one compilation serves all blocks of a kind, gradients still flow out block by
+    block (which DDP overlaps with its exchange), and nothing that a schedule changes lies inside a block, so nothing is
+    compiled a second time during a run.
+    """
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, Block | CrossBlock):
+                module.compile(dynamic=False)

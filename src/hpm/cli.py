@@ -27,6 +27,8 @@ usage: hpm COMMAND ...
   evaluate knn           accuracy of the k nearest neighbours, beside the untrained encoder
   evaluate foreground    how well the predicted loss finds objects, beside simple measures
   ablate                 compare recipes with several seeds, at equal epochs and at equal compute
+  benchmark step         images per second: the published step, ours, the fast presets, MAE, in turns
+  benchmark peers        our MAE mode beside transformers' and lightly's
   visualize              what is hard in given images, as a figure
   convert                published HPM and MAE checkpoints to ours and back
   recipes                the named starting points for pretrain
@@ -115,6 +117,8 @@ def _dispatch(arguments: list[str]) -> None:
         ("evaluate", "knn"): _evaluate_knn,
         ("evaluate", "foreground"): _evaluate_foreground,
         ("ablate",): _ablate,
+        ("benchmark", "step"): _benchmark_step,
+        ("benchmark", "peers"): _benchmark_peers,
         ("visualize",): _visualize,
         ("convert",): _convert,
         ("recipes",): _recipes,
@@ -129,8 +133,8 @@ def _dispatch(arguments: list[str]) -> None:
         if tuple(arguments[: len(words)]) == words:
             command(arguments[len(words) :])
             return
-    if arguments[0] == "evaluate":
-        _no_evaluation(arguments[1:], [words[1] for words in commands if words[0] == "evaluate"])
+    if arguments[0] in ("evaluate", "benchmark"):
+        _no_second_word(arguments[0], arguments[1:], [words[1] for words in commands if words[0] == arguments[0]])
         return
 
     from hpm.config import suggest
@@ -139,21 +143,21 @@ def _dispatch(arguments: list[str]) -> None:
     raise InputError(f"no command {arguments[0]!r}{suggest(arguments[0], known)}; there are {', '.join(known)}")
 
 
-def _no_evaluation(arguments: list[str], known: list[str]) -> None:
-    """List the evaluations.
+def _no_second_word(first: str, arguments: list[str], known: list[str]) -> None:
+    """List the commands that begin with ``first``.
 
     Raises:
         InputError: None or an unknown one was given, rather than asked for the list.
     """
     from hpm.config import suggest
 
-    lines = [line for line in USAGE.splitlines() if line.startswith("  evaluate ")]
-    listed = "\n".join(["usage: hpm evaluate NAME --checkpoint RUN ...", "", *lines, "",
-                        "hpm evaluate NAME --help explains one."])  # fmt: skip
+    lines = [line for line in USAGE.splitlines() if line.startswith(f"  {first} ")]
+    listed = "\n".join([f"usage: hpm {first} NAME ...", "", *lines, "", f"hpm {first} NAME --help explains one."])
     if not arguments:
-        raise InputError(f"evaluate: needs the name of an evaluation\n\n{listed}")
+        raise InputError(f"{first}: needs a name: {', '.join(known)}\n\n{listed}")
     if arguments[0] not in ("-h", "--help"):
-        raise InputError(f"evaluate: no evaluation {arguments[0]!r}{suggest(arguments[0], known)}\n\n{listed}")
+        what = {"evaluate": "evaluation"}.get(first, first)
+        raise InputError(f"{first}: no {what} {arguments[0]!r}{suggest(arguments[0], known)}\n\n{listed}")
     print(listed)
 
 
@@ -320,6 +324,46 @@ def _ablate(arguments: list[str]) -> None:
     run = useful[0]["folder"]
     print(f"next:  hpm visualize --checkpoint {run} --images {values['data']!r} --out hard.png")
     if command.json:
+        _print_json(result)
+
+
+def _benchmark_step(arguments: list[str]) -> None:
+    from hpm.benchmark.config import StepConfig
+
+    config, as_json = _parse_with_json(StepConfig, "benchmark step", arguments)
+
+    from hpm.benchmark import step
+
+    _report_benchmark(step.run(config), config.out, as_json=as_json)
+    print("next:  hpm pretrain --recipe hpm-fast-norm-pix --data IMAGES --out RUN")
+
+
+def _benchmark_peers(arguments: list[str]) -> None:
+    from hpm.benchmark.config import PeersConfig
+
+    config, as_json = _parse_with_json(PeersConfig, "benchmark peers", arguments)
+
+    from hpm.benchmark import peers
+
+    _report_benchmark(peers.run(config), config.out, as_json=as_json)
+    print("next:  hpm benchmark step    what mining costs on top")
+
+
+def _report_benchmark(result: dict[str, Any], out: str, *, as_json: bool) -> None:
+    from hpm.benchmark import step
+
+    print(
+        f"{result['model']} at {result['settings']['image_size']} px, batch {result['settings']['batch_size']}, "
+        f"{result['precision']}{', compiled' if result['compiled'] else ''}, {result['device']}; {result['measured']}"
+    )
+    header, *rows = step.table(result)
+    _print_table(header, rows)
+    peaks = ", ".join(f"{name} {value:.2f}" for name, value in result["matmul_peak_tflops"].items())
+    print(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the bf16 one")
+    if out:
+        step.save(result, Path(out))
+        print(f"look:  {Path(out).with_suffix('.png')}")
+    if as_json:
         _print_json(result)
 
 

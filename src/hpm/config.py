@@ -79,12 +79,17 @@ class ModelConfig:
     """Attention heads of the encoder; none: its own."""
     decoder_width: Positive = 512
     """Token width of reconstructor and loss predictor."""
+    decoder: Literal["self", "cross"] = "self"
+    """Reconstructor and loss predictor: self-attention over visible and mask tokens (published), or cross-attention
+    from mask tokens to visible ones (CrossMAE), several times cheaper."""
     decoder_depth: Positive = 8
     """Blocks of the reconstructor."""
     decoder_heads: Positive = 16
     """Attention heads of reconstructor and loss predictor."""
     predictor_depth: Positive = 8
     """Blocks of the loss predictor."""
+    teacher_reduction: Positive = 1
+    """The teacher looks at the image this many times smaller per side (published: 1); 2 costs it a quarter."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class MethodConfig:
     green_noise and the other colours (ColorMAE)."""
     mask_ratio: OpenShare = 0.75
     """Share of the patches that is hidden."""
+    decoded_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the hidden patches that is decoded, drawn at random (published: all)."""
+    masks_per_image: Positive = 1
+    """Masks of every image in a batch: its views. One pass of the teacher, and one decoded file, serve them all;
+    batch_size and epochs count views."""
     hard_share_start: Share = 0.0
     """a_0, share of the hidden patches chosen by predicted loss (or attention) at the start; the rest is random."""
     hard_share_end: Share = 0.5
@@ -177,6 +187,8 @@ class RunConfig:
     """Device; auto: CUDA, then MPS, then CPU."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Autocast precision; auto: bf16 where the hardware has it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the transformer blocks; auto: on CUDA (on a CPU it gains a twentieth and costs a minute)."""
     micro_batch_size: Positive | None = None
     """Images per process and forward pass; gradients are accumulated up to batch_size. None: all at once."""
     workers: NotNegative | None = None
@@ -311,6 +323,14 @@ def _check_together(config: Config) -> None:
         raise InputError("mean, std: give both or neither")
     if model.decoder_width % model.decoder_heads:
         raise InputError(f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}")
+    if optimisation.batch_size % method.masks_per_image:
+        raise InputError(f"masks_per_image: must divide batch_size {optimisation.batch_size}, "
+                         f"got {method.masks_per_image}")  # fmt: skip
+    if model.teacher_reduction > 1 and (method.target == "ema_features" or method.mask == "attention"):
+        raise InputError(
+            "teacher_reduction: must be 1 with target 'ema_features' or mask 'attention', which ask the teacher about "
+            f"every patch; got {model.teacher_reduction}"
+        )
     if model.decoder_width % 4:
         raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
 

@@ -32,8 +32,20 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hpm.masking import Guide, MaskPolicy, split_patches
+from hpm.seeding import more_noise
 from hpm.targets import Target
-from hpm.vit import Decoder, encode, encode_with_attention, grid_size, initialise, sincos_positions, take
+from hpm.vit import (
+    CrossDecoder,
+    Decoder,
+    encode,
+    encode_with_attention,
+    grid_size,
+    initialise,
+    per_view,
+    pool_positions,
+    sincos_positions,
+    take,
+)
 
 PredictorView = Literal["masked", "full", "both"]
 """On which view the loss predictor learns.
@@ -44,18 +56,22 @@ is *asked* on the full image, at visible patches, where it never learnt (the aut
 ``both``: the sum of the two.
 """
 
+DecoderKind = Literal["self", "cross"]
+"""How both decoders work: ``self``-attention over visible and mask tokens (MAE, HPM), or ``cross``-attention from mask
+tokens to visible ones (CrossMAE)."""
+
 PredictedLoss = Callable[[Tensor, Tensor], Tensor]
 """(scores (B, M), patch loss (B, M)) -> L_pred, a scalar."""
 
 
 class StudentOutput(NamedTuple):
-    """What the student says about the hidden patches, in image order."""
+    """What the student says about the decoded patches: the hidden ones, or some of them, in image order."""
 
-    prediction: Float[Tensor, "b m p"]
+    prediction: Float[Tensor, "v q p"]
     """The reconstruction."""
-    scores: Float[Tensor, "b m"] | None
+    scores: Float[Tensor, "v q"] | None
     """Predicted loss from the masked view, higher = harder; None where the predictor does not learn there."""
-    full_scores: Float[Tensor, "b m"] | None
+    full_scores: Float[Tensor, "v q"] | None
     """Predicted loss from the teacher's encoding of the full image; None where the predictor does not learn there."""
 
 
@@ -84,19 +100,22 @@ class Losses(NamedTuple):
 
 
 class Student(nn.Module):
-    """Encoder on the visible patches, and two parallel decoders on the same sequence.
+    """Encoder on the visible patches, and two parallel decoders on the same tokens.
 
     As published neither decoder is detached: L_pred trains the encoder too.
 
     Args:
         encoder: A stock timm ViT.
         target_dim: P, width of one patch's target.
+        decoder: ``self``: decoders of self-attention over the whole sequence, as published; ``cross``: hidden patches
+            attend to visible ones only, and may be decoded in part.
         decoder_dim: Token width of both decoders.
         decoder_depth: Blocks of the reconstructor.
         decoder_heads: Attention heads of both decoders.
         predictor_depth: Blocks of the loss predictor; 0 builds none (plain MAE).
         predictor_view: Where the loss predictor learns.
         predictor_detached: Let the loss predictor learn from the decoder input without shaping it.
+        reduction: Losses are predicted from the full image made this many times smaller per side.
     """
 
     def __init__(
@@ -104,26 +123,30 @@ class Student(nn.Module):
         encoder: VisionTransformer,
         *,
         target_dim: int,
+        decoder: DecoderKind = "self",
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         predictor_depth: int = 8,
         predictor_view: PredictorView = "masked",
         predictor_detached: bool = False,
+        reduction: int = 1,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.predictor_view = predictor_view
         self.predictor_detached = predictor_detached
+        self.reduction = reduction
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.positions = nn.Buffer(sincos_positions(grid_size(encoder), decoder_dim).unsqueeze(0))
-        self.reconstructor = Decoder(decoder_dim, depth=decoder_depth, heads=decoder_heads, out_dim=target_dim)
-        self.predictor: Decoder | None = None
+        kind: type[Decoder | CrossDecoder] = CrossDecoder if decoder == "cross" else Decoder
+        self.reconstructor = kind(decoder_dim, depth=decoder_depth, heads=decoder_heads, out_dim=target_dim)
+        self.predictor: Decoder | CrossDecoder | None = None
         if predictor_depth:
             # As published, the head is as wide as a patch's pixels and its mean is the score: the same functions as
             # a head of width 1, with other training dynamics.
-            self.predictor = Decoder(
+            self.predictor = kind(
                 decoder_dim,
                 depth=predictor_depth,
                 heads=decoder_heads,
@@ -137,58 +160,86 @@ class Student(nn.Module):
     def forward(
         self,
         images: Float[Tensor, "b c h w"],
-        hidden: Bool[Tensor, "b n"],
+        hidden: Bool[Tensor, "v n"],
         *,
         num_hidden: int,
+        decoded: Int[Tensor, "v q"] | None = None,
         full_features: Float[Tensor, "b t d"] | None = None,
     ) -> StudentOutput:
         """Reconstruct the hidden patches and predict how large the loss on each will be.
 
         Args:
             images: Normalised images.
-            hidden: True = hidden; exactly ``num_hidden`` per image.
+            hidden: True = hidden; exactly ``num_hidden`` per view, one or more views of every image.
             num_hidden: M.
+            decoded: Indices of the hidden patches to decode, in image order; None: all.
             full_features: The teacher's encoding of the full images, for a predictor that learns on it.
         """
-        visible_index, hidden_index = split_patches(hidden, num_hidden)
-        tokens = self.decoder_sequence(encode(self.encoder, images, visible_index), visible_index, hidden_index)
+        visible, masked = split_patches(hidden, num_hidden)
+        decoded = masked if decoded is None else decoded
+        context, queries = self.decoder_input(encode(self.encoder, images, visible), visible, decoded)
         scores = full_scores = None
         if self.predictor is not None and self.predictor_view != "full":
-            seen = tokens.detach() if self.predictor_detached else tokens
-            scores = self.predictor(seen, last=num_hidden).float().mean(dim=-1)
+            scores = self._predict(context, queries)
         if self.predictor is not None and self.predictor_view != "masked" and full_features is not None:
-            full_scores = self.score(full_features).gather(1, hidden_index)
-        return StudentOutput(self.reconstructor(tokens, last=num_hidden), scores, full_scores)
+            full_scores = self.score(full_features, decoded)
+        return StudentOutput(self.reconstructor(context, queries), scores, full_scores)
 
-    def decoder_sequence(
+    def decoder_input(
         self,
-        features: Float[Tensor, "b t d"],
-        visible_index: Int[Tensor, "b k"],
-        hidden_index: Int[Tensor, "b m"],
-    ) -> Float[Tensor, "b s c"]:
-        """Prefix tokens, visible patches + position, mask tokens + position, in this order.
+        features: Float[Tensor, "v t d"],
+        visible: Int[Tensor, "v k"],
+        decoded: Int[Tensor, "v q"],
+    ) -> tuple[Float[Tensor, "v t c"], Float[Tensor, "v q c"]]:
+        """Context: prefix tokens, then visible patches + position. Queries: mask tokens + position.
 
-        Attention does not care about the order of its tokens, so the sequence need not be put back in image order.
+        Attention does not care about the order of its tokens, so they need not be put back in image order.
         """
-        prefix, visible = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
-        positions = self.positions.expand(len(features), -1, -1)
-        visible = visible + take(positions, visible_index)
-        masked = self.mask_token + take(positions, hidden_index)
-        return torch.cat([prefix, visible, masked.to(visible.dtype)], dim=1)
+        prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
+        context = torch.cat([prefix, patches + take(self.positions.expand(len(visible), -1, -1), visible)], dim=1)
+        queries = self.mask_token + take(self.positions.expand(len(decoded), -1, -1), decoded)
+        return context, queries.to(context.dtype)
 
-    def score(self, features: Float[Tensor, "b t d"]) -> Float[Tensor, "b n"]:
-        """Predicted loss of every patch from an encoding of the full image; the reconstructor stays idle."""
+    def score(self, features: Float[Tensor, "b t d"], at: Int[Tensor, "v q"] | None = None) -> Float[Tensor, "v q"]:
+        """Predicted loss from :meth:`encode_full`'s tokens; the reconstructor stays idle.
+
+        A predictor of self-attention is asked at the patches themselves, as published; one of cross-attention at mask
+        tokens in their places, which is what it has learnt.
+
+        Args:
+            features: Tokens of the full images.
+            at: Indices of the patches, for one or more views of every image; None: all patches of every image.
+        """
+        rows, columns = grid_size(self.encoder)
+        r = self.reduction
+        prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
+        patches = patches + pool_positions(self.positions, (rows, columns), r)
+        if isinstance(self.predictor, CrossDecoder):
+            places = self.positions.expand(len(features), -1, -1)
+            if at is not None:  # the views of an image ask together: queries do not see each other
+                places = take(places, at.reshape(len(features), -1))
+            scores = self._predict(torch.cat([prefix, patches], dim=1), self.mask_token + places)
+            return scores if at is None else scores.reshape(at.shape)
+        scores = self._predict(prefix, patches)
+        scores = scores.reshape(-1, rows // r, 1, columns // r, 1).expand(-1, -1, r, -1, r).flatten(1)
+        return scores if at is None else per_view(scores, len(at)).gather(1, at)
+
+    def _predict(self, context: Float[Tensor, "v s c"], queries: Float[Tensor, "v q c"]) -> Float[Tensor, "v q"]:
+        """The loss predictor's score of each query."""
         if self.predictor is None:
             raise ValueError("this student was built without a loss predictor (predictor_depth=0)")
-        prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
-        tokens = torch.cat([prefix, patches + self.positions], dim=1)
-        tokens = tokens.detach() if self.predictor_detached else tokens
-        scores: Tensor = self.predictor(tokens, last=self.positions.shape[1]).float().mean(dim=-1)
+        if self.predictor_detached:
+            context, queries = context.detach(), queries.detach()
+        scores: Tensor = self.predictor(context, queries).float().mean(dim=-1)
         return scores
+
+    def encode_full(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
+        """Tokens of the full image, at the size at which losses are predicted."""
+        return encode(self.encoder, images, reduction=self.reduction)
 
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """Predicted loss of every patch of the full image, higher = harder."""
-        return self.score(encode(self.encoder, images))
+        return self.score(self.encode_full(images))
 
 
 class Teacher(nn.Module):
@@ -204,8 +255,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
-        """Tokens of the full image."""
-        return encode(self.model.encoder, images)
+        """Tokens of the full image, at the size at which losses are predicted."""
+        return self.model.encode_full(images)
 
     @torch.no_grad()
     def score(self, features: Float[Tensor, "b t d"]) -> Float[Tensor, "b n"]:
@@ -285,6 +336,7 @@ class Method:
         prediction_weight: Weight of L_pred in the total; published: 1.
         guide: What the mask policy is told of each patch.
         predictor_view: Where the loss predictor learns; as the student's.
+        num_decoded: How many of the hidden patches are decoded, drawn at random; None: all, as published.
     """
 
     target: Target
@@ -294,6 +346,7 @@ class Method:
     prediction_weight: float = 1.0
     guide: Guide | None = "predicted_loss"
     predictor_view: PredictorView = "masked"
+    num_decoded: int | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -318,7 +371,7 @@ class Method:
         student: Callable[..., StudentOutput],
         teacher: Teacher | None,
         images: Float[Tensor, "b c h w"],
-        noise: Float[Tensor, "b n"],
+        noise: Float[Tensor, "v n"],
         *,
         num_hard: int | Int[Tensor, ""],
     ) -> Losses:
@@ -328,28 +381,38 @@ class Method:
             student: The student, or DDP around it.
             teacher: Its EMA; None where nobody needs predicted losses.
             images: Normalised images.
-            noise: Uniform in [0, 1), the randomness of the masks.
+            noise: Uniform in [0, 1), the randomness of the masks: a row per view. With more rows than images every
+                image gets several masks (data2vec 2.0), and the teacher's one pass serves them all.
             num_hard: ``int(M * a_t)`` patches are hidden by predicted loss.
         """
         # Step 1. The teacher sets the exercise.
         features, scores, guide = (None, None, None) if teacher is None else self.ask(teacher, images)
+        guide = None if guide is None else per_view(guide, len(noise))
         hidden = self.mask_policy(guide, noise, num_hidden=self.num_hidden, num_hard=num_hard)
+        decoded = self.choose_decoded(hidden, noise)
         # Step 2. The student solves it.
-        output = student(images, hidden, num_hidden=self.num_hidden, full_features=features)
-        return self.losses(output, images, hidden, scores, features)
+        output = student(images, hidden, num_hidden=self.num_hidden, decoded=decoded, full_features=features)
+        return self.losses(output, images, decoded, scores, features)
+
+    def choose_decoded(self, hidden: Bool[Tensor, "v n"], noise: Float[Tensor, "v n"]) -> Int[Tensor, "v q"]:
+        """The hidden patches that are decoded, in image order: all, or ``num_decoded`` of them at random."""
+        _, index = split_patches(hidden, self.num_hidden)
+        if self.num_decoded is None or self.num_decoded == self.num_hidden:
+            return index
+        lot = more_noise(noise, self.num_hidden, purpose=1)
+        return index.gather(1, lot.topk(self.num_decoded, dim=1).indices.sort(dim=1).values)
 
     def losses(
         self,
         output: StudentOutput,
         images: Float[Tensor, "b c h w"],
-        hidden: Bool[Tensor, "b n"],
+        decoded: Int[Tensor, "v q"],
         teacher_scores: Float[Tensor, "b n"] | None,
         teacher_features: Float[Tensor, "b t d"] | None = None,
     ) -> Losses:
         """Step 3. How well the student reconstructed, and how well it knew."""
-        _, hidden_index = split_patches(hidden, self.num_hidden)
         with torch.no_grad():
-            target = take(self.target(images, teacher_features), hidden_index)
+            target = take(self.target(images, teacher_features), decoded)
         patch_loss = self.target.patch_loss(output.prediction, target)
         reconstruction = patch_loss.mean()
         prediction = reconstruction.new_zeros(())
@@ -359,7 +422,8 @@ class Method:
         correlation = reconstruction.new_full((), torch.nan)
         if teacher_scores is not None:
             with torch.no_grad():
-                correlation = rank_correlation(teacher_scores.gather(1, hidden_index), patch_loss).mean()
+                expected = per_view(teacher_scores, len(decoded)).gather(1, decoded)
+                correlation = rank_correlation(expected, patch_loss).mean()
         return Losses(
             reconstruction=reconstruction,
             prediction=prediction,

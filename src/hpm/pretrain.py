@@ -29,6 +29,7 @@ from hpm.build import (
     build_student,
     build_target,
     choose_attention,
+    compile_blocks,
     embedded_codebook,
 )
 from hpm.checkpoint import CheckpointFolder, write_text_atomically
@@ -155,10 +156,12 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     if isinstance(target, nn.Module):
         target.to(device)
     choose_attention(student, device)
+    teacher = Teacher(student)
+    if config.run.compile == "on" or (config.run.compile == "auto" and device.type == "cuda"):
+        compile_blocks(student, teacher)
     gate = MiningGate(mining_threshold(config), device)
-    state = State(
-        student, Teacher(student), build_optimizer(config.optimisation, student), gate, embedded_codebook(target)
-    )
+    optimizer = build_optimizer(config.optimisation, student)
+    state = State(student, teacher, optimizer, gate, embedded_codebook(target))
     if resume == "restart" or not checkpoints.steps():
         _begin(config, source, state)
     if distributed.is_main():
@@ -219,6 +222,11 @@ def _position(config: Config) -> Position:
         raise InputError(f"micro_batch_size: must be at most the {share} images per process and step, got {micro}")
     if share % micro:
         raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
+    if micro % (masks := config.method.masks_per_image):
+        raise InputError(
+            f"masks_per_image: must divide the {micro} views of a forward pass (batch_size, processes, "
+            f"micro_batch_size), got {masks}"
+        )
     return Position(distributed.rank(), processes, share // micro)
 
 
@@ -345,7 +353,7 @@ def _batches(run: Run) -> Generator[Batch, None, None]:
     """Training batches from the run's step on."""
     config = run.config
     order = TrainingOrder(
-        len(run.source), batch_size=config.optimisation.batch_size, first_step=run.state.step,
+        len(run.source), batch_size=run.images_per_step, first_step=run.state.step,
         total_steps=run.schedule.total_steps, seed=config.optimisation.seed, position=run.position,
     )  # fmt: skip
     workers = default_workers() if config.run.workers is None else config.run.workers

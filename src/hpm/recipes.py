@@ -44,6 +44,30 @@ def colormae() -> Fields:
     return green_noise() | {"target": "norm_pix"}
 
 
+def crossmae() -> Fields:
+    """CrossMAE: a third of the hidden patches decoded by cross-attention, on norm_pix (Fu et al., arXiv 2401.14391)."""
+    return mae() | {"target": "norm_pix", "decoder": "cross", "decoded_share": 1 / 3}
+
+
+# Methods: mining at the price of MAE
+
+
+def hpm_fast() -> Fields:
+    """HPM at about MAE's price: CrossMAE's decoders, a one-block predictor, a teacher on the image at half size."""
+    return hpm() | {
+        "predictor_view": "both",
+        "decoder": "cross",
+        "decoded_share": 1 / 3,
+        "predictor_depth": 1,
+        "teacher_reduction": 2,
+    }
+
+
+def hpm_shared() -> Fields:
+    """hpm-fast with the teacher at full size instead, one pass of it for four masks of an image (data2vec 2.0)."""
+    return hpm_fast() | {"teacher_reduction": 1, "masks_per_image": 4}
+
+
 # Methods: how the loss is predicted
 
 
@@ -166,6 +190,9 @@ METHODS: dict[str, Callable[[], Fields]] = {
     "mae": mae,
     "random+lpred": random_lpred,
     "colormae": colormae,
+    "crossmae": crossmae,
+    "hpm-fast": hpm_fast,
+    "hpm-shared": hpm_shared,
     "hpm-both": hpm_both,
     "hpm-full": hpm_full,
     "hpm-absolute": hpm_absolute,

@@ -75,6 +75,11 @@ class Run:
     images: str
     """Fingerprint of the training images."""
 
+    @property
+    def images_per_step(self) -> int:
+        """Different images in a step; each has ``masks_per_image`` views."""
+        return self.config.optimisation.batch_size // self.config.method.masks_per_image
+
     def num_hard(self, step: int) -> int:
         """``int(M * a_t)``."""
         share = self.hard_share(step)

@@ -44,7 +44,7 @@ def mask_noise(
     return torch.rand(batch_size, num_patches, generator=generator, device=device)
 
 
-def more_noise(noise: Float[Tensor, "b n"], count: int) -> Float[Tensor, "b {count}"]:
+def more_noise(noise: Float[Tensor, "b n"], count: int, *, purpose: int = 0) -> Float[Tensor, "b {count}"]:
     """Further uniform numbers for every image, as many as wanted, from its row of :func:`mask_noise` alone.
 
     The bits of a row are hashed to one 64-bit key, and the numbers are what SplitMix64 gives from there: for every
@@ -54,16 +54,17 @@ def more_noise(noise: Float[Tensor, "b n"], count: int) -> Float[Tensor, "b {cou
     Args:
         noise: Uniform in [0, 1).
         count: Numbers per row.
+        purpose: Numbers for different purposes are independent; 0 is the masks'.
 
     Returns:
         Uniform in (0, 1), symmetric about a half and never 0 or 1: multiples of 2^-23, plus a half of it.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
     """
-    place = torch.arange(1, max(count, noise.shape[1]) + 1, device=noise.device) * _GOLDEN
     bits = (noise * 2**24).long()
-    key = _mix(bits + place[: noise.shape[1]]).sum(dim=1, keepdim=True)
-    return ((_mix(key + place[:count]) >> 41 & 2**23 - 1).float() + 0.5) * 2**-23
+    key = _mix(bits + torch.arange(1, noise.shape[1] + 1, device=noise.device) * _GOLDEN).sum(dim=1, keepdim=True)
+    place = torch.arange(1, count + 1, device=noise.device) + (purpose << 32)
+    return ((_mix(key + place * _GOLDEN) >> 41 & 2**23 - 1).float() + 0.5) * 2**-23
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64

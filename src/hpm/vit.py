@@ -11,8 +11,9 @@ from functools import partial
 
 import timm
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
-from timm.layers import Attention, PatchEmbed, build_sincos2d_pos_embed
+from timm.layers import Attention, Mlp, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -139,30 +140,64 @@ def initialise(module: nn.Module) -> None:
                 nn.init.normal_(token, std=0.02)
 
 
-def take(tokens: Num[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Num[Tensor, "b k d"]:
-    """Per image, the tokens at ``index``."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+def take(tokens: Num[Tensor, "b n d"], index: Int[Tensor, "v k"]) -> Num[Tensor, "v k d"]:
+    """Per view, the tokens at ``index``; the views of an image stand together, V = B x views per image."""
+    index_by_image = index.reshape(len(tokens), -1)
+    taken = tokens.gather(1, index_by_image.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    return taken.reshape(*index.shape, tokens.shape[-1])
+
+
+def per_view(values: Num[Tensor, "b ..."], num_views: int) -> Num[Tensor, "v ..."]:
+    """Repeat what belongs to an image for each of its views, V = ``num_views`` in all."""
+    return values if len(values) == num_views else values.repeat_interleave(num_views // len(values), dim=0)
 
 
 def encode(
-    vit: VisionTransformer, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b k"] | None = None
-) -> Float[Tensor, "b t d"]:
+    vit: VisionTransformer,
+    images: Float[Tensor, "b c h w"],
+    visible: Int[Tensor, "v k"] | None = None,
+    *,
+    reduction: int = 1,
+) -> Float[Tensor, "v t d"]:
     """Run a stock timm ViT on the visible patches only (``forward_features`` with a choice of patches).
 
     Args:
         vit: The encoder.
         images: Normalised images.
-        visible: Indices of the visible patches in image order; ``None`` means all.
+        visible: Indices of the visible patches in image order, for one or more views of every image; ``None`` means
+            one view of all.
+        reduction: Look at the image this many times smaller per side, with N / reduction^2 patches.
 
     Returns:
         Normalised tokens: the prefix tokens (class, registers), then the visible patches.
     """
-    tokens = vit._pos_embed(vit.patch_embed(images))
+    tokens = vit._pos_embed(vit.patch_embed(images)) if reduction == 1 else _embed_smaller(vit, images, reduction)
     if visible is not None:
         prefix, patches = tokens.tensor_split([vit.num_prefix_tokens], dim=1)
-        tokens = torch.cat([prefix, take(patches, visible)], dim=1)
+        tokens = torch.cat([per_view(prefix, len(visible)), take(patches, visible)], dim=1)
     encoded: Tensor = vit.norm(vit.blocks(vit.norm_pre(tokens)))
     return encoded
+
+
+def _embed_smaller(vit: VisionTransformer, images: Float[Tensor, "b c h w"], reduction: int) -> Float[Tensor, "b t d"]:
+    """Patch and prefix tokens with positions, of images made smaller by averaging pixels."""
+    patches = vit.patch_embed.proj(F.avg_pool2d(images, reduction)).flatten(2).transpose(1, 2)
+    patches = vit.patch_embed.norm(patches)
+    tokens = [token.expand(len(images), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    prefix_positions, positions = vit.pos_embed.tensor_split([vit.pos_embed.shape[1] - vit.patch_embed.num_patches], 1)
+    patches = patches + pool_positions(positions, grid_size(vit), reduction)
+    prefix = torch.cat([*tokens, patches[:, :0]], dim=1)
+    prefix = prefix if vit.no_embed_class else prefix + prefix_positions
+    dropped: Tensor = vit.pos_drop(torch.cat([prefix, patches], dim=1))
+    return dropped
+
+
+def pool_positions(table: Float[Tensor, "1 n d"], grid: tuple[int, int], reduction: int) -> Float[Tensor, "1 k d"]:
+    """Positions of patches that are ``reduction`` times larger per side: the mean of those they cover."""
+    if reduction == 1:
+        return table
+    pooled = F.avg_pool2d(table.transpose(1, 2).unflatten(2, grid), reduction)
+    return pooled.flatten(2).transpose(1, 2)
 
 
 def has_class_attention(vit: VisionTransformer) -> bool:
@@ -219,7 +254,7 @@ def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) ->
 
 
 class Decoder(nn.Module):
-    """Blocks, norm and a linear head on the decoder sequence: the reconstructor and the loss predictor alike.
+    """Blocks, norm and a linear head on the whole sequence: the reconstructor and the loss predictor as published.
 
     Args:
         dim: Token width.
@@ -235,9 +270,88 @@ class Decoder(nn.Module):
         self.norm = norm(dim)
         self.head = nn.Linear(dim, out_dim)
 
-    def forward(self, tokens: Float[Tensor, "b t d"], *, last: int) -> Float[Tensor, "b m p"]:
-        """Decode the whole sequence; return the head's output for its ``last`` tokens."""
-        decoded: Tensor = self.head(self.norm(self.blocks(tokens)[:, -last:]))
+    def forward(self, context: Float[Tensor, "b s d"], queries: Float[Tensor, "b q d"]) -> Float[Tensor, "b q p"]:
+        """Decode context and queries as one sequence; return the head's output for the queries."""
+        tokens = self.blocks(torch.cat([context, queries], dim=1))
+        decoded: Tensor = self.head(self.norm(tokens[:, context.shape[1] :]))
+        return decoded
+
+
+class CrossBlock(nn.Module):
+    """A block whose queries attend to a context and not to each other: cross-attention and MLP, both pre-norm.
+
+    Args:
+        dim: Token width.
+        heads: Attention heads; must divide ``dim``.
+
+    Source: Fu et al., "Rethinking Patch Dependence for Masked Autoencoders" (CrossMAE), arXiv 2401.14391, section 3.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = CrossAttention(dim, num_heads=heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, queries: Float[Tensor, "b q d"], context: Float[Tensor, "b s d"]) -> Float[Tensor, "b q d"]:
+        """Queries, each with what it found in the context."""
+        queries = queries + self.attn(self.norm1(queries), context)
+        decoded: Tensor = queries + self.mlp(self.norm2(queries))
+        return decoded
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to a context.
+
+    ``fused_attn`` chooses between PyTorch's fused attention and the same written out, as in timm's ``Attention``.
+
+    Args:
+        dim: Token width.
+        num_heads: Attention heads; must divide ``dim``.
+    """
+
+    def __init__(self, dim: int, *, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.fused_attn = True
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, queries: Float[Tensor, "b q d"], context: Float[Tensor, "b s d"]) -> Float[Tensor, "b q d"]:
+        """One vector per query."""
+        query = self.q(queries).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        key, value = self.kv(context).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.fused_attn:
+            found = F.scaled_dot_product_attention(query, key, value)
+        else:
+            found = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+        projected: Tensor = self.proj(found.transpose(1, 2).flatten(2))
+        return projected
+
+
+class CrossDecoder(nn.Module):
+    """Decoder of cross-attention blocks: only what is asked for is decoded, so its price is that of its queries.
+
+    Args:
+        dim: Token width.
+        depth: Number of blocks.
+        heads: Attention heads; must divide ``dim``.
+        out_dim: Width of the head's output.
+    """
+
+    def __init__(self, dim: int, *, depth: int, heads: int, out_dim: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(CrossBlock(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(dim, out_dim)
+
+    def forward(self, context: Float[Tensor, "b s d"], queries: Float[Tensor, "b q d"]) -> Float[Tensor, "b q p"]:
+        """The head's output for every query."""
+        for block in self.blocks:
+            queries = block(queries, context)
+        decoded: Tensor = self.head(self.norm(queries))
         return decoded
 
 

@@ -76,6 +76,10 @@ class Watcher:
 
     def watch(self, step: int) -> dict[str, float]:
         """Draw the figures of this step and return what was measured."""
+        with torch.compiler.set_stance("force_eager"):  # batches of other sizes: not worth a compilation
+            return self._watch(step)
+
+    def _watch(self, step: int) -> dict[str, float]:
         run, metrics = self.run, {}
         if self.split is not None:
             accuracy = knn_accuracy(

@@ -64,7 +64,11 @@ class Position:
 
 
 class TrainingOrder(Sampler[list[tuple[int, int]]]):
-    """Micro-batches of (epoch, index), from ``first_step`` to the end of the run; a last partial batch is left out."""
+    """Micro-batches of (pass, index), from ``first_step`` to the end of the run.
+
+    A pass goes through all images in a new order and leaves a last partial batch out; it is an epoch where every image
+    has one view in a step.
+    """
 
     def __init__(
         self,
@@ -84,16 +88,16 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
         self.position = position
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps_per_epoch = self.num_images // self.batch_size
-        order, order_epoch = torch.empty(0), -1
+        steps_per_pass = self.num_images // self.batch_size
+        order, order_pass = torch.empty(0), -1
         for step in range(self.first_step, self.total_steps):
-            epoch, step_in_epoch = divmod(step, steps_per_epoch)
-            if epoch != order_epoch:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.ORDER, epoch))
-                order, order_epoch = torch.randperm(self.num_images, generator=generator), epoch
-            batch = order[step_in_epoch * self.batch_size : (step_in_epoch + 1) * self.batch_size]
+            number, step_in_pass = divmod(step, steps_per_pass)
+            if number != order_pass:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.ORDER, number))
+                order, order_pass = torch.randperm(self.num_images, generator=generator), number
+            batch = order[step_in_pass * self.batch_size : (step_in_pass + 1) * self.batch_size]
             for part in self.position.slices(self.batch_size):
-                yield [(epoch, int(index)) for index in batch[part]]
+                yield [(number, int(index)) for index in batch[part]]
 
     def __len__(self) -> int:
         return (self.total_steps - self.first_step) * self.position.num_micro_batches

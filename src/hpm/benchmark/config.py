@@ -1,0 +1,72 @@
+"""What ``hpm benchmark`` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hpm.config import Positive, PositiveFloat
+
+VARIANTS: dict[str, str] = {
+    "reference": "the published way: whole EMA model, mask loop, float32 (fp16 on CUDA)",
+    "mae": "MAE mode: random masks, no loss predictor, no teacher",
+    "exact": "HPM as published, our step",
+    "random+lpred": "random masks with the loss predictor",
+    "crossmae": "MAE with cross-attention decoders, a third decoded",
+    "fast": "recipe hpm-fast",
+    "shared": "recipe hpm-shared",
+}
+"""What can be measured, in the order of the table."""
+
+VariantName = Literal["reference", "mae", "exact", "random+lpred", "crossmae", "fast", "shared"]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Sizes and conditions that everything measured has in common."""
+
+    encoder: str = "vit_base_patch16_224"
+    """Any timm VisionTransformer."""
+    image_size: Positive = 224
+    """Side of the images, pixels."""
+    patch_size: Positive | None = None
+    """Side of a patch, pixels; none: the encoder's own."""
+    decoder_width: Positive = 512
+    """Token width of the decoders."""
+    decoder_depth: Positive = 8
+    """Blocks of the reconstructor (and of the loss predictor, where the variant does not say otherwise)."""
+    batch_size: Positive | None = None
+    """Student views a step; none: 256 on CUDA, 16 elsewhere."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device; auto: CUDA, then MPS, then CPU."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Of all but the reference step; auto: bf16 where the hardware has it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks; auto: on CUDA. The reference step and peers are never compiled."""
+    seconds: PositiveFloat = 10.0
+    """Timed seconds for each, over all rounds."""
+    rounds: Annotated[int, Field(ge=1)] = 5
+    """Turns of each; the spread is over them."""
+    out: str = ""
+    """JSON file to write; a figure is drawn beside it."""
+
+
+@dataclass(frozen=True)
+class StepConfig(BenchmarkConfig):
+    """Images per second of one training step: ours, the fast presets, MAE, and a plain step as published, in turns.
+
+    Images are random bytes that lie on the device, unless --data is given: then the whole training is measured, each
+    step with the images of its own data processes. images/s counts student views.
+    """
+
+    variants: tuple[VariantName, ...] = ("reference", "mae", "exact", "crossmae", "fast", "shared")
+    """What to measure: reference, mae, exact, random+lpred, crossmae, fast, shared."""
+    data: str = ""
+    """Images, any source: measure the whole training, loading included; none: the step alone."""
+
+
+@dataclass(frozen=True)
+class PeersConfig(BenchmarkConfig):
+    """Images per second of a MAE step in turns: ours, transformers' ViTMAE, and lightly's MAE where it is installed."""

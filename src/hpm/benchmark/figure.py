@@ -1,0 +1,36 @@
+"""The picture of a benchmark: a bar for each variant, with its spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from hpm.visualize import save_figure
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Images per second of each variant, and how many times faster than the plain reference step it is."""
+    rates = result["images_per_second"]
+    names = list(rates)
+    spread = [result["images_per_second_std"][name] or 0 for name in names]
+    figure = Figure(figsize=(8, 0.6 + 0.45 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#9aa0a6" if name in ("reference", "transformers", "lightly") else "#1f77b4" for name in names]
+    axes.barh(names, [rates[name] for name in names], xerr=spread, color=colours, ecolor="#333333")
+    axes.invert_yaxis()
+    ratios = result.get("ratio_to_reference") or result.get("ratio_to_mae")
+    base = "reference" if result.get("ratio_to_reference") else "MAE mode"
+    for place, name in enumerate(names):
+        told = f" {rates[name]:,.1f}" + (f"  ({ratios[name]['mean']:.2f} x {base})" if ratios else "")
+        axes.text(rates[name] + spread[place], place, told, va="center", fontsize=9)
+    axes.set_xlim(0, 1.35 * max(rates.values()))
+    axes.set_xlabel("images/s (student views)")
+    size = result["settings"]["image_size"]
+    axes.set_title(
+        f"{result['model']}, {size} px, {result['precision']}, {result['device']}: {result['measured']}", fontsize=9
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)

@@ -1,0 +1,192 @@
+"""Our MAE mode beside the MAE of other libraries: same model, batch, precision and optimizer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpm import distributed
+from hpm.benchmark.config import PeersConfig
+from hpm.benchmark.step import (
+    NUM_FLOP_IMAGES,
+    OurStep,
+    Stepper,
+    is_bf16,
+    is_compiled,
+    measure,
+    ratios_to,
+    settings_of,
+    variant_config,
+)
+from hpm.build import build_normalise
+from hpm.config import Config
+from hpm.errors import InputError
+from hpm.run_folder import versions
+from hpm.vit import create_encoder, patch_size, patchify
+
+
+class PeerStep:
+    """One training step of somebody else's MAE, with our data type, normalisation, clipping and optimizer.
+
+    Args:
+        model: Images to the loss.
+        config: Of our run.
+        device: Where.
+        bf16: Autocast.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, *, device: torch.device, bf16: bool) -> None:
+        self.model = model.to(device).train()
+        self.images_per_step = config.optimisation.batch_size
+        self.bf16, self.device = bf16, device
+        optimisation = config.optimisation
+        groups = param_groups_weight_decay(model, optimisation.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=optimisation.base_learning_rate, betas=optimisation.betas, fused=True
+        )
+        self.normalise = build_normalise(config).to(device)
+
+    def step(self, images: Tensor) -> None:
+        """One training step on uint8 images."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.model(self.normalise(images))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def flops_per_view(self, images: Tensor) -> float:
+        """Counted over a whole step of a few images."""
+        with FlopCounterMode(display=False) as counter:
+            self.step(images[:NUM_FLOP_IMAGES])
+        return float(counter.get_total_flops() / len(images[:NUM_FLOP_IMAGES]))
+
+
+class TransformersMae(nn.Module):
+    """``ViTMAEForPreTraining`` of transformers, in the sizes of a config.
+
+    Args:
+        config: Of our run.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+        encoder = _encoder(config)
+        self.model = ViTMAEForPreTraining(
+            ViTMAEConfig(
+                hidden_size=encoder.embed_dim,
+                num_hidden_layers=len(encoder.blocks),
+                num_attention_heads=encoder.blocks[0].attn.num_heads,
+                intermediate_size=4 * encoder.embed_dim,
+                image_size=config.data.size[0],
+                patch_size=patch_size(encoder)[0],
+                decoder_hidden_size=config.model.decoder_width,
+                decoder_num_hidden_layers=config.model.decoder_depth,
+                decoder_num_attention_heads=config.model.decoder_heads,
+                decoder_intermediate_size=4 * config.model.decoder_width,
+                mask_ratio=config.method.mask_ratio,
+                norm_pix_loss=True,
+                attn_implementation="sdpa",
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss."""
+        loss: Tensor = self.model(pixel_values=images).loss
+        return loss
+
+
+class LightlyMae(nn.Module):
+    """MAE as lightly's documentation builds it from its modules, in the sizes of a config.
+
+    Args:
+        config: Of our run.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        from lightly.models import utils
+        from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+
+        encoder = _encoder(config)
+        self.utils, self.mask_ratio = utils, config.method.mask_ratio
+        self.patch = patch_size(encoder)
+        self.num_patches = encoder.patch_embed.num_patches
+        self.backbone = MaskedVisionTransformerTIMM(vit=encoder)
+        self.decoder = MAEDecoderTIMM(
+            num_patches=self.num_patches,
+            patch_size=self.patch[0],
+            embed_dim=encoder.embed_dim,
+            decoder_embed_dim=config.model.decoder_width,
+            decoder_depth=config.model.decoder_depth,
+            decoder_num_heads=config.model.decoder_heads,
+            mlp_ratio=4.0,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss."""
+        size = (len(images), self.num_patches + 1)
+        keep, mask = self.utils.random_token_mask(size=size, mask_ratio=self.mask_ratio, device=images.device)
+        encoded = self.decoder.embed(self.backbone.encode(images=images, idx_keep=keep))
+        tokens = self.utils.repeat_token(self.decoder.mask_token, size).to(encoded.dtype)
+        tokens = self.utils.set_at_index(tokens, keep, encoded.type_as(tokens))
+        predicted = self.decoder.predict(self.utils.get_at_index(self.decoder.decode(tokens), mask))
+        patches = patchify(images, self.patch)
+        target = self.utils.get_at_index(patches, mask - 1)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        loss: Tensor = (predicted.float() - target).square().mean()
+        return loss
+
+
+PEERS: dict[str, Callable[[Config], nn.Module]] = {"transformers": TransformersMae, "lightly": LightlyMae}
+"""By the name of the package they need."""
+
+
+def _encoder(config: Config) -> Any:
+    return create_encoder(config.model.encoder, image_size=config.data.size, patch_size=config.model.patch_size)
+
+
+def run(config: PeersConfig) -> dict[str, Any]:
+    """Measure our MAE mode and every peer that is installed.
+
+    Raises:
+        InputError: No peer is installed.
+    """
+    device = distributed.choose_device(config.device)
+    there = [name for name in PEERS if importlib.util.find_spec(name)]
+    missing = [name for name in PEERS if name not in there]
+    if not there:
+        raise InputError("peers: neither transformers nor lightly is installed; pip install 'hpm[bench]'")
+    batch_size = config.batch_size or (256 if device.type == "cuda" else 16)
+    chosen = variant_config("mae", config, batch_size)
+    bf16, compiled = is_bf16(config, device), is_compiled(config, device)
+    builders: dict[str, Callable[[], Stepper]] = {
+        "mae": partial(OurStep, chosen, device=device, bf16=bf16, compiled=compiled)
+    }
+    for name in there:
+        builders[name] = partial(_build_peer, name, chosen, device, bf16)
+    figures = measure(builders, config, batch_size=batch_size, device=device)
+    return {
+        **figures,
+        "model": config.encoder,
+        "precision": "bf16" if bf16 else "float32",
+        "compiled": compiled,
+        "measured": "step alone" + (f"; not installed: {', '.join(missing)}" if missing else ""),
+        "ratio_to_mae": ratios_to(figures, "mae"),
+        "settings": settings_of(config, batch_size),
+        "versions": versions(device) | {name: importlib.metadata.version(name) for name in there},
+    }
+
+
+def _build_peer(name: str, config: Config, device: torch.device, bf16: bool) -> PeerStep:
+    return PeerStep(PEERS[name](config), config, device=device, bf16=bf16)

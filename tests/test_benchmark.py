@@ -1,0 +1,146 @@
+"""The plain reference step is our exact step, and the benchmark command measures and reports."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hpm.benchmark import step
+from hpm.benchmark.config import PeersConfig, StepConfig
+from hpm.benchmark.plain import PlainStep, loop_masks, two_log_loss
+from hpm.build import build_method, build_optimizer
+from hpm.cli import main
+from hpm.masking import hide_hard
+from hpm.method import Teacher, relative_loss
+from tiny import tiny_config, tiny_student
+
+SMALL = {"encoder": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "decoder_width": 32, "decoder_depth": 1}
+
+
+@pytest.mark.parametrize("target", ["norm_pix", "pixels"])
+def test_exact_and_plain_step_agree_over_20_steps(target):
+    config = tiny_config(target=target, base_learning_rate=1e-3, batch_size=8)
+    ours, theirs = tiny_student(), tiny_student()
+    method = build_method(config, ours)
+    teacher, optimizer = Teacher(ours), build_optimizer(config.optimisation, ours)
+    plain = PlainStep(theirs, method.target, num_hidden=method.num_hidden, optimisation=config.optimisation)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(20):
+        images = torch.randn(8, 3, 32, 32, generator=generator)
+        noise = torch.rand(8, 16, generator=generator)
+        losses = method.step(ours, teacher, images, noise, num_hard=number // 3)
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in ours.parameters() if p.requires_grad], 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        teacher.update(ours, 0.9)
+        value = plain.step(images, noise, num_hard=number // 3, ema_decay=0.9)
+        assert value == pytest.approx(losses.total.item(), abs=2e-5), f"step {number}"
+    undetermined = ("attn.qkv.bias", "predictor.norm.bias")  # gradients of exactly zero, see tests/test_fidelity.py
+    for mine, other in ((ours, plain.student), (teacher.model, plain.teacher)):
+        for name, tensor in mine.state_dict().items():
+            if not name.endswith(undetermined):
+                torch.testing.assert_close(tensor, other.state_dict()[name], atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_masks_of_the_loop_are_ours():
+    generator = torch.Generator().manual_seed(0)
+    scores, noise = torch.randn(6, 20, generator=generator), torch.rand(6, 20, generator=generator)
+    for num_hard in (0, 1, 7, 15):
+        ours = hide_hard(scores, noise, num_hidden=15, num_hard=num_hard)
+        assert torch.equal(ours, loop_masks(scores, noise, num_hidden=15, num_hard=num_hard))
+
+
+def test_two_logs_are_one():
+    generator = torch.Generator().manual_seed(0)
+    scores, loss = torch.randn(3, 9, generator=generator), torch.rand(3, 9, generator=generator)
+    loss[:, 4] = loss[:, 2]  # a tie counts in neither
+    torch.testing.assert_close(two_log_loss(scores, loss), relative_loss(scores, loss), atol=1e-5, rtol=1e-5)
+
+
+def test_step_command_measures_every_variant(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    flags += ["--variants", "reference", "mae", "exact", "crossmae", "fast", "shared"]
+    with pytest.raises(SystemExit) as left:
+        main(["benchmark", "step", "--batch-size=8", "--seconds=0.01", "--rounds=2", "--device=cpu", f"--out={out}",
+              "--json", *flags])  # fmt: skip
+    assert left.value.code == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-2])
+    saved = json.loads(out.read_text())
+    assert saved == printed
+    names = {"reference", "mae", "exact", "crossmae", "fast", "shared"}
+    for key in ("images_per_second", "ratio_to_reference", "peak_memory_bytes", "gflops_per_image"):
+        assert saved[key].keys() == names, key
+    assert saved["ratio_to_reference"]["reference"] == {"mean": 1.0, "std": 0.0}
+    for name, rounds in saved["images_per_second_rounds"].items():
+        assert len(rounds) == 2
+        assert saved["images_per_second"][name] == pytest.approx(np.mean(rounds))
+        expected = np.mean(np.array(rounds) / saved["images_per_second_rounds"]["mae"])
+        assert saved["ratio_to_mae"][name]["mean"] == pytest.approx(expected)
+    assert saved["gflops_per_image"]["exact"] < saved["gflops_per_image"]["reference"]  # no teacher's reconstructor
+    assert out.with_suffix(".png").stat().st_size > 5000
+
+
+def test_whole_training_is_measured_with_its_data():
+    config = StepConfig(**SMALL, batch_size=8, seconds=0.01, rounds=1, device="cpu", data="shapes:32",
+                        variants=("mae", "shared"))  # fmt: skip
+    result = step.run(config)
+    assert result["measured"] == "training from shapes:32"
+    assert result["ratio_to_reference"] is None
+
+
+def test_turn_times_exactly_the_steps_asked_for():
+    calls = []
+
+    class Counting:
+        images_per_step = 2
+
+        def step(self, images):
+            calls.append(len(images))
+
+        def flops_per_view(self, images):
+            return 1.0
+
+    turn = step.Turn(Counting(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"), 8, None)
+    turn.seconds(5)
+    assert calls == [2] * 6  # one more, which is not timed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--image-size", "30", "--patch-size", "8"], "image_size: must be divisible by the patch size"),
+        (["step", "--variants", "mae", "mae"], "variants: must be different"),
+        (["step", "--data", "nowhere/"], "data: 'nowhere/'"),
+        (["step", "--data", "shapes:8", "--batch-size", "16"], "data: needs at least batch_size"),
+        (["stepp"], "did you mean step"),
+        ([], "benchmark: needs a name: step, peers"),
+    ],
+)
+def test_wrong_input_is_one_clear_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["benchmark", *arguments])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_peers_are_the_same_model():
+    pytest.importorskip("transformers", reason="the peer is not installed")
+    from hpm.benchmark.peers import PEERS
+    from hpm.build import build_student
+
+    config = step.variant_config("mae", PeersConfig(**SMALL), 8)
+    ours = sum(p.numel() for p in build_student(config).parameters())
+    theirs = sum(p.numel() for p in PEERS["transformers"](config).parameters())
+    assert theirs - ours == 17 * 32  # the decoder's fixed position table is a parameter there and a buffer here
+
+
+def test_peers_command():
+    pytest.importorskip("transformers", reason="the peer is not installed")
+    from hpm.benchmark import peers
+
+    result = peers.run(PeersConfig(**SMALL, batch_size=8, seconds=0.01, rounds=2, device="cpu"))
+    assert {"mae", "transformers"} <= result["images_per_second"].keys()
+    assert result["gflops_per_image"]["transformers"] == pytest.approx(result["gflops_per_image"]["mae"], rel=0.1)
