@@ -12,6 +12,7 @@ import yaml
 from hpm.config import (
     Config,
     OptimisationConfig,
+    decisions,
     differences,
     load_config,
     resolve_schedule,
@@ -288,3 +289,11 @@ def test_differences_are_the_fields_that_decide_the_result():
     changed = with_fields(Config(), {"epochs": 3, "mask_ratio": 0.5, "workers": 3, "keep_last": 9})
     assert differences(Config(), Config()) == []
     assert differences(Config(), changed) == ["mask_ratio: 0.75 -> 0.5", "epochs: 200 -> 3"]
+
+
+def test_a_run_is_known_by_what_differs_from_the_defaults():
+    config = with_fields(Config(), {"data": "x", "mask": "easy", "seed": 3, "log_steps": 7, "image_size": 64})
+    assert decisions(config) == {
+        "data.data": "x", "data.image_size": (64, 64), "method.mask": "easy", "optimisation.seed": 3,
+    }  # fmt: skip
+    assert decisions(Config()) == {}

@@ -397,6 +397,20 @@ def differences(a: Config, b: Config) -> list[str]:
     return lines
 
 
+def decisions(config: Config) -> dict[str, Any]:
+    """The fields that decide the result and differ from their defaults: what a run is known by.
+
+    A field that is added later, at a default that changes nothing, does not make it another run.
+    """
+    default = Config()
+    return {
+        f"{section}.{name}": value
+        for section in RESULT_SECTIONS
+        for name, value in dataclasses.asdict(getattr(config, section)).items()
+        if value != getattr(getattr(default, section), name)
+    }
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The schedule of a run, resolved to steps."""

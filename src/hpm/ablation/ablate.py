@@ -10,7 +10,6 @@ outer loop, so that a table cut short has the same seeds for every row it has.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -29,6 +28,7 @@ from hpm.ablation.plan import Job, chosen_suite, digest, plan
 from hpm.ablation.suites import AblateConfig
 from hpm.ablation.table import Outcome, Table
 from hpm.checkpoint import write_text_atomically
+from hpm.config import decisions
 from hpm.errors import DivergedError, InputError, Interrupted
 from hpm.log import say, warn
 from hpm.pretrain import train
@@ -127,8 +127,10 @@ def _untrained(out: Path, jobs: list[Job], images: Images, device: torch.device)
         return {}
     found = {}
     for job in _first_of_each_seed(jobs):
-        sizes = dataclasses.replace(job.config.data, data="")
-        file = out / f"untrained-{digest([asdict(job.config.model), asdict(sizes), images.fingerprint, job.seed])}.json"
+        decided = decisions(job.config)
+        known_by = {name: decided[name] for name in decided if name.startswith(("model.", "data."))}
+        known_by["data.data"] = images.fingerprint
+        file = out / f"untrained-{digest([known_by, job.seed])}.json"
         if not file.is_file():
             distributed.barrier()
             say(f"untrained encoder, seed {job.seed}")

@@ -6,12 +6,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hpm.ablation.suites import SUITES, AblateConfig, Suite
-from hpm.config import RESULT_SECTIONS, Config, resolve_schedule, suggest, with_fields
+from hpm.config import Config, decisions, resolve_schedule, suggest, with_fields
 from hpm.data.loading import measure_statistics
 from hpm.data.sources import fingerprint, open_source
 from hpm.errors import InputError
@@ -141,7 +140,7 @@ def _check_fields(fields: Mapping[str, Any], configs: Mapping[str, Config]) -> N
 def _folder(out: Path, row: str, config: Config, data: str) -> Path:
     """The run folder of a config on some images: one that is there already, whatever row made it, or a new one."""
     named = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
-    name = digest({section: asdict(getattr(named, section)) for section in RESULT_SECTIONS})
+    name = digest(decisions(named))
     runs = out.expanduser() / "runs"
     there = sorted(runs.glob(f"*-{name}"))
     return there[0] if there else runs / f"{row}-seed{config.optimisation.seed}-{name}"
