@@ -1,0 +1,137 @@
+"""The command ``hpm``: parses, calls, prints. Everything it does can be done from Python as well.
+
+Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving, 130 by Ctrl-C without; 1 a fault of
+hpm's. A new command is a function (arguments) -> None in one of the modules here, and a line in :data:`COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+from hpm.cli.ablating import ablate
+from hpm.cli.benchmarking import benchmark_peers, benchmark_step
+from hpm.cli.evaluating import evaluate_foreground, evaluate_knn
+from hpm.cli.looking import visualize
+from hpm.cli.output import complain, say_plainly
+from hpm.cli.pretraining import demo, pretrain, recipes
+from hpm.cli.weights import convert
+from hpm.errors import InputError, Interrupted
+
+
+class Command(NamedTuple):
+    """One command."""
+
+    run: Callable[[list[str]], None]
+    """Takes the arguments after the name. Imports what it needs only after they are parsed, so that help is quick."""
+    about: str
+    """One line for the list of commands."""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(demo, "the main job on embedded data: pre-train, evaluate, figures, report"),
+    "pretrain": Command(pretrain, "learn from images:  hpm pretrain --data photos/ --out runs/photos"),
+    "evaluate knn": Command(evaluate_knn, "accuracy of the k nearest neighbours, beside the untrained encoder"),
+    "evaluate foreground": Command(
+        evaluate_foreground, "how well the predicted loss finds objects, beside simple measures"
+    ),
+    "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs and at equal compute"),
+    "benchmark step": Command(
+        benchmark_step, "images per second: the published step, ours, the fast presets, MAE, in turns"
+    ),
+    "benchmark peers": Command(benchmark_peers, "our MAE mode beside transformers' and lightly's"),
+    "visualize": Command(visualize, "what is hard in given images, as a figure"),
+    "convert": Command(convert, "published HPM and MAE checkpoints to ours and back"),
+    "recipes": Command(recipes, "the named starting points for pretrain"),
+}
+"""By name, in the order of the list that ``hpm`` prints."""
+
+GROUPS = {"evaluate": "evaluation", "benchmark": "benchmark"}
+"""First words that need a second one, and what that names."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and leave with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _dispatch(given)
+    except InputError as error:
+        complain(str(error))
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        complain(
+            f"the disk is full ({error.strerror}: {error.filename or 'while writing'}); the checkpoints before are "
+            "whole: make room and run the same command again"
+        )
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        complain("stopped by Ctrl-C; what was saved before is whole, and the same command goes on from there")
+        raise SystemExit(130) from None
+    except Interrupted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            say_plainly(str(stopped))
+        raise SystemExit(3) from None
+    raise SystemExit(0)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    """Find the command and run it.
+
+    Raises:
+        InputError: There is no such command.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_listed("COMMAND", COMMANDS))
+        print("\nhpm COMMAND --help explains a command; hpm --version prints versions.")
+        return
+    if arguments[0] == "--version":
+        print(_versions())
+        return
+    for name, command in COMMANDS.items():
+        words = name.split()
+        if arguments[: len(words)] == words:
+            command.run(arguments[len(words) :])
+            return
+    if arguments[0] in GROUPS:
+        _no_second_word(arguments[0], arguments[1:])
+        return
+
+    from hpm.config import suggest
+
+    raise InputError(f"no command {arguments[0]!r}{suggest(arguments[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
+
+
+def _no_second_word(first: str, arguments: list[str]) -> None:
+    """List the commands that begin with ``first``.
+
+    Raises:
+        InputError: None or an unknown one was given, rather than asked for the list.
+    """
+    from hpm.config import suggest
+
+    commands = {name: command for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
+    known = [name.split()[1] for name in commands]
+    listed = f"{_listed(f'{first} NAME', commands)}\n\nhpm {first} NAME --help explains one."
+    if not arguments:
+        raise InputError(f"{first}: needs a name: {', '.join(known)}\n\n{listed}")
+    if arguments[0] not in ("-h", "--help"):
+        raise InputError(f"{first}: no {GROUPS[first]} {arguments[0]!r}{suggest(arguments[0], known)}\n\n{listed}")
+    print(listed)
+
+
+def _listed(usage: str, commands: dict[str, Command]) -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.about}" for name, command in commands.items()]
+    return "\n".join([f"usage: hpm {usage} ...", "", *lines])
+
+
+def _versions() -> str:
+    from hpm.distributed import choose_device
+    from hpm.run_folder import versions
+
+    return ", ".join(f"{name} {value}" for name, value in versions(choose_device("auto")).items())

@@ -1,0 +1,51 @@
+"""``hpm benchmark``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpm.cli.flags import parse_with_json
+from hpm.cli.output import print_json, print_table
+
+
+def benchmark_step(arguments: list[str]) -> None:
+    """``hpm benchmark step``."""
+    from hpm.benchmark.config import StepConfig
+
+    config, as_json = parse_with_json(StepConfig, "benchmark step", arguments)
+
+    from hpm.benchmark import step
+
+    _report(step.run(config), config.out, as_json=as_json)
+    print("next:  hpm pretrain --recipe hpm-fast-norm-pix --data IMAGES --out RUN")
+
+
+def benchmark_peers(arguments: list[str]) -> None:
+    """``hpm benchmark peers``."""
+    from hpm.benchmark.config import PeersConfig
+
+    config, as_json = parse_with_json(PeersConfig, "benchmark peers", arguments)
+
+    from hpm.benchmark import peers
+
+    _report(peers.run(config), config.out, as_json=as_json)
+    print("next:  hpm benchmark step    what mining costs on top")
+
+
+def _report(result: dict[str, Any], out: str, *, as_json: bool) -> None:
+    from hpm.benchmark import step
+
+    print(
+        f"{result['model']} at {result['settings']['image_size']} px, batch {result['settings']['batch_size']}, "
+        f"{result['precision']}{', compiled' if result['compiled'] else ''}, {result['device']}; {result['measured']}"
+    )
+    header, *rows = step.table(result)
+    print_table(header, rows)
+    peaks = ", ".join(f"{name} {value:.2f}" for name, value in result["matmul_peak_tflops"].items())
+    print(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the bf16 one")
+    if out:
+        step.save(result, Path(out))
+        print(f"look:  {Path(out).with_suffix('.png')}")
+    if as_json:
+        print_json(result)

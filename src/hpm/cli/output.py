@@ -1,0 +1,56 @@
+"""What a command prints: tables and the JSON line on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain aligned table on standard output."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    for line in (header, ["-" * width for width in widths], *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def print_json(figures: dict[str, Any]) -> None:
+    """One line, in which a figure that is not there is null: NaN is no JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    print(json.dumps(plain(figures), allow_nan=False))
+
+
+def save_evaluation(checkpoint: str, name: str, figures: dict[str, Any]) -> None:
+    """Keep an evaluation in the run folder and refresh its report."""
+    from hpm.report import write_report
+    from hpm.run_folder import RunFolder
+
+    folder = RunFolder(checkpoint)
+    if not folder.config_file.is_file():
+        return
+    try:
+        folder.save_evaluation(name, figures)
+        write_report(folder)
+    except OSError as error:
+        say_plainly(f"could not keep the result in {folder.path}: {error.strerror}")
+
+
+def say_plainly(message: str) -> None:
+    """One line on standard error."""
+    print(message, file=sys.stderr)
+
+
+def complain(message: str) -> None:
+    """Why it stopped, on standard error, from every process."""
+    rank = os.environ.get("RANK", "0")
+    print(f"hpm: {message}" if rank == "0" else f"hpm [process {rank}]: {message}", file=sys.stderr)

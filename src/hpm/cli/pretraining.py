@@ -1,0 +1,138 @@
+"""``hpm pretrain``, ``hpm demo``, ``hpm recipes``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hpm.cli.evaluating import print_foreground
+from hpm.cli.flags import parse
+from hpm.cli.output import print_json, print_table
+from hpm.errors import InputError
+
+
+@dataclass(frozen=True)
+class PretrainCommand:
+    """Pre-train a ViT with Hard Patches Mining, or go on with a run that was stopped.
+
+    The fields below are the config; a recipe or a YAML file gives them other defaults, flags override both.
+    """
+
+    out: str
+    """Run folder."""
+    recipe: str = "hpm"
+    """Named starting point, see hpm recipes."""
+    config: str | None = None
+    """YAML file instead of a recipe."""
+    resume: Literal["auto", "never", "restart"] = "auto"
+    """auto: go on with an unfinished run in the folder; never: refuse to; restart: start over."""
+    json: bool = False
+    """Print the figures as one JSON object in the last line."""
+
+
+def pretrain(arguments: list[str]) -> None:
+    """``hpm pretrain``."""
+    import tyro
+
+    from hpm.config import Config, load_config, validated
+    from hpm.recipes import recipe
+
+    # The recipe is looked up before the flags are parsed, so that --help shows its values as the defaults.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--config")
+    chosen, _ = first.parse_known_args(arguments)
+    if chosen.config and chosen.recipe:
+        raise InputError(f"config, recipe: give one, not both, got {chosen.config!r} and {chosen.recipe!r}")
+    base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or "hpm")
+    settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+    with_settings = make_dataclass(
+        "PretrainCommand",
+        [("settings", settings, field(default=base))],
+        bases=(PretrainCommand,),
+        namespace={"__doc__": PretrainCommand.__doc__},
+        frozen=True,
+    )
+    command = parse(with_settings, "pretrain", arguments)
+
+    from hpm.pretrain import train
+
+    result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume)
+    report_run(command.out, result, as_json=command.json)
+
+
+def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
+    """The figures of a run, and what to do with it."""
+    from hpm import distributed
+    from hpm.run_folder import RunFolder
+
+    if not distributed.is_main_of_environment():
+        return
+    names = {
+        "steps": "{:,}",
+        "samples_seen": "{:,}",
+        "seconds": "{:.0f}",
+        "images_per_second": "{:.0f}",
+        "reconstruction_loss": "{:.4f}",
+        "predictor_rank_correlation": "{:+.3f}",
+        "knn_top1": "{:.1f} %",
+        "knn_top1_untrained": "{:.1f} %",
+    }
+    rows = [(name, form.format(result[name])) for name, form in names.items() if result.get(name) is not None]
+    print_table(("figure", "value"), rows)
+    folder = RunFolder(out)
+    print(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")
+    print(
+        "use:   import hpm\n"
+        f'       backbone = hpm.load_encoder("{out}")    # a plain timm model\n'
+        "       features = backbone.forward_features(images)\n"
+        f"next:  hpm evaluate knn --checkpoint {out} --train TRAIN --val VAL"
+    )
+    if as_json:
+        print_json(result)
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """Pre-train on the embedded shapes, evaluate, draw, write a report: a few minutes on two CPU cores."""
+
+    out: str = "runs/demo"
+    """Run folder."""
+    epochs: int | None = None
+    """Passes over the 4,000 images; none: as in the recipe shapes-demo."""
+    json: bool = False
+    """Print the figures as one JSON object in the last line."""
+
+
+def demo(arguments: list[str]) -> None:
+    """``hpm demo``."""
+    command = parse(DemoCommand, "demo", arguments)
+
+    from hpm.demo import run_demo
+
+    result, found = run_demo(Path(command.out), epochs=command.epochs)
+    print_foreground(found)
+    print()
+    report_run(command.out, result, as_json=command.json)
+
+
+def recipes(arguments: list[str]) -> None:
+    """``hpm recipes``."""
+    from hpm.ablation.suites import SUITES
+    from hpm.recipes import METHODS, SCALES, TARGETS, shapes_demo
+
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise InputError(f"recipes: takes no arguments, got {arguments}")
+    print("A recipe is METHOD[-TARGET][-SCALE]: hpm, mae-norm-pix, hpm-both-norm-pix-64px, mae-imagenet-800\n")
+    for title, table in (
+        ("METHOD", {**METHODS, "shapes-demo": shapes_demo}), ("TARGET", TARGETS), ("SCALE", SCALES),
+    ):  # fmt: skip
+        rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in table.items()]
+        print_table((title, "what it is"), rows)
+        print()
+    print_table(("SUITE", "hpm ablate compares"), [(name, ", ".join(suite.rows)) for name, suite in SUITES.items()])
+    print()
+    print("Without a target: raw pixels, or the method's own. Without a scale: ViT-B/16, 224 px, 200 epochs.")
+    print("next:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")

@@ -1,0 +1,42 @@
+"""``hpm convert``."""
+
+from __future__ import annotations
+
+from hpm.cli.flags import parse_with_json
+from hpm.cli.output import print_json, print_table
+
+
+def convert(arguments: list[str]) -> None:
+    """``hpm convert``."""
+    from hpm.weights.config import ConvertConfig
+
+    config, as_json = parse_with_json(ConvertConfig, "convert", arguments)
+
+    from hpm.weights import convert
+
+    result = convert.run(config)
+    rows = [
+        ("holds", ", ".join(result.parts)),
+        ("teacher", result.teacher or "none"),
+        ("encoder", f"{result.encoder}, {result.encoder_heads} heads"),
+        ("image size", f"{result.image_size[0]}x{result.image_size[1]}, patches of {result.patch_size}"),
+        ("tensors", str(result.tensors)),
+    ]
+    if result.decoder_heads is not None:
+        rows.insert(3, ("decoders", f"{result.decoder_heads} heads"))
+    if result.left_aside:
+        rows.append(("left aside", ", ".join(result.left_aside)))
+    print_table((result.to, result.kind), rows)
+    if result.kind == "checkpoint":
+        print(
+            f"\nnext:  hpm visualize --checkpoint {result.to} --images IMAGES --out hard.png\n"
+            f"       hpm pretrain --init-from {result.to} --data IMAGES --out RUN"
+        )
+    elif result.kind == "encoder":
+        print(f'\nuse:   import hpm\n       backbone = hpm.load_encoder("{result.to}")    # a plain timm model')
+        print("       features = backbone.forward_features(images)")
+    else:
+        print(f'\nuse:   import torch\n       state = torch.load("{result.to}", weights_only=True)["model"]')
+        print("       model.load_state_dict(state)    # build it with the heads above: the file does not say them")
+    if as_json:
+        print_json(result._asdict())
