@@ -23,6 +23,12 @@ SUITES: dict[str, Suite] = {
         "hpm-norm-pix",
         "Does mining pay, against an honest MAE and a free rival?",
     ),
+    "speed": Suite(
+        ("mae-norm-pix", "crossmae", "hpm-norm-pix", "hpm-fast-norm-pix", "hpm-shared-norm-pix"),
+        "hpm-norm-pix",
+        "Does mining at MAE's price lose anything against HPM as published, and what do MAE and CrossMAE make of its "
+        "time?",
+    ),
     "mask-strategy": Suite(
         (
             "mae", "random+lpred", "hpm", "hpm-hardest", "hpm-hard-to-easy", "hpm-easiest",
@@ -63,7 +69,7 @@ class AblateConfig:
     """Compare recipes on your images: every row of a suite with several seeds, at equal epochs and at equal compute."""
 
     suite: str
-    """main, mask-strategy, masks, predicted-loss or target."""
+    """main, speed, mask-strategy, masks, predicted-loss or target."""
     out: str
     """Folder of the ablation; goes on where it was stopped, and shares runs between suites."""
     scale: str = ""
