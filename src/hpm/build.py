@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention
@@ -16,6 +16,7 @@ from hpm.errors import InputError
 from hpm.frozen import TimmFeatureTarget, load_frozen
 from hpm.masking import MASKS, num_hidden_patches
 from hpm.method import PREDICTED_LOSSES, Method, Student
+from hpm.schedules import NUM_STAGES, stage_side
 from hpm.seeding import Stream, derive_seed
 from hpm.targets import EmaFeatureTarget, HogTarget, PixelTarget, Target
 from hpm.tokens import KMeansTokenizer, TokenTarget, load_tokenizer
@@ -155,19 +156,43 @@ def _reduction(config: Config) -> int:
     return reduction
 
 
-def build_method(config: Config, student: Student, target: Target | None = None) -> Method:
+class Stage(NamedTuple):
+    """A part of a run, with images of one size."""
+
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    method: Method
+
+
+def build_stages(config: Config, student: Student, target: Target) -> tuple[Stage, ...]:
+    """The stages of a run with progressive resolution, the last at full size; of any other run that one alone.
+
+    Raises:
+        InputError: As :func:`build_method`.
+    """
+    full, unit = grid_size(student.encoder), student.reduction
+    start = config.method.progressive_start
+    sides = [stage_side(number, start=start) for number in range(NUM_STAGES)] if start < 1 else [1.0]
+    grids = [tuple(max(1, round(side * length / unit)) * unit for length in full) for side in sides]
+    return tuple(Stage((r, c), build_method(config, student, target, grid=(r, c))) for r, c in grids)
+
+
+def build_method(
+    config: Config, student: Student, target: Target | None = None, *, grid: tuple[int, int] | None = None
+) -> Method:
     """The choices of the run.
 
     Args:
         config: Of the run.
         student: Of the run.
         target: What is reconstructed; None builds it.
+        grid: Rows and columns of patches; None: those of full-sized images.
 
     Raises:
         InputError: The mask ratio leaves nothing hidden or nothing visible on this grid, or the mask asks for
             attention that the encoder cannot tell.
     """
-    rows, columns = grid_size(student.encoder)
+    rows, columns = grid or grid_size(student.encoder)
     num_hidden = num_hidden_patches(rows * columns, config.method.mask_ratio)
     if not 0 < num_hidden < rows * columns:
         raise InputError(

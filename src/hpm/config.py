@@ -123,6 +123,14 @@ class MethodConfig:
     masks_per_image: Positive = 1
     """Masks of every image in a batch: its views. One pass of the teacher, and one decoded file, serve them all;
     batch_size and epochs count views."""
+    steps_per_batch: Positive = 1
+    """Steps for which a batch of images is kept, each with new masks: the teacher looks at it once (published: 1)."""
+    teacher_budget: OpenShare | None = None
+    """Largest share of a step's FLOPs for the teacher's pass: masks_per_image and teacher_reduction are raised until it
+    keeps to that. None: they stay as they are."""
+    progressive_start: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Side of the images in the first quarter of the run, share of image_size; grows to 1 in four equal steps
+    (published: 1)."""
     hard_share_start: Share = 0.0
     """a_0, share of the hidden patches chosen by predicted loss (or attention) at the start; the rest is random."""
     hard_share_end: Share = 0.5
@@ -323,6 +331,18 @@ def _check_together(config: Config) -> None:
         raise InputError("mean, std: give both or neither")
     if model.decoder_width % model.decoder_heads:
         raise InputError(f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}")
+    if method.progressive_start < 1 and (method.target == "timm_features" or method.tokenizer):
+        raise InputError(
+            "progressive_start: must be 1 with target 'timm_features' or a tokenizer, which know one image size only; "
+            f"got {method.progressive_start}"
+        )
+    if config.run.keep_steps and config.run.keep_steps % method.steps_per_batch:
+        raise InputError(
+            f"keep_steps: must be divisible by steps_per_batch ({method.steps_per_batch}), within which no run can go "
+            f"on, got {config.run.keep_steps}"
+        )
+    if method.teacher_budget is not None and _guide(method.mask) is None and method.predictor_view == "masked":
+        raise InputError(f"teacher_budget: no teacher is asked with mask {method.mask!r}, got {method.teacher_budget}")
     if optimisation.batch_size % method.masks_per_image:
         raise InputError(f"masks_per_image: must divide batch_size {optimisation.batch_size}, "
                          f"got {method.masks_per_image}")  # fmt: skip

@@ -39,10 +39,11 @@ from hpm.vit import (
     Decoder,
     encode,
     encode_with_attention,
+    grid_of,
     grid_size,
     initialise,
     per_view,
-    pool_positions,
+    resample_positions,
     sincos_positions,
     take,
 )
@@ -165,6 +166,7 @@ class Student(nn.Module):
         num_hidden: int,
         decoded: Int[Tensor, "v q"] | None = None,
         full_features: Float[Tensor, "b t d"] | None = None,
+        predict: bool = True,
     ) -> StudentOutput:
         """Reconstruct the hidden patches and predict how large the loss on each will be.
 
@@ -174,15 +176,18 @@ class Student(nn.Module):
             num_hidden: M.
             decoded: Indices of the hidden patches to decode, in image order; None: all.
             full_features: The teacher's encoding of the full images, for a predictor that learns on it.
+            predict: Ask the loss predictor, if there is one.
         """
         visible, masked = split_patches(hidden, num_hidden)
         decoded = masked if decoded is None else decoded
-        context, queries = self.decoder_input(encode(self.encoder, images, visible), visible, decoded)
+        predict = predict and self.predictor is not None
+        grid = grid_of(self.encoder, images)
+        context, queries = self.decoder_input(encode(self.encoder, images, visible), visible, decoded, grid)
         scores = full_scores = None
-        if self.predictor is not None and self.predictor_view != "full":
+        if predict and self.predictor_view != "full":
             scores = self._predict(context, queries)
-        if self.predictor is not None and self.predictor_view != "masked" and full_features is not None:
-            full_scores = self.score(full_features, decoded)
+        if predict and self.predictor_view != "masked" and full_features is not None:
+            full_scores = self.score(full_features, grid, decoded)
         return StudentOutput(self.reconstructor(context, queries), scores, full_scores)
 
     def decoder_input(
@@ -190,17 +195,25 @@ class Student(nn.Module):
         features: Float[Tensor, "v t d"],
         visible: Int[Tensor, "v k"],
         decoded: Int[Tensor, "v q"],
+        grid: tuple[int, int],
     ) -> tuple[Float[Tensor, "v t c"], Float[Tensor, "v q c"]]:
         """Context: prefix tokens, then visible patches + position. Queries: mask tokens + position.
 
         Attention does not care about the order of its tokens, so they need not be put back in image order.
         """
+        positions = self.positions_on(grid)
         prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
-        context = torch.cat([prefix, patches + take(self.positions.expand(len(visible), -1, -1), visible)], dim=1)
-        queries = self.mask_token + take(self.positions.expand(len(decoded), -1, -1), decoded)
+        context = torch.cat([prefix, patches + take(positions.expand(len(visible), -1, -1), visible)], dim=1)
+        queries = self.mask_token + take(positions.expand(len(decoded), -1, -1), decoded)
         return context, queries.to(context.dtype)
 
-    def score(self, features: Float[Tensor, "b t d"], at: Int[Tensor, "v q"] | None = None) -> Float[Tensor, "v q"]:
+    def positions_on(self, grid: tuple[int, int]) -> Float[Tensor, "1 n c"]:
+        """The decoders' position table for a grid of patches."""
+        return resample_positions(self.positions, grid_size(self.encoder), grid)
+
+    def score(
+        self, features: Float[Tensor, "b t d"], grid: tuple[int, int], at: Int[Tensor, "v q"] | None = None
+    ) -> Float[Tensor, "v q"]:
         """Predicted loss from :meth:`encode_full`'s tokens; the reconstructor stays idle.
 
         A predictor of self-attention is asked at the patches themselves, as published; one of cross-attention at mask
@@ -208,20 +221,21 @@ class Student(nn.Module):
 
         Args:
             features: Tokens of the full images.
+            grid: Rows and columns of the patches whose loss is predicted.
             at: Indices of the patches, for one or more views of every image; None: all patches of every image.
         """
-        rows, columns = grid_size(self.encoder)
         r = self.reduction
+        coarse = grid[0] // r, grid[1] // r
         prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
-        patches = patches + pool_positions(self.positions, (rows, columns), r)
+        patches = patches + self.positions_on(coarse)
         if isinstance(self.predictor, CrossDecoder):
-            places = self.positions.expand(len(features), -1, -1)
+            places = self.positions_on(grid).expand(len(features), -1, -1)
             if at is not None:  # the views of an image ask together: queries do not see each other
                 places = take(places, at.reshape(len(features), -1))
             scores = self._predict(torch.cat([prefix, patches], dim=1), self.mask_token + places)
             return scores if at is None else scores.reshape(at.shape)
         scores = self._predict(prefix, patches)
-        scores = scores.reshape(-1, rows // r, 1, columns // r, 1).expand(-1, -1, r, -1, r).flatten(1)
+        scores = scores.reshape(-1, coarse[0], 1, coarse[1], 1).expand(-1, -1, r, -1, r).flatten(1)
         return scores if at is None else per_view(scores, len(at)).gather(1, at)
 
     def _predict(self, context: Float[Tensor, "v s c"], queries: Float[Tensor, "v q c"]) -> Float[Tensor, "v q"]:
@@ -235,11 +249,11 @@ class Student(nn.Module):
 
     def encode_full(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
         """Tokens of the full image, at the size at which losses are predicted."""
-        return encode(self.encoder, images, reduction=self.reduction)
+        return encode(self.encoder, images if self.reduction == 1 else F.avg_pool2d(images, self.reduction))
 
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """Predicted loss of every patch of the full image, higher = harder."""
-        return self.score(self.encode_full(images))
+        return self.score(self.encode_full(images), grid_of(self.encoder, images))
 
 
 class Teacher(nn.Module):
@@ -259,13 +273,13 @@ class Teacher(nn.Module):
         return self.model.encode_full(images)
 
     @torch.no_grad()
-    def score(self, features: Float[Tensor, "b t d"]) -> Float[Tensor, "b n"]:
-        """Predicted loss of every patch from :meth:`encode`'s tokens, higher = harder."""
-        return self.model.score(features)
+    def score(self, features: Float[Tensor, "b t d"], grid: tuple[int, int]) -> Float[Tensor, "b n"]:
+        """Predicted loss of every patch of a grid from :meth:`encode`'s tokens, higher = harder."""
+        return self.model.score(features, grid)
 
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """Predicted loss of every patch of the full image, higher = harder, without gradient."""
-        return self.score(self.encode(images))
+        return self.score(self.encode(images), grid_of(self.model.encoder, images))
 
     @torch.no_grad()
     def encode_with_attention(
@@ -362,7 +376,7 @@ class Method:
         else:
             features = teacher.encode(images)
         if self.predicted_loss is not None:
-            scores = teacher.score(features)
+            scores = teacher.score(features, grid_of(teacher.model.encoder, images))
         guide = {"predicted_loss": scores, "attention": attention, None: None}[self.guide]
         return Answers(features, scores, guide)
 
@@ -374,6 +388,7 @@ class Method:
         noise: Float[Tensor, "v n"],
         *,
         num_hard: int | Int[Tensor, ""],
+        answers: Answers | None = None,
     ) -> Losses:
         """One forward pass in the paper's order; the caller differentiates, optimises and updates the teacher.
 
@@ -384,14 +399,24 @@ class Method:
             noise: Uniform in [0, 1), the randomness of the masks: a row per view. With more rows than images every
                 image gets several masks (data2vec 2.0), and the teacher's one pass serves them all.
             num_hard: ``int(M * a_t)`` patches are hidden by predicted loss.
+            answers: What the teacher said of these images at an earlier step, if it is not to be asked again.
         """
         # Step 1. The teacher sets the exercise.
-        features, scores, guide = (None, None, None) if teacher is None else self.ask(teacher, images)
+        if answers is None and teacher is not None:
+            answers = self.ask(teacher, images)
+        features, scores, guide = (None, None, None) if answers is None else answers
         guide = None if guide is None else per_view(guide, len(noise))
         hidden = self.mask_policy(guide, noise, num_hidden=self.num_hidden, num_hard=num_hard)
         decoded = self.choose_decoded(hidden, noise)
         # Step 2. The student solves it.
-        output = student(images, hidden, num_hidden=self.num_hidden, decoded=decoded, full_features=features)
+        output = student(
+            images,
+            hidden,
+            num_hidden=self.num_hidden,
+            decoded=decoded,
+            full_features=features,
+            predict=self.predicted_loss is not None,
+        )
         return self.losses(output, images, decoded, scores, features)
 
     def choose_decoded(self, hidden: Bool[Tensor, "v n"], noise: Float[Tensor, "v n"]) -> Int[Tensor, "v q"]:

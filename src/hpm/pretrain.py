@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm import distributed
+from hpm.budget import keep_to_budget
 from hpm.build import (
-    build_method,
+    Stage,
     build_normalise,
     build_optimizer,
+    build_stages,
     build_student,
     build_target,
     choose_attention,
@@ -46,9 +49,10 @@ from hpm.data.loading import (
 )
 from hpm.data.sources import Source, fingerprint, open_source
 from hpm.errors import InputError, Interrupted
+from hpm.feeding import Feed, Meal
 from hpm.log import read_metrics, say, warn
 from hpm.meter import Meter
-from hpm.method import Losses, Student, StudentOutput, Teacher
+from hpm.method import Answers, Losses, Student, StudentOutput, Teacher
 from hpm.mining import MiningGate, mining_threshold
 from hpm.recipes import recipe as named_recipe
 from hpm.reporter import reporting
@@ -58,6 +62,7 @@ from hpm.schedules import ema_decay, untouched_share
 from hpm.seeding import Stream, derive_seed, mask_noise
 from hpm.stopping import StopSignal
 from hpm.tokens import KMeansTokenizer, fit_codebook
+from hpm.vit import patch_size
 from hpm.watching import labelled_validation
 from hpm.weights.adapt import start_from
 
@@ -136,6 +141,7 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     Raises:
         InputError: Names the field, the rule and the value.
     """
+    config = keep_to_budget(config)
     source = open_source(config.data.data, channels=config.data.channels, image_size=config.data.size, field="data")
     schedule = resolve_schedule(config.optimisation, len(source))
     position = _position(config)
@@ -145,7 +151,7 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     read_or_next(source, 0)  # a source of which nothing can be read is refused before anything is made
     target = build_target(config)
     student = build_student(config, target_dim=target.dim)
-    method = build_method(config, student, target)
+    stages = build_stages(config, student, target)
     folder.check_usable(config, resume)
     distributed.barrier()  # before any process makes anything there
     labelled_validation(config)
@@ -182,7 +188,7 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     elif distributed.is_main():
         folder.write_config(config, device)
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))
-    return Run(config, folder, device, bf16, source, schedule, position, method, state, checkpoints, images)
+    return Run(config, folder, device, bf16, source, schedule, position, stages, state, checkpoints, images)
 
 
 def _begin(config: Config, source: Source, state: State) -> None:
@@ -257,29 +263,39 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     config, state, schedule, device = run.config, run.state, run.schedule, run.device
     _announce(run)
     model = _parallel(state.student, device)
-    normalise = build_normalise(config).to(device)
     parameters = [p for p in state.student.parameters() if p.requires_grad]
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)
-    num_patches = state.student.positions.shape[1]
+    patch = patch_size(state.student.encoder)
     with reporting(run) as report, closing(_batches(run)) as batches:  # closing: workers leave before the process does
+
+        def fetch() -> torch.Tensor:
+            batch, damaged = meter.next_batch(batches)
+            report.damaged(damaged)
+            return batch.images.to(device, non_blocking=True)
+
+        feed = Feed(
+            fetch,
+            partial(_ask, run) if run.method.needs_teacher else None,
+            build_normalise(config).to(device),
+            steps_per_batch=config.method.steps_per_batch,
+            num_micro_batches=len(slices),
+        )
         report.start()
         meter.restart()
         for step in range(state.step, schedule.total_steps):
             for group in state.optimizer.param_groups:
                 group["lr"] = run.learning_rate(step)
             torch.manual_seed(derive_seed(config.optimisation.seed, Stream.STEP, step, run.position.rank))
+            stage = run.stage(step)
             noise = mask_noise(
                 config.optimisation.seed, step,
-                batch_size=config.optimisation.batch_size, num_patches=num_patches, device=device,
+                batch_size=config.optimisation.batch_size, num_patches=math.prod(stage.grid), device=device,
             )  # fmt: skip
             step_loss, correlation = torch.zeros(2, device=device)
-            for number, part in enumerate(slices):
-                batch, damaged = meter.next_batch(batches)
-                report.damaged(damaged)
-                images = normalise(batch.images.to(device, non_blocking=True))
+            for number, meal in enumerate(feed.meals(step, stage, patch)):
                 with _sync(model, last=number == len(slices) - 1):
-                    losses = _forward(run, model, images, noise[part], step)
+                    losses = _forward(run, model, meal, noise[slices[number]], step)
                     (losses.total / len(slices)).backward()
                 meter.add(losses)
                 step_loss += losses.total.detach()
@@ -293,7 +309,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             meter.end_step(step, step_loss, norm)
             state.step = step + 1
             report.after_step(meter)
-            if distributed.any_process(stop.name is not None):
+            if distributed.any_process(stop.name is not None) and run.may_stop:
                 report.before_stop(meter)
                 run.save()
                 distributed.barrier()  # torchrun ends all processes with the first: not before the save is done
@@ -303,14 +319,19 @@ def train_steps(run: Run, stop: StopSignal) -> None:
                 )
 
 
-def _forward(
-    run: Run, model: Callable[..., StudentOutput], images: torch.Tensor, noise: torch.Tensor, step: int
-) -> Losses:
+def _ask(run: Run, stage: Stage, images: torch.Tensor) -> Answers:
+    """What the teacher says, under the run's precision."""
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+        return stage.method.ask(run.state.teacher, images)
+
+
+def _forward(run: Run, model: Callable[..., StudentOutput], meal: Meal, noise: torch.Tensor, step: int) -> Losses:
     """The method's step under the run's precision."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
         teacher = run.state.teacher if run.method.needs_teacher else None
         num_hard = run.state.gate.admit(run.num_hard(step))
-        return run.method.step(model, teacher, images, noise, num_hard=num_hard)
+        method = run.stage(step).method
+        return method.step(model, teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers)
 
 
 def _announce(run: Run) -> None:
@@ -352,9 +373,10 @@ def _training_images(config: Config, source: Source) -> TrainingImages:
 def _batches(run: Run) -> Generator[Batch, None, None]:
     """Training batches from the run's step on."""
     config = run.config
+    kept = config.method.steps_per_batch
     order = TrainingOrder(
-        len(run.source), batch_size=run.images_per_step, first_step=run.state.step,
-        total_steps=run.schedule.total_steps, seed=config.optimisation.seed, position=run.position,
+        len(run.source), batch_size=run.images_per_step, first_step=run.state.step // kept,
+        total_steps=math.ceil(run.schedule.total_steps / kept), seed=config.optimisation.seed, position=run.position,
     )  # fmt: skip
     workers = default_workers() if config.run.workers is None else config.run.workers
     return training_batches(

@@ -67,7 +67,7 @@ class Reporter:
         if due:
             run.save()
             self._record(self.watcher.watch(step))
-        elif distributed.is_main() and time.monotonic() - self._last_save > 60 * run.config.run.checkpoint_minutes:
+        elif distributed.is_main() and run.may_stop and self._minutes() > run.config.run.checkpoint_minutes:
             if (bad := meter.first_bad_step_here()) is not None:
                 if distributed.world_size() > 1:  # all processes stop together, at the next record
                     return
@@ -86,6 +86,10 @@ class Reporter:
             self._mining = not self._mining
             what = "begins" if self._mining else "pauses"
             say(f"step {self.run.state.step}: mining {what}, running rank correlation {float(gate.correlation):+.2f}")
+
+    def _minutes(self) -> float:
+        """Since the last checkpoint."""
+        return (time.monotonic() - self._last_save) / 60
 
     def _is_due(self, step: int) -> bool:
         """Is a checkpoint with figures due after this step?"""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hpm import distributed
-from hpm.build import input_config, timm_arguments
+from hpm.build import Stage, input_config, timm_arguments
 from hpm.checkpoint import CheckpointFolder, save_weights
 from hpm.config import Config, Schedule
 from hpm.data.loading import Position
@@ -17,7 +17,7 @@ from hpm.data.sources import Source
 from hpm.method import Method, Student, Teacher
 from hpm.mining import MiningGate
 from hpm.run_folder import RunFolder
-from hpm.schedules import hard_share, hard_share_by_epoch, learning_rate
+from hpm.schedules import hard_share, hard_share_by_epoch, learning_rate, stage
 from hpm.tokens import KMeansTokenizer
 
 
@@ -69,7 +69,7 @@ class Run:
     source: Source
     schedule: Schedule
     position: Position
-    method: Method
+    stages: tuple[Stage, ...]
     state: State
     checkpoints: CheckpointFolder
     images: str
@@ -80,10 +80,20 @@ class Run:
         """Different images in a step; each has ``masks_per_image`` views."""
         return self.config.optimisation.batch_size // self.config.method.masks_per_image
 
+    @property
+    def method(self) -> Method:
+        """The choices of the run, for images of full size."""
+        return self.stages[-1].method
+
+    def stage(self, step: int) -> Stage:
+        """The stage of a step; a batch that is kept for several steps stays in that of its first."""
+        first = step - step % self.config.method.steps_per_batch
+        return self.stages[-1] if len(self.stages) == 1 else self.stages[stage(first, self.schedule.total_steps)]
+
     def num_hard(self, step: int) -> int:
         """``int(M * a_t)``."""
         share = self.hard_share(step)
-        return int(self.method.num_hidden * share)
+        return int(self.stage(step).method.num_hidden * share)
 
     def hard_share(self, step: int) -> float:
         """a_t."""
@@ -112,7 +122,14 @@ class Run:
     @property
     def checkpoint_steps(self) -> int:
         """Steps between two scheduled checkpoints."""
-        return self.config.run.checkpoint_steps or max(1, math.ceil(self.schedule.total_steps / 10))
+        unit = self.config.method.steps_per_batch
+        wanted = self.config.run.checkpoint_steps or max(1, math.ceil(self.schedule.total_steps / 10))
+        return math.ceil(wanted / unit) * unit
+
+    @property
+    def may_stop(self) -> bool:
+        """Can a run go on from here exactly? Not in the middle of a batch that is kept for several steps."""
+        return self.state.step % self.config.method.steps_per_batch == 0
 
     def save(self) -> None:
         """Save the state and the encoder; the main process alone does."""

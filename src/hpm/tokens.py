@@ -9,6 +9,7 @@ Source: Bao et al., "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022, 
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -101,7 +102,8 @@ class KMeansTokenizer(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
         """The nearest centroid of every patch."""
         assert self._is_fitted, "a codebook must be fitted or loaded before it is used"
-        with torch.autocast(images.device.type, enabled=False):
+        # Tensors without content, on which hpm.flops counts, know no autocast.
+        with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
             return nearest(self.pixels(images), self.codebook)
 
 

@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
-from timm.layers import Attention, Mlp, PatchEmbed, build_sincos2d_pos_embed
+from timm.layers import Attention, Mlp, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -153,25 +153,20 @@ def per_view(values: Num[Tensor, "b ..."], num_views: int) -> Num[Tensor, "v ...
 
 
 def encode(
-    vit: VisionTransformer,
-    images: Float[Tensor, "b c h w"],
-    visible: Int[Tensor, "v k"] | None = None,
-    *,
-    reduction: int = 1,
+    vit: VisionTransformer, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "v k"] | None = None
 ) -> Float[Tensor, "v t d"]:
     """Run a stock timm ViT on the visible patches only (``forward_features`` with a choice of patches).
 
     Args:
         vit: The encoder.
-        images: Normalised images.
+        images: Normalised images, of the encoder's size or any other that the patch size divides.
         visible: Indices of the visible patches in image order, for one or more views of every image; ``None`` means
             one view of all.
-        reduction: Look at the image this many times smaller per side, with N / reduction^2 patches.
 
     Returns:
         Normalised tokens: the prefix tokens (class, registers), then the visible patches.
     """
-    tokens = vit._pos_embed(vit.patch_embed(images)) if reduction == 1 else _embed_smaller(vit, images, reduction)
+    tokens = embed(vit, images)
     if visible is not None:
         prefix, patches = tokens.tensor_split([vit.num_prefix_tokens], dim=1)
         tokens = torch.cat([per_view(prefix, len(visible)), take(patches, visible)], dim=1)
@@ -179,25 +174,42 @@ def encode(
     return encoded
 
 
-def _embed_smaller(vit: VisionTransformer, images: Float[Tensor, "b c h w"], reduction: int) -> Float[Tensor, "b t d"]:
-    """Patch and prefix tokens with positions, of images made smaller by averaging pixels."""
-    patches = vit.patch_embed.proj(F.avg_pool2d(images, reduction)).flatten(2).transpose(1, 2)
-    patches = vit.patch_embed.norm(patches)
-    tokens = [token.expand(len(images), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+def embed(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
+    """Prefix and patch tokens with positions; for images of another size the encoder's table is resampled."""
+    grid = grid_of(vit, images)
+    if grid == grid_size(vit):
+        embedded: Tensor = vit._pos_embed(vit.patch_embed(images))
+        return embedded
+    patches = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+    prefix = [token.expand(len(images), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
     prefix_positions, positions = vit.pos_embed.tensor_split([vit.pos_embed.shape[1] - vit.patch_embed.num_patches], 1)
-    patches = patches + pool_positions(positions, grid_size(vit), reduction)
-    prefix = torch.cat([*tokens, patches[:, :0]], dim=1)
-    prefix = prefix if vit.no_embed_class else prefix + prefix_positions
-    dropped: Tensor = vit.pos_drop(torch.cat([prefix, patches], dim=1))
+    patches = patches + resample_positions(positions, grid_size(vit), grid)
+    first = torch.cat([*prefix, patches[:, :0]], dim=1)
+    first = first if vit.no_embed_class else first + prefix_positions
+    dropped: Tensor = vit.pos_drop(torch.cat([first, patches], dim=1))
     return dropped
 
 
-def pool_positions(table: Float[Tensor, "1 n d"], grid: tuple[int, int], reduction: int) -> Float[Tensor, "1 k d"]:
-    """Positions of patches that are ``reduction`` times larger per side: the mean of those they cover."""
-    if reduction == 1:
+def grid_of(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+    """Rows and columns of the patches of these images."""
+    height, width = patch_size(vit)
+    return images.shape[-2] // height, images.shape[-1] // width
+
+
+def resample_positions(
+    table: Float[Tensor, "1 n d"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "1 k d"]:
+    """Positions of a grid of ``new`` patches that covers the same image as one of ``old``.
+
+    Where one patch covers several whole ones it gets the mean of theirs; else bicubic and antialiased, as in timm.
+    """
+    if old == new:
         return table
-    pooled = F.avg_pool2d(table.transpose(1, 2).unflatten(2, grid), reduction)
-    return pooled.flatten(2).transpose(1, 2)
+    if old[0] % new[0] == 0 and old[1] % new[1] == 0:
+        kernel = (old[0] // new[0], old[1] // new[1])
+        return F.avg_pool2d(table.transpose(1, 2).unflatten(2, old), kernel).flatten(2).transpose(1, 2)
+    resampled: Tensor = resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=0)
+    return resampled
 
 
 def has_class_attention(vit: VisionTransformer) -> bool:
@@ -226,7 +238,7 @@ def encode_with_attention(
     if not has_class_attention(vit):
         raise ValueError(f"no class attention in this encoder: it needs a class token and a plain last block, "
                          f"got a {type(vit.blocks[-1]).__name__}")  # fmt: skip
-    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    tokens = vit.norm_pre(embed(vit, images))
     *blocks, last = vit.blocks
     for block in blocks:
         tokens = block(tokens)

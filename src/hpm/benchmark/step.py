@@ -29,7 +29,7 @@ from hpm.config import Config, with_fields
 from hpm.data.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
 from hpm.data.sources import Source, open_source
 from hpm.errors import InputError
-from hpm.flops import step_flops
+from hpm.flops import training_flops
 from hpm.method import Teacher
 from hpm.recipes import recipe
 from hpm.run_folder import versions
@@ -80,6 +80,7 @@ class OurStep:
     """
 
     def __init__(self, config: Config, *, device: torch.device, bf16: bool, compiled: bool) -> None:
+        self.config = config
         self.batch_size, self.device, self.bf16 = config.optimisation.batch_size, device, bf16
         self.masks_per_image = config.method.masks_per_image
         self.images_per_step = self.batch_size // self.masks_per_image
@@ -114,7 +115,7 @@ class OurStep:
 
     def flops_per_view(self, images: torch.Tensor) -> float:
         """As :func:`hpm.flops.training_flops`."""
-        return step_flops(self.student, self.method, masks_per_image=self.masks_per_image)
+        return training_flops(self.config)
 
 
 class ReferenceStep:

@@ -1,0 +1,72 @@
+"""What a step is fed: images on the device, and what the teacher said of them where that is kept for several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hpm.build import Stage
+from hpm.data.loading import Normalise
+from hpm.method import Answers
+
+
+class Meal(NamedTuple):
+    """One micro-batch."""
+
+    images: Float[Tensor, "b c h w"]
+    """Normalised, of the stage's size."""
+    answers: Answers | None
+    """What the teacher said of them; None: it is asked anew in every step."""
+
+
+class Feed:
+    """Fetches the micro-batches of every ``steps_per_batch``-th step, and gives them again to the steps between.
+
+    Args:
+        fetch: The next micro-batch of uint8 images.
+        ask: What the teacher says of normalised images in a stage; None: it is asked in every step.
+        normalise: On the device.
+        steps_per_batch: Steps for which a batch is kept.
+        num_micro_batches: Micro-batches of a step.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[], Tensor],
+        ask: Callable[[Stage, Tensor], Answers] | None,
+        normalise: Normalise,
+        *,
+        steps_per_batch: int,
+        num_micro_batches: int,
+    ) -> None:
+        self.fetch = fetch
+        self.ask = ask
+        self.normalise = normalise
+        self.steps_per_batch = steps_per_batch
+        self.num_micro_batches = num_micro_batches
+        self._kept: list[Meal] = []
+
+    def meals(self, step: int, stage: Stage, patch: tuple[int, int]) -> Iterator[Meal]:
+        """The micro-batches of a step, in order."""
+        if step % self.steps_per_batch:
+            yield from self._kept
+            return
+        self._kept = []
+        for _ in range(self.num_micro_batches):
+            images = resize(self.normalise(self.fetch()), (stage.grid[0] * patch[0], stage.grid[1] * patch[1]))
+            if self.steps_per_batch == 1:
+                yield Meal(images, None)
+            else:
+                self._kept.append(Meal(images, None if self.ask is None else self.ask(stage, images)))
+                yield self._kept[-1]
+
+
+def resize(images: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c y x"]:
+    """Bilinear and antialiased, on the device; images of that size as they are."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)

@@ -1,0 +1,277 @@
+"""Mining at the price of MAE: every means by itself, the budget that chooses, and what it costs."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hpm.budget import CHOICES, keep_to_budget, teacher_share
+from hpm.build import build_method, build_stages, build_student, build_target
+from hpm.config import Config, with_fields
+from hpm.data.loading import Normalise
+from hpm.errors import InputError
+from hpm.feeding import Feed, resize
+from hpm.flops import step_cost
+from hpm.method import Answers, Teacher
+from hpm.pretrain import pretrain
+from hpm.recipes import recipe
+from hpm.schedules import NUM_STAGES, stage, stage_side
+from hpm.vit import embed, encode, grid_size, resample_positions
+from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
+
+torch.set_num_threads(1)
+AS_THEY_ARE = Normalise((0.0,) * 3, (1 / 255,) * 3)
+
+
+# Images of other sizes
+
+
+def test_positions_of_larger_patches_are_the_means_of_those_they_cover():
+    table = torch.randn(1, 4 * 6, 5)
+    pooled = resample_positions(table, (4, 6), (2, 3))
+    maps = table.reshape(4, 6, 5)
+    expected = torch.stack(
+        [maps[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((0, 1)) for i in range(2) for j in range(3)]
+    )
+    torch.testing.assert_close(pooled[0], expected)
+    assert resample_positions(table, (4, 6), (4, 6)) is table
+    assert resample_positions(table, (4, 6), (3, 5)).shape == (1, 15, 5)
+
+
+def test_resampled_positions_keep_the_order_of_places():
+    """A table that is a ramp along the rows stays one, also where the grids do not divide."""
+    ramp = torch.arange(7.0).repeat_interleave(7).reshape(1, 49, 1)
+    rows = resample_positions(ramp, (7, 7), (5, 5)).reshape(5, 5)
+    assert (rows.diff(dim=0) > 1.0).all()
+    torch.testing.assert_close(rows, rows[:, :1].expand(5, 5), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_medium_patch16_gap_256"]
+)
+def test_images_of_another_size_are_embedded_as_a_model_of_that_size_would(name):
+    from hpm.vit import create_encoder
+
+    sizes = {"patch_size": 8, "width": 32, "depth": 1, "heads": 2}
+    large = create_encoder(name, image_size=(48, 32), **sizes)
+    small = create_encoder(name, image_size=(24, 16), **sizes)
+    state = large.state_dict()
+    prefix = large.pos_embed.shape[1] - 24
+    state["pos_embed"] = torch.cat(
+        [large.pos_embed[:, :prefix], resample_positions(large.pos_embed[:, prefix:], (6, 4), (3, 2))], dim=1
+    )
+    small.load_state_dict(state)
+    images = torch.randn(2, 3, 24, 16)
+    torch.testing.assert_close(embed(large, images), embed(small, images))
+    torch.testing.assert_close(encode(large.eval(), images), small.eval().forward_features(images))
+
+
+def test_a_teacher_on_smaller_images_sees_their_average_and_speaks_of_every_patch():
+    student = tiny_student(decoder="cross", predictor_view="both", teacher_reduction=2)
+    teacher = Teacher(student)
+    images = torch.randn(2, 3, 32, 32)
+    assert teacher.predict_loss(images).shape == (2, 16)
+    torch.testing.assert_close(
+        teacher.encode(images), encode(student.encoder, torch.nn.functional.avg_pool2d(images, 2)), atol=1e-6, rtol=1e-5
+    )
+    coarse = tiny_student(predictor_view="full", teacher_reduction=2)
+    scores = Teacher(coarse).predict_loss(images).reshape(2, 4, 4)
+    assert torch.equal(scores[:, ::2, ::2], scores[:, 1::2, 1::2]), "one score for the four patches under one token"
+
+
+# Progressive resolution
+
+
+def test_stages_are_equally_long_and_end_at_full_size():
+    stages = [stage(step, 100) for step in range(100)]
+    assert [stages.count(number) for number in range(NUM_STAGES)] == [25] * 4
+    assert stages == sorted(stages)
+    assert [stage_side(number, start=0.5) for number in range(4)] == pytest.approx([0.5, 2 / 3, 5 / 6, 1])
+
+
+@pytest.mark.parametrize(("fields", "grids"), [
+    ({}, [(4, 4)]),
+    ({"progressive_start": 0.5}, [(2, 2), (3, 3), (3, 3), (4, 4)]),
+    ({"progressive_start": 0.5, "image_size": (64, 32)}, [(4, 2), (5, 3), (7, 3), (8, 4)]),
+    ({"progressive_start": 0.5, "image_size": 64, "teacher_reduction": 2, "predictor_view": "full"},
+     [(4, 4), (6, 6), (6, 6), (8, 8)]),
+])  # fmt: skip
+def test_stages_of_a_run(fields, grids):
+    config = tiny_config(**fields)
+    target = build_target(config)
+    stages = build_stages(config, build_student(config), target)
+    assert [stage.grid for stage in stages] == grids
+    for grid, method in stages:
+        assert method.num_hidden == grid[0] * grid[1] - int(grid[0] * grid[1] * 0.25)
+
+
+def test_resize_is_antialiased_and_leaves_full_images_alone():
+    images = torch.randn(1, 3, 32, 32)
+    assert resize(images, (32, 32)) is images
+    stripes = torch.zeros(1, 1, 32, 32)
+    stripes[..., ::2] = 1.0
+    torch.testing.assert_close(resize(stripes, (16, 16))[..., 2:-2], torch.full((1, 1, 16, 12), 0.5))
+
+
+# Batches that are kept
+
+
+def test_a_kept_batch_is_fetched_and_judged_once():
+    fetched, asked = [], []
+
+    def fetch():
+        fetched.append(torch.full((2, 3, 32, 32), len(fetched), dtype=torch.uint8))
+        return fetched[-1]
+
+    def ask(stage, images):
+        asked.append(images)
+        return Answers(images, None, None)
+
+    (only,) = build_stages(tiny_config(), build_student(tiny_config()), build_target(tiny_config()))
+    feed = Feed(fetch, ask, AS_THEY_ARE, steps_per_batch=3, num_micro_batches=2)
+    seen = [[int(meal.images[0, 0, 0, 0]) for meal in feed.meals(step, only, (8, 8))] for step in range(7)]
+    assert seen == [[0, 1]] * 3 + [[2, 3]] * 3 + [[4, 5]]
+    assert len(asked) == 6
+    plain = Feed(fetch, ask, AS_THEY_ARE, steps_per_batch=1, num_micro_batches=1)
+    assert next(plain.meals(5, only, (8, 8))).answers is None, "asked within the step"
+    assert len(asked) == 6
+
+
+def test_answers_from_before_are_not_asked_again():
+    config = tiny_config()
+    student = tiny_student()
+    method, teacher = build_method(config, student), Teacher(student)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    answers = method.ask(teacher, images)
+    expected = method.step(student, teacher, images, noise, num_hard=5)
+    given = method.step(student, None, images, noise, num_hard=5, answers=answers)
+    assert torch.equal(given.total, expected.total)
+
+
+KINDS = {
+    "progressive": {"progressive_start": 0.5},
+    "kept": {"steps_per_batch": 3},
+    "all": {
+        "progressive_start": 0.5,
+        "steps_per_batch": 2,
+        "masks_per_image": 2,
+        "decoder": "cross",
+        "decoded_share": 0.5,
+        "predictor_view": "both",
+        "teacher_reduction": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_goes_on_exactly(tmp_path, kind, monkeypatch):
+    """Stopped by a signal at step 5 and three steps later, or as soon as it may: not within a batch that is kept."""
+    from hpm.errors import Interrupted
+    from hpm.stopping import StopSignal
+
+    fields = {name: value for name, value in TINY.items() if name != "data"} | KINDS[kind]
+    pretrain("shapes:48", tmp_path / "whole", **fields)
+    asked_to_stop = iter([5, 3])
+
+    class AtStep(StopSignal):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.stop_at = 0, next(asked_to_stop, None)
+
+        @property
+        def name(self):
+            self.calls += 1
+            return "SIGTERM" if self.stop_at and self.calls >= self.stop_at else None
+
+        @name.setter
+        def name(self, value):
+            pass
+
+    monkeypatch.setattr(importlib.import_module("hpm.pretrain"), "StopSignal", AtStep)
+    stops = []
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            pretrain("shapes:48", tmp_path / "parts", **fields)
+        stops.append(final_state(tmp_path / "parts")["step"])
+    pretrain("shapes:48", tmp_path / "parts", **fields)
+    assert all(step % fields.get("steps_per_batch", 1) == 0 for step in stops), stops
+    assert len(set(stops)) == 2
+    assert 0 < stops[0] < 12
+    assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+
+
+# Counted cost, and the budget
+
+
+def test_cost_follows_the_table_of_the_method():
+    """Forward multiply-adds of ViT-B/16 at 224 px against MAE's 29.3 G (student three times, teacher once)."""
+    mae = step_cost(recipe("mae")).total
+    assert mae / 2e9 == pytest.approx(29.3, rel=0.01)
+    exact = step_cost(recipe("hpm"))
+    assert exact.total / mae == pytest.approx(2.33, abs=0.02)
+    shallow = step_cost(recipe("hpm-shallow"))
+    assert exact.teacher > shallow.teacher
+
+
+def test_what_serves_several_views_is_shared_among_them():
+    one = step_cost(tiny_config())
+    kept = step_cost(tiny_config(steps_per_batch=4))
+    assert kept.teacher == pytest.approx(one.teacher / 4)
+    assert kept.student == one.student
+    shared = step_cost(tiny_config(masks_per_image=4))
+    assert shared.teacher == pytest.approx(one.teacher / 4)
+    smaller = step_cost(tiny_config(image_size=64, predictor_view="full", teacher_reduction=2))
+    assert smaller.teacher < 0.3 * step_cost(tiny_config(image_size=64, predictor_view="full")).teacher
+    progressive = step_cost(tiny_config(image_size=64, progressive_start=0.5))
+    assert progressive.total < 0.7 * step_cost(tiny_config(image_size=64)).total
+
+
+def test_budget_takes_the_first_choice_that_keeps_to_it():
+    base = tiny_config(image_size=64, batch_size=8, predictor_view="both")
+    assert keep_to_budget(base) is base
+    shares = []
+    for masks, reduction in CHOICES:
+        method, model = replace(base.method, masks_per_image=masks), replace(base.model, teacher_reduction=reduction)
+        shares.append(teacher_share(replace(base, method=method, model=model)))
+    for budget in (0.9, shares[0] - 0.01, shares[1] - 0.01, min(shares) + 1e-6):
+        chosen = keep_to_budget(with_fields(base, {"teacher_budget": budget}))
+        expected = CHOICES[next(i for i, share in enumerate(shares) if share <= budget)]
+        assert (chosen.method.masks_per_image, chosen.model.teacher_reduction) == expected
+        assert teacher_share(chosen) <= budget
+        assert keep_to_budget(chosen) == chosen, "a run that goes on chooses the same"
+
+
+@pytest.mark.parametrize("fields", [
+    {"batch_size": 9},  # no number of masks divides it
+    {"predictor_view": "masked"},  # the published predictor never saw a small image
+])  # fmt: skip
+def test_budget_does_not_take_what_does_not_fit(fields):
+    config = tiny_config(
+        **{"image_size": 64, "batch_size": 8, "predictor_view": "both", "teacher_budget": 0.01} | fields
+    )
+    with pytest.raises(InputError, match="teacher_budget: must be at least 0"):
+        keep_to_budget(config)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"progressive_start": 0.5, "target": "tokens", "tokenizer": "a:b"}, "progressive_start: must be 1 with"),
+    ({"progressive_start": 0.0}, "progressive_start: input should be greater than 0"),
+    ({"teacher_budget": 0.2, "mask": "random"}, "teacher_budget: no teacher is asked with mask 'random'"),
+    ({"masks_per_image": 3}, "masks_per_image: must divide batch_size 256"),
+    ({"steps_per_batch": 3, "keep_steps": 4}, "keep_steps: must be divisible by steps_per_batch"),
+    ({"teacher_reduction": 2, "target": "ema_features"}, "teacher_reduction: must be 1 with target"),
+    ({"decoded_share": 1.5}, "decoded_share: input should be less than or equal to 1"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        with_fields(Config(), fields)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="teacher_reduction: must divide the grid of 4x4"):
+        build_student(tiny_config(teacher_reduction=3, predictor_view="full"))
+    student = build_student(tiny_config())
+    assert grid_size(student.encoder) == (4, 4)
+    with pytest.raises(InputError, match="decoded_share: must leave at least 2"):
+        build_method(tiny_config(decoded_share=0.05), student)
