@@ -82,6 +82,8 @@ class Watcher:
 
     def _watch(self, step: int) -> dict[str, float]:
         run, metrics = self.run, {}
+        if self.split is None and not run.config.run.figures:
+            return metrics
         student, teacher = run.state.whole(run.config)
         if self.split is not None:
             accuracy = knn_accuracy(
