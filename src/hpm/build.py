@@ -262,3 +262,17 @@ def compile_blocks(*models: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, Block | CrossBlock):
                 module.compile(dynamic=False)
+
+
+def blocks(student: Student) -> list[nn.Module]:
+    """All transformer blocks of a student: encoder, reconstructor, loss predictor."""
+    parts = (student.encoder, student.reconstructor, student.predictor)
+    return [block for part in parts if part is not None for block in part.blocks]
+
+
+def recompute_blocks(student: Student) -> None:
+    """Keep only the input of every block for the backward pass, which computes the rest again: memory for time."""
+    student.encoder.set_grad_checkpointing(True)
+    for decoder in (student.reconstructor, student.predictor):
+        if decoder is not None:
+            decoder.grad_checkpointing = True

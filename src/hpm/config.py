@@ -197,6 +197,12 @@ class RunConfig:
     """Autocast precision; auto: bf16 where the hardware has it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer blocks; auto: on CUDA (on a CPU it gains a twentieth and costs a minute)."""
+    sharding: Literal["none", "full"] = "none"
+    """Across processes: none: each holds the whole model (DDP); full: each holds a share of student, teacher, gradients
+    and optimizer (fully_shard), for models that one device cannot hold. Checkpoints are the same."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the transformer blocks for the backward pass and compute the rest again: about a quarter
+    more time for a fraction of the memory."""
     micro_batch_size: Positive | None = None
     """Images per process and forward pass; gradients are accumulated up to batch_size. None: all at once."""
     workers: NotNegative | None = None

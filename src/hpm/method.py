@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hpm.masking import Guide, MaskPolicy, split_patches
@@ -291,8 +292,13 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, student: Student, decay: float) -> None:
         """Move every tensor to ``decay`` * teacher + (1 - ``decay``) * student."""
-        mine, theirs = list(self.model.state_dict().values()), list(student.state_dict().values())
+        mine, theirs = ([_share_here(t) for t in m.state_dict().values()] for m in (self.model, student))
         get_ema_multi_avg_fn(decay)(mine, theirs, None)
+
+
+def _share_here(tensor: Tensor) -> Tensor:
+    """Of a tensor that is sharded over processes, the part that this one holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def relative_loss(scores: Float[Tensor, "b m"], patch_loss: Float[Tensor, "b m"]) -> Float[Tensor, ""]:

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hpm import distributed
 from hpm.budget import keep_to_budget
@@ -34,6 +33,7 @@ from hpm.build import (
     choose_attention,
     compile_blocks,
     embedded_codebook,
+    recompute_blocks,
 )
 from hpm.checkpoint import CheckpointFolder, write_text_atomically
 from hpm.config import Config, load_config, resolve_schedule, with_fields
@@ -54,6 +54,7 @@ from hpm.log import read_metrics, say, warn
 from hpm.meter import Meter
 from hpm.method import Answers, Losses, Student, StudentOutput, Teacher
 from hpm.mining import MiningGate, mining_threshold
+from hpm.parallel import check_sharding, exchanging, gathered, parallel, shard
 from hpm.recipes import recipe as named_recipe
 from hpm.reporter import reporting
 from hpm.run import Run, State
@@ -158,18 +159,25 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     _check_disk(folder.path, student, config.run.keep_last)
 
     checkpoints = CheckpointFolder(folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps)
-    student.to(device)
+    sharded = config.run.sharding == "full"
+    if not sharded:  # or only the shares go there
+        student.to(device)
     if isinstance(target, nn.Module):
         target.to(device)
     choose_attention(student, device)
     teacher = Teacher(student)
+    codebook = embedded_codebook(target)
+    if resume == "restart" or not checkpoints.steps():
+        _begin(config, source, student, teacher, codebook)
+    if config.run.activation_checkpointing:
+        recompute_blocks(student)
     if config.run.compile == "on" or (config.run.compile == "auto" and device.type == "cuda"):
         compile_blocks(student, teacher)
+    if sharded:
+        shard(student, teacher, device)
     gate = MiningGate(mining_threshold(config), device)
     optimizer = build_optimizer(config.optimisation, student)
-    state = State(student, teacher, optimizer, gate, embedded_codebook(target))
-    if resume == "restart" or not checkpoints.steps():
-        _begin(config, source, state)
+    state = State(student, teacher, optimizer, gate, codebook)
     if distributed.is_main():
         folder.claim()
         if resume == "restart":
@@ -191,13 +199,15 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     return Run(config, folder, device, bf16, source, schedule, position, stages, state, checkpoints, images)
 
 
-def _begin(config: Config, source: Source, state: State) -> None:
+def _begin(
+    config: Config, source: Source, student: Student, teacher: Teacher, codebook: KMeansTokenizer | None
+) -> None:
     """What only a run that starts afresh needs: weights to start from, a codebook fitted to the images."""
     if config.model.init_from:
-        say(start_from(config, state.student, state.teacher))
+        say(start_from(config, student, teacher))
         distributed.barrier()  # the weights may be those of the run that restart is about to clear
-    if state.codebook is not None:
-        state.codebook.adopt(_fit_codebook(config, source, state.codebook))
+    if codebook is not None:
+        codebook.adopt(_fit_codebook(config, source, codebook))
 
 
 def _fit_codebook(config: Config, source: Source, codebook: KMeansTokenizer) -> torch.Tensor:
@@ -220,6 +230,8 @@ def _position(config: Config) -> Position:
         InputError: It does not divide, or a micro-batch is larger than the share of a process.
     """
     batch, processes = config.optimisation.batch_size, distributed.world_size()
+    if config.run.sharding == "full":
+        check_sharding(processes=processes)
     if batch % processes:
         raise InputError(f"batch_size: must be divisible by the number of processes ({processes}), got {batch}")
     share = batch // processes
@@ -262,7 +274,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     """
     config, state, schedule, device = run.config, run.state, run.schedule, run.device
     _announce(run)
-    model = _parallel(state.student, device)
+    model = parallel(state.student, device)
     parameters = [p for p in state.student.parameters() if p.requires_grad]
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)
@@ -294,14 +306,14 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             )  # fmt: skip
             step_loss, correlation = torch.zeros(2, device=device)
             for number, meal in enumerate(feed.meals(step, stage, patch)):
-                with _sync(model, last=number == len(slices) - 1):
+                with exchanging(model, last=number == len(slices) - 1):
                     losses = _forward(run, model, meal, noise[slices[number]], step)
                     (losses.total / len(slices)).backward()
                 meter.add(losses)
                 step_loss += losses.total.detach()
                 correlation += losses.rank_correlation / len(slices)
             state.gate.update(correlation)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimisation.gradient_clip or math.inf)
+            norm = gathered(torch.nn.utils.clip_grad_norm_(parameters, config.optimisation.gradient_clip or math.inf))
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             if run.method.needs_teacher or state.student.predictor is not None:
@@ -382,20 +394,6 @@ def _batches(run: Run) -> Generator[Batch, None, None]:
     return training_batches(
         _training_images(config, run.source), order, workers=workers, pin_memory=run.device.type == "cuda"
     )
-
-
-def _parallel(student: Student, device: torch.device) -> Callable[..., StudentOutput]:
-    """The student, wrapped for several processes where there are several."""
-    if distributed.world_size() == 1:
-        return student
-    return DistributedDataParallel(
-        student, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-    )
-
-
-def _sync(model: Callable[..., StudentOutput], *, last: bool) -> Any:
-    """Exchange gradients between processes only with the last micro-batch of a step."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 def finish(run: Run) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def crossmae() -> Fields:
 
 
 def hpm_fast() -> Fields:
-    """HPM for less than MAE's price: a third of the hidden patches decoded, one-block predictor, teacher at half size."""
+    """HPM below the price of MAE: a third of what is hidden is decoded, one-block predictor, teacher at half size."""
     return hpm() | {
         "predictor_view": "both",
         "decoded_share": 1 / 3,

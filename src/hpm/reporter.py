@@ -11,6 +11,7 @@ from hpm import distributed
 from hpm.errors import DivergedError, InputError
 from hpm.log import RunLog, read_metrics, say, warn
 from hpm.meter import Meter
+from hpm.parallel import is_sharded
 from hpm.run import Run
 from hpm.schedules import ema_decay
 from hpm.watching import Watcher, labelled_validation
@@ -67,9 +68,11 @@ class Reporter:
         if due:
             run.save()
             self._record(self.watcher.watch(step))
-        elif distributed.is_main() and run.may_stop and self._minutes() > run.config.run.checkpoint_minutes:
-            if (bad := meter.first_bad_step_here()) is not None:
-                if distributed.world_size() > 1:  # all processes stop together, at the next record
+        elif run.may_stop and self._is_overdue():
+            # Sharded models are saved by all processes together; otherwise the others know nothing of this.
+            together = distributed.world_size() == 1 or is_sharded(run.state.student)
+            if (bad := meter.first_bad_step() if together else meter.first_bad_step_here()) is not None:
+                if not together:  # all processes stop together, at the next record
                     return
                 self._diverged(bad)
             self._clock()
@@ -87,14 +90,16 @@ class Reporter:
             what = "begins" if self._mining else "pauses"
             say(f"step {self.run.state.step}: mining {what}, running rank correlation {float(gate.correlation):+.2f}")
 
-    def _minutes(self) -> float:
-        """Since the last checkpoint."""
-        return (time.monotonic() - self._last_save) / 60
-
     def _is_due(self, step: int) -> bool:
         """Is a checkpoint with figures due after this step?"""
         run, keep = self.run, self.run.config.run.keep_steps
         return step % run.checkpoint_steps == 0 or step == run.schedule.total_steps or bool(keep and step % keep == 0)
+
+    def _is_overdue(self) -> bool:
+        """Has the last checkpoint become too old for this process to go on without another?"""
+        overdue = time.monotonic() - self._last_save > 60 * self.run.config.run.checkpoint_minutes
+        overdue = overdue and distributed.is_main()
+        return distributed.any_process(overdue) if is_sharded(self.run.state.student) else overdue
 
     def _clock(self) -> None:
         """Add the time since the last call to the run's training time."""

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from hpm import distributed
-from hpm.build import Stage, input_config, timm_arguments
+from hpm.build import Stage, build_student, choose_attention, input_config, timm_arguments
 from hpm.checkpoint import CheckpointFolder, save_weights
 from hpm.config import Config, Schedule
 from hpm.data.loading import Position
 from hpm.data.sources import Source
 from hpm.method import Method, Student, Teacher
 from hpm.mining import MiningGate
+from hpm.parallel import gathered, gathered_on_main, is_sharded, shares_of, shares_of_optimizer
 from hpm.run_folder import RunFolder
 from hpm.schedules import hard_share, hard_share_by_epoch, learning_rate, stage
 from hpm.tokens import KMeansTokenizer
@@ -34,14 +35,17 @@ class State:
     seconds: float = 0.0
 
     def to_dict(self, config: Config, images: str) -> dict[str, Any]:
-        """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
+        """Whole tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it.
+
+        Where the models are sharded every process has to ask, and the main process alone gets them.
+        """
         return {
             "images": images,
             "step": self.step,
             "seconds": self.seconds,
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "student": gathered_on_main(self.student.state_dict()),
+            "teacher": gathered_on_main(self.teacher.model.state_dict()),
+            "optimizer": gathered_on_main(self.optimizer.state_dict()),
             "gate": self.gate.correlation,
             "target": self.codebook.state_dict() if self.codebook is not None else {},
             "config": asdict(config),
@@ -50,12 +54,26 @@ class State:
     def load(self, saved: dict[str, Any]) -> None:
         """Take over a saved state."""
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.student.load_state_dict(saved["student"])
-        self.teacher.model.load_state_dict(saved["teacher"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for model, name in ((self.student, "student"), (self.teacher.model, "teacher")):
+            model.load_state_dict(shares_of(saved[name], model.state_dict()))
+        self.optimizer.load_state_dict(shares_of_optimizer(saved["optimizer"], self.optimizer))
         self.gate.correlation.copy_(saved["gate"])
         if self.codebook is not None:
             self.codebook.adopt(**saved["target"])
+
+    def whole(self, config: Config) -> tuple[Student, Teacher]:
+        """Student and teacher to look at: these, or whole copies where they are sharded; every process has to ask."""
+        if not is_sharded(self.student):
+            return self.student, self.teacher
+        tensors, device = gathered(self.student.state_dict()), self.student.positions.device
+        with torch.device("meta"):
+            student = build_student(config, target_dim=len(tensors["reconstructor.head.weight"]))
+            teacher = Teacher(student)
+        student.load_state_dict(tensors, assign=True)
+        teacher.model.load_state_dict(gathered(self.teacher.model.state_dict()), assign=True)
+        for model in (student, teacher):
+            choose_attention(model, device)
+        return student, teacher
 
 
 @dataclass
@@ -132,12 +150,14 @@ class Run:
         return self.state.step % self.config.method.steps_per_batch == 0
 
     def save(self) -> None:
-        """Save the state and the encoder; the main process alone does."""
+        """Save the state and the encoder; every process has to ask, the main process alone writes."""
+        state = self.state.to_dict(self.config, self.images)
         if distributed.is_main():
-            self.checkpoints.save(self.state.to_dict(self.config, self.images))
+            self.checkpoints.save(state)
+            prefix = "encoder."
             save_weights(
                 self.folder.weights_file,
-                self.state.student.encoder.state_dict(),
+                {name[len(prefix) :]: tensor for name, tensor in state["student"].items() if name.startswith(prefix)},
                 timm_arguments(self.config),
                 input_config(self.config),
             )

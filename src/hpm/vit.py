@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from timm.layers import Attention, Mlp, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hpm.config import suggest
 from hpm.errors import InputError
@@ -170,8 +172,18 @@ def encode(
     if visible is not None:
         prefix, patches = tokens.tensor_split([vit.num_prefix_tokens], dim=1)
         tokens = torch.cat([per_view(prefix, len(visible)), take(patches, visible)], dim=1)
-    encoded: Tensor = vit.norm(vit.blocks(vit.norm_pre(tokens)))
+    encoded: Tensor = vit.norm(run_blocks(vit, vit.norm_pre(tokens)))
     return encoded
+
+
+def run_blocks(model: VisionTransformer | Decoder, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    """The model's blocks one after another; where it says ``grad_checkpointing``, for a backward pass that computes
+    them again."""
+    if model.grad_checkpointing and torch.is_grad_enabled():
+        tokens = checkpoint_seq(model.blocks, tokens, use_reentrant=False)
+    else:
+        tokens = model.blocks(tokens)
+    return tokens
 
 
 def embed(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
@@ -278,13 +290,14 @@ class Decoder(nn.Module):
     def __init__(self, dim: int, *, depth: int, heads: int, out_dim: int) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+        self.grad_checkpointing = False
         self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
         self.norm = norm(dim)
         self.head = nn.Linear(dim, out_dim)
 
     def forward(self, context: Float[Tensor, "b s d"], queries: Float[Tensor, "b q d"]) -> Float[Tensor, "b q p"]:
         """Decode context and queries as one sequence; return the head's output for the queries."""
-        tokens = self.blocks(torch.cat([context, queries], dim=1))
+        tokens = run_blocks(self, torch.cat([context, queries], dim=1))
         decoded: Tensor = self.head(self.norm(tokens[:, context.shape[1] :]))
         return decoded
 
@@ -355,6 +368,7 @@ class CrossDecoder(nn.Module):
 
     def __init__(self, dim: int, *, depth: int, heads: int, out_dim: int) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         self.blocks = nn.ModuleList(CrossBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(dim, out_dim)
@@ -362,7 +376,10 @@ class CrossDecoder(nn.Module):
     def forward(self, context: Float[Tensor, "b s d"], queries: Float[Tensor, "b q d"]) -> Float[Tensor, "b q p"]:
         """The head's output for every query."""
         for block in self.blocks:
-            queries = block(queries, context)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                queries = checkpoint(block, queries, context, use_reentrant=False)
+            else:
+                queries = block(queries, context)
         decoded: Tensor = self.head(self.norm(queries))
         return decoded
 

@@ -13,6 +13,7 @@ from hpm.errors import InputError
 from hpm.evaluate.foreground import predicted_loss_auroc
 from hpm.evaluate.knn import LabelledSplit, knn_accuracy
 from hpm.log import warn
+from hpm.method import Student, Teacher
 from hpm.run import Run
 from hpm.seeding import Stream, derive_seed
 from hpm.visualize import draw_hardness, measure_hardness, save_figure, spread_images, told_correlation
@@ -80,39 +81,43 @@ class Watcher:
             return self._watch(step)
 
     def _watch(self, step: int) -> dict[str, float]:
-        run, metrics = self.run, {}
+        run = self.run
+        metrics: dict[str, float] = {}
+        if self.split is None and not run.config.run.figures:
+            return metrics
+        student, teacher = run.state.whole(run.config)
         if self.split is not None:
             accuracy = knn_accuracy(
-                run.state.student.encoder, self.split, self.normalise, size=run.config.data.size,
+                student.encoder, self.split, self.normalise, size=run.config.data.size,
                 ks=(NEIGHBOURS,), temperature=0.07, pooling="mean", device=run.device, bf16=run.bf16,
                 workers=default_workers() if run.config.run.workers is None else run.config.run.workers,
             )  # fmt: skip
             metrics["knn_top1"] = accuracy[NEIGHBOURS][0]
         if run.config.run.figures and distributed.is_main():
-            metrics |= self._figures(step)
+            metrics |= self._figures(step, student, teacher)
         distributed.barrier()
         return metrics
 
-    def _figures(self, step: int) -> dict[str, float]:
+    def _figures(self, step: int, student: Student, teacher: Teacher) -> dict[str, float]:
         run = self.run
         images = self.normalise(self.images.to(run.device))
         share = 0.0 if run.method.guide is None else run.config.method.largest_hard_share
         hardness = measure_hardness(
-            run.state.student, run.state.teacher, run.method, images, share=share, bf16=run.bf16,
+            student, teacher, run.method, images, share=share, bf16=run.bf16,
             generator=torch.Generator().manual_seed(derive_seed(run.config.optimisation.seed, Stream.FIGURES)),
         )  # fmt: skip
         figure = draw_hardness(
-            images, hardness, self.normalise, grid_size(run.state.student.encoder),
+            images, hardness, self.normalise, grid_size(student.encoder),
             f"step {step}" + told_correlation(hardness),
         )  # fmt: skip
         try:
             save_figure(figure, run.folder.figures / f"hardness_{step:08d}.png")
         except OSError as error:
             warn(f"could not save the hardness figure of step {step}: {error}")
-        if self.val is None or self.val.groups() is None or run.state.student.predictor is None:
+        if self.val is None or self.val.groups() is None or student.predictor is None:
             return {}
         auroc = predicted_loss_auroc(
-            run.state.teacher,
+            teacher,
             self.normalise,
             self.val,
             size=run.config.data.size,

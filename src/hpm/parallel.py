@@ -1,0 +1,139 @@
+"""One student for many processes: a copy in each (DDP), or a share of every tensor in each (fully sharded).
+
+A sharded student computes what a whole one does, to the order of sums. Before a transformer block runs, the processes
+gather its parameters; afterwards each keeps its share alone. Parameters are gathered in float32 and autocast rounds
+them where they are used, as it does in one process: a bf16 policy of ``fully_shard`` would round the weights of layer
+norms, tokens and position tables, too, and change what is learnt.
+
+Nothing outside sees shards: a checkpoint holds whole tensors, and what looks at the model gets a whole one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from hpm import distributed
+from hpm.build import blocks
+from hpm.errors import InputError
+from hpm.method import Student, StudentOutput, Teacher
+
+Tree = TypeVar("Tree")
+
+
+def parallel(student: Student, device: torch.device) -> Callable[..., StudentOutput]:
+    """The student as the step calls it: itself, or DDP around it where there are several processes and no shards."""
+    if distributed.world_size() == 1 or isinstance(student, FSDPModule):
+        return student
+    # Not static_graph: it learns the graph from a first step that exchanges, and accumulation begins with one that
+    # does not; what it would save, the search for unused parameters, is off anyway.
+    return DistributedDataParallel(
+        student,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+@contextmanager
+def exchanging(model: Callable[..., StudentOutput], *, last: bool) -> Iterator[None]:
+    """Exchange gradients between processes only with the last micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(last)
+        model.set_requires_gradient_sync(last)
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def check_sharding(*, processes: int) -> None:
+    """Can a model be sharded?
+
+    Raises:
+        InputError: There is only one process.
+    """
+    if processes == 1:
+        raise InputError(
+            "sharding: 'full' cuts the model over processes and needs at least 2 of them "
+            "(torchrun --nproc-per-node 2 -m hpm pretrain ...), got 1; leave it at 'none', the result is the same"
+        )
+
+
+def shard(student: Student, teacher: Teacher, device: torch.device) -> None:
+    """Cut student and teacher over all processes, in place; each keeps its share on ``device``.
+
+    Both were built from one seed by every process, so nothing is sent. The optimizer must be made afterwards.
+    """
+    # Parts of a reshape: FSDP warns of views in general, and nothing changes these in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    # Class attention looks into the teacher's last block from outside: that block is gathered with the root.
+    for block in (*blocks(student), *(block for block in blocks(teacher.model) if block is not last_block(teacher))):
+        fully_shard(block, mesh=mesh)
+    fully_shard(student, mesh=mesh)
+    # Resharded at once, unlike a student that goes on with its backward pass: EMA changes the shares, and what was
+    # gathered before would be stale.
+    fully_shard(teacher, mesh=mesh, reshard_after_forward=True)
+    for method in ("encode", "score", "encode_with_attention"):
+        register_fsdp_forward_method(teacher, method)
+
+
+def last_block(teacher: Teacher) -> nn.Module:
+    """The last block of a teacher's encoder."""
+    block: nn.Module = teacher.model.encoder.blocks[-1]
+    return block
+
+
+def is_sharded(student: Student) -> bool:
+    """Does this process hold only a share of the student?"""
+    return isinstance(student, FSDPModule)
+
+
+def gathered(tree: Tree) -> Tree:
+    """Whole tensors for shares, everywhere inside a tree; every process has to ask."""
+    whole: Tree = tree_map_only(DTensor, DTensor.full_tensor, tree)
+    return whole
+
+
+def gathered_on_main(tree: Tree) -> Tree:
+    """As :func:`gathered`, on the CPU of the main process alone; the others get empty tensors."""
+
+    def whole(share: DTensor) -> Tensor:
+        tensor = share.full_tensor()
+        return tensor.cpu() if distributed.is_main() else tensor.new_empty(0)
+
+    gathered_there: Tree = tree_map_only(DTensor, whole, tree)
+    return gathered_there
+
+
+def shares_of(saved: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this process holds of a model's whole tensors, sharded as those of ``like`` are; nothing is sent."""
+    return {name: _share(tensor, like.get(name)) for name, tensor in saved.items()}
+
+
+def shares_of_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """As :func:`shares_of`, for an optimizer's state: each moment as its parameter is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {name: _share(value, parameters[number]) for name, value in values.items()}
+        for number, values in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def _share(tensor: Tensor, like: Tensor | None) -> Tensor:
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
