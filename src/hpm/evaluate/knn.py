@@ -21,6 +21,7 @@ from hpm.data.loading import Normalise
 from hpm.data.sources import Source, class_indices, open_source
 from hpm.distributed import choose_device, has_bf16, process_group
 from hpm.errors import InputError
+from hpm.evaluate.accuracy import top_k_accuracy
 from hpm.evaluate.config import KnnConfig, Pooling
 from hpm.evaluate.features import Features, check_max_damaged, extract_features, report_damage
 from hpm.run_folder import LoadedRun
@@ -74,12 +75,6 @@ def knn_votes(
     return torch.cat(votes)
 
 
-def top_k_accuracy(votes: Float[Tensor, "q c"], labels: Int[Tensor, " q"], k: int) -> float:
-    """Share of queries, in percent, whose class is among the k of most votes."""
-    best = votes.topk(min(k, votes.shape[1]), dim=1).indices
-    return float((best == labels.unsqueeze(1)).any(dim=1).double().mean() * 100)
-
-
 @dataclass(frozen=True)
 class LabelledSplit:
     """Which labelled images are looked among, and which are classified."""
@@ -89,6 +84,14 @@ class LabelledSplit:
     train_indices: list[int]
     val_indices: list[int]
     classes: list[str]
+
+    def labels_of(self, features: SplitFeatures) -> tuple[Int[Tensor, " n"], Int[Tensor, " q"]]:
+        """Classes of the images that have features, as positions in ``classes``: of training, of validation."""
+        train, val = (
+            torch.from_numpy(class_indices([(source.labels or ())[i] for i in side.indices], self.classes))
+            for side, source in ((features.train, self.train), (features.val, self.val))
+        )
+        return train, val
 
 
 class SplitFeatures(NamedTuple):
@@ -130,23 +133,20 @@ def accuracy_of_features(
     Raises:
         InputError: A k is larger than the number of readable training images.
     """
-    (bank, bank_labels), (queries, query_labels) = (
-        (side.values, class_indices([(source.labels or ())[i] for i in side.indices], split.classes))
-        for side, source in ((features.train, split.train), (features.val, split.val))
-    )
+    bank, queries = features.train.values, features.val.values
+    bank_labels, truth = split.labels_of(features)
     accuracies = {}
     for k in sorted(set(ks)):
         if k > len(bank):
             raise InputError(f"k: must be at most the number of training images ({len(bank)}), got {k}")
         votes = knn_votes(
             bank,
-            torch.from_numpy(bank_labels),
+            bank_labels,
             queries,
             k=k,
             temperature=temperature,
             num_classes=len(split.classes),
         )
-        truth = torch.from_numpy(query_labels)
         accuracies[k] = (top_k_accuracy(votes, truth, 1), top_k_accuracy(votes, truth, 5))
     return accuracies
 
