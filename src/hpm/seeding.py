@@ -26,6 +26,7 @@ class Stream(IntEnum):
     FIGURES = 5
     TOKENS = 6
     EVALUATION = 7
+    LABELS = 8
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:

@@ -14,8 +14,10 @@ from hpm.config import Config
 from hpm.data.loading import default_workers
 from hpm.data.sources import Source, class_indices, fingerprint, open_source
 from hpm.errors import InputError
+from hpm.evaluate.controls import untrained_encoder
+from hpm.evaluate.features import split_features, whole_split
 from hpm.evaluate.foreground import predicted_loss_auroc
-from hpm.evaluate.knn import LabelledSplit, accuracy_of_features, split_features, untrained_encoder
+from hpm.evaluate.knn import accuracy_of_features
 from hpm.evaluate.probe import linear_accuracy
 from hpm.log import say
 from hpm.run_folder import LoadedRun
@@ -112,7 +114,7 @@ def _accuracies(
     encoder: VisionTransformer, config: Config, data: Source, val: Source, device: torch.device, bf16: bool
 ) -> Accuracies:
     """The encoder runs over all images once, for both."""
-    split = LabelledSplit(data, val, list(range(len(data))), list(range(len(val))), sorted(set(data.labels or [])))
+    split = whole_split(data, val, sorted(set(data.labels or [])))
     features = split_features(
         encoder, split, build_normalise(config).to(device), size=config.data.size, pooling="mean", device=device,
         bf16=bf16, workers=default_workers() if config.run.workers is None else config.run.workers,
