@@ -14,6 +14,7 @@ import torch
 
 from hpm.ablation import ablate as ablation
 from hpm.ablation.ablate import ablate
+from hpm.ablation.measure import Accuracies
 from hpm.ablation.plan import plan
 from hpm.ablation.suites import SUITES, AblateConfig
 from hpm.ablation.table import Outcome, Table, View, cells, mean_and_spread
@@ -29,6 +30,7 @@ torch.set_num_threads(1)
 SMALL = {"data": "shapes:32", "epochs": 1}
 FIELDS = {name: value for name, value in TINY.items() if name not in ("figures", "knn")} | SMALL
 ROWS = ("mae", "hpm")
+MEASURED = {"knn_top1": 1.0, "linear_top1": 2.0}
 
 
 def setting(out, **changes):
@@ -105,9 +107,10 @@ def test_ablation_end_to_end(tmp_path, trained, capsys):
     assert {run["epochs"] for run in result["runs"] if run["row"] == "hpm"} == {1}
     for run in result["runs"]:
         assert 0 <= run["knn_top1"] <= 100
+        assert 0 <= run["linear_top1"] <= 100
         assert (run["rank_correlation"] is None) == (run["row"] == "mae")
         assert run["pflop"] == pytest.approx(run["gflop_per_image"] * run["samples"] / 1e6)
-    assert set(result["untrained"]) == {"0", "1"}
+    assert set(result["untrained"]) == set(result["untrained_linear"]) == {"0", "1"}
     page = (tmp_path / "a/mask-strategy.md").read_text()
     assert page in printed
     assert "## Equal epochs" in page
@@ -203,7 +206,7 @@ def test_what_is_no_divergence_is_not_taken_for_a_result(tmp_path, monkeypatch):
 
 def test_figures_belong_to_the_images_they_were_measured_on(tmp_path, trained, monkeypatch):
     measured = []
-    monkeypatch.setattr(ablation, "measure", lambda folder, images, _: measured.append(images) or {"knn_top1": 1.0})
+    monkeypatch.setattr(ablation, "measure", lambda folder, images, _: measured.append(images) or MEASURED)
     call = setting(tmp_path, rows=("hpm",), seeds=(0,))
     for val, times in (("", 1), ("shapes:24@1", 2), ("shapes:24@1", 2), ("shapes:24@2", 3)):
         ablate(call, FIELDS | {"val": val})
@@ -212,11 +215,26 @@ def test_figures_belong_to_the_images_they_were_measured_on(tmp_path, trained, m
     assert len(list(tmp_path.glob("untrained-*.json"))) == 2
 
 
+def test_what_was_measured_before_the_linear_probe_is_measured_again_and_not_trained_again(tmp_path, trained):
+    call, fields = setting(tmp_path, rows=("hpm",), seeds=(0,)), FIELDS | {"val": "shapes:24@1"}
+    (before,) = ablate(call, fields)["runs"]
+    (file,), (untrained,) = tmp_path.glob("runs/*/evaluate/ablation.json"), tmp_path.glob("untrained-*.json")
+    metrics = (file.parent.parent / "metrics.jsonl").read_bytes()
+    for path in (file, untrained):  # as an earlier version left them
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "linear_top1"}))
+    (after,) = ablate(call, fields)["runs"]
+    assert after == before
+    assert after["linear_top1"] is not None
+    assert (file.parent.parent / "metrics.jsonl").read_bytes() == metrics
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == set(trained)
+    assert "linear_top1" in json.loads(untrained.read_text())
+
+
 def test_a_table_without_accuracies_keeps_no_figure_of_another_call(tmp_path):
     with_accuracy = Table("main", "mae", "hpm", "why?", OUTCOMES, {"mae"}, {}, {})
     with_accuracy.write(tmp_path)
     assert (tmp_path / "main.png").is_file()
-    without = [dataclasses.replace(run, knn_top1=None) for run in OUTCOMES]
+    without = [dataclasses.replace(run, knn_top1=None, linear_top1=None) for run in OUTCOMES]
     dataclasses.replace(with_accuracy, outcomes=without).write(tmp_path)
     assert not (tmp_path / "main.png").exists()
 
@@ -316,7 +334,7 @@ def test_wrong_input_is_refused_before_anything_is_trained(tmp_path, changes, fi
 def outcome(row, seed, knn, budget="epochs", **rest):
     return Outcome(**{
         "row": row, "seed": seed, "budget": budget, "epochs": 3, "samples": 1000, "gflop_per_image": 0.5, "pflop": 0.1,
-        "seconds": 60.0, "reconstruction_loss": 0.5, "knn_top1": knn, "rank_correlation": None,
+        "seconds": 60.0, "reconstruction_loss": 0.5, "knn_top1": knn, "linear_top1": knn + 10, "rank_correlation": None,
         "foreground_auroc": None, "failed": None, "folder": "", **rest,
     })  # fmt: skip
 
@@ -333,7 +351,8 @@ def test_differences_are_paired_by_seed():
     row = cells(view, "hpm", "mae")
     assert row[1] == f"{statistics.fmean([21, 26, 90]):.1f} ± {statistics.stdev([21, 26, 90]):.1f}"
     assert row[2] == "+1.5 ± 0.7"  # of seeds 0 and 1 alone: 1 and 2
-    assert cells(view, "mae", "mae")[1:3] == ("22.0 ± 2.0", "-")
+    assert row[4] == row[2]
+    assert cells(view, "mae", "mae")[1:5] == ("22.0 ± 2.0", "-", "32.0 ± 2.0", "-")
 
 
 def test_equal_compute_takes_the_longer_runs_and_keeps_rows_that_needed_none():
@@ -358,9 +377,11 @@ def test_mean_and_spread(values, text):
 
 
 def test_columns_without_a_figure_are_left_out():
-    page = Table("main", "mae", "hpm", "why?", OUTCOMES, {"mae"}, {0: 10.0}, {"torch": "2"}).as_markdown()
+    page = Table(
+        "main", "mae", "hpm", "why?", OUTCOMES, {"mae"}, {0: Accuracies(10.0, 12.0)}, {"torch": "2"}
+    ).as_markdown()
     assert "foreground" not in page
-    assert "random start: 10.0 %" in page
+    assert "random start: 20-NN top-1 10.0 %, linear top-1 12.0 %." in page
     assert "- torch: 2" in page
     header = next(line for line in page.splitlines() if line.startswith("|  |"))
     assert all(line.count("|") == header.count("|") for line in page.splitlines() if line.startswith("|"))

@@ -292,6 +292,7 @@ def test_help_and_version(capsys):
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines() if line.startswith("  ")] == [
         ["evaluate", "knn"],
+        ["evaluate", "linear"],
         ["evaluate", "foreground"],
     ]
     code, out, _ = call(capsys, "--version")

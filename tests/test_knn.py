@@ -11,8 +11,9 @@ from hpm.data.decode import DecodeError
 from hpm.data.loading import Normalise
 from hpm.data.sources import Sample, Source
 from hpm.errors import InputError
-from hpm.evaluate.features import extract_features, pool
-from hpm.evaluate.knn import LabelledSplit, knn_accuracy, knn_votes, top_k_accuracy
+from hpm.evaluate.accuracy import top_k_accuracy
+from hpm.evaluate.features import LabelledSplit, extract_features, pool
+from hpm.evaluate.knn import knn_accuracy, knn_votes
 from hpm.vit import create_encoder, encode
 
 torch.set_num_threads(1)

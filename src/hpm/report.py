@@ -38,6 +38,10 @@ _MEANINGS = {
 }
 
 
+_LINEAR = {"linear": "Linear probe", "logistic": "Logistic regression"}
+"""Evaluations of one kind: file, and title on the page."""
+
+
 def write_report(folder: RunFolder) -> None:
     """Write the page from what lies in the run folder: metrics, figures, evaluations, config."""
     records = read_metrics(folder.path)
@@ -55,6 +59,8 @@ def write_report(folder: RunFolder) -> None:
         foreground=evaluations.get("foreground"),
         meanings=_MEANINGS,
         knn=evaluations.get("knn"),
+        linear=[(title, evaluations[name], _folder_image(folder, name)) for name, title in _LINEAR.items()
+                if name in evaluations],
         config=folder.config_file.read_text(),
     )  # fmt: skip
     write_text_atomically(folder.report_file, page)
@@ -117,6 +123,12 @@ def _image(figure: Figure) -> str:
 
 def _file_image(path: Any) -> str:
     return _data_uri(path.read_bytes())
+
+
+def _folder_image(folder: RunFolder, evaluation: str) -> str | None:
+    """The confusion picture of an evaluation, where there is one."""
+    path = folder.evaluations / f"{evaluation}_confusion.png"
+    return _file_image(path) if path.is_file() else None
 
 
 def _data_uri(png: bytes) -> str:

@@ -114,6 +114,7 @@ class RunFolder:
             "checkpoints/weights.safetensors",
             "figures/hardness_*.png",
             "evaluate/*.json",
+            "evaluate/*.png",
             "events/*",
         ):
             stale += self.path.glob(pattern)

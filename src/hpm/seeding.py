@@ -25,6 +25,8 @@ class Stream(IntEnum):
     STEP = 4
     FIGURES = 5
     TOKENS = 6
+    EVALUATION = 7
+    LABELS = 8
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:

@@ -10,8 +10,9 @@ from hpm.config import Config
 from hpm.data.loading import default_workers
 from hpm.data.sources import Source, class_indices, open_source
 from hpm.errors import InputError
+from hpm.evaluate.features import LabelledSplit
 from hpm.evaluate.foreground import predicted_loss_auroc
-from hpm.evaluate.knn import LabelledSplit, knn_accuracy
+from hpm.evaluate.knn import knn_accuracy
 from hpm.log import warn
 from hpm.method import Student, Teacher
 from hpm.run import Run

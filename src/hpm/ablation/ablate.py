@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from hpm import distributed
-from hpm.ablation.measure import Images, measure, measure_untrained, open_images
+from hpm.ablation.measure import Accuracies, Images, measure, measure_untrained, open_images
 from hpm.ablation.plan import Job, chosen_suite, digest, plan
 from hpm.ablation.suites import AblateConfig
 from hpm.ablation.table import Outcome, Table
@@ -42,7 +42,7 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: Suite, seeds, folder.
         fields: ``data``, and any other fields of :class:`hpm.config.Config` that are to be the same for every row.
-            With ``val``, labelled like ``data``, the table has kNN accuracies.
+            With ``val``, labelled like ``data``, the table has kNN and linear accuracies.
 
     Returns:
         The table, as in the ``--json`` line.
@@ -76,7 +76,8 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "suite": config.suite,
         "runs": [asdict(outcome) for outcome in outcomes],
-        "untrained": untrained,
+        "untrained": {seed: start.knn_top1 for seed, start in untrained.items()},
+        "untrained_linear": {seed: start.linear_top1 for seed, start in untrained.items()},
         "table": str(Path(config.out).expanduser() / f"{config.suite}.md"),
     }
 
@@ -94,7 +95,7 @@ def _run(job: Job, images: Images, device: torch.device) -> None:
 
 
 def _outcome(job: Job, images: Images) -> Outcome | None:
-    """What a run came to, if it is done and was measured on these images."""
+    """What a run came to, if it is done and everything was measured on these images."""
     folder = RunFolder(job.folder)
     file = folder.evaluations / "ablation.json"
     if not file.is_file():
@@ -102,6 +103,8 @@ def _outcome(job: Job, images: Images) -> Outcome | None:
     result, figures = folder.result() or {}, json.loads(file.read_text())
     if figures["images"] != images.fingerprint:
         return None
+    if images.val is not None and not figures.keys() & {"linear_top1", "failed"}:
+        return None  # measured before there was a linear probe: measured again, not trained again
     samples = result.get("samples_seen", 0)
     return Outcome(
         row=job.row,
@@ -114,6 +117,7 @@ def _outcome(job: Job, images: Images) -> Outcome | None:
         seconds=result.get("seconds"),
         reconstruction_loss=result.get("reconstruction_loss"),
         knn_top1=figures.get("knn_top1"),
+        linear_top1=figures.get("linear_top1"),
         rank_correlation=figures.get("rank_correlation"),
         foreground_auroc=figures.get("foreground_auroc"),
         failed=figures.get("failed"),
@@ -121,8 +125,8 @@ def _outcome(job: Job, images: Images) -> Outcome | None:
     )
 
 
-def _untrained(out: Path, jobs: list[Job], images: Images, device: torch.device) -> dict[int, float]:
-    """kNN accuracy of a random start for every seed; all rows of a seed have the same."""
+def _untrained(out: Path, jobs: list[Job], images: Images, device: torch.device) -> dict[int, Accuracies]:
+    """Accuracies of a random start for every seed; all rows of a seed have the same."""
     if images.val is None:
         return {}
     found = {}
@@ -131,16 +135,23 @@ def _untrained(out: Path, jobs: list[Job], images: Images, device: torch.device)
         known_by = {name: decided[name] for name in decided if name.startswith(("model.", "data."))}
         known_by["data.data"] = images.fingerprint
         file = out / f"untrained-{digest([known_by, job.seed])}.json"
-        if not file.is_file():
+        measured = _read_untrained(file)
+        if measured is None:
             distributed.barrier()
             say(f"untrained encoder, seed {job.seed}")
-            accuracy = measure_untrained(job.config, images, device)
+            measured = measure_untrained(job.config, images, device)
             if distributed.is_main():
                 out.mkdir(parents=True, exist_ok=True)
-                write_text_atomically(file, json.dumps({"knn_top1": accuracy}) + "\n")
+                write_text_atomically(file, json.dumps(measured._asdict()) + "\n")
             distributed.barrier()
-        found[job.seed] = float(json.loads(file.read_text())["knn_top1"])
+        found[job.seed] = measured
     return found
+
+
+def _read_untrained(file: Path) -> Accuracies | None:
+    """What was measured before; None where some of it was not."""
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    return Accuracies(**known) if known.keys() == set(Accuracies._fields) else None
 
 
 def _first_of_each_seed(jobs: list[Job]) -> Iterator[Job]:
@@ -152,7 +163,11 @@ def _first_of_each_seed(jobs: list[Job]) -> Iterator[Job]:
 
 
 def _write(
-    config: AblateConfig, fields: Mapping[str, Any], jobs: list[Job], images: Images, untrained: dict[int, float]
+    config: AblateConfig,
+    fields: Mapping[str, Any],
+    jobs: list[Job],
+    images: Images,
+    untrained: dict[int, Accuracies],
 ) -> None:
     """Write the tables of what is done, with what a number needs beside it: who made it, and how."""
     if not distributed.is_main():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from hpm import distributed
 from hpm.build import build_normalise, choose_attention
@@ -13,8 +14,11 @@ from hpm.config import Config
 from hpm.data.loading import default_workers
 from hpm.data.sources import Source, class_indices, fingerprint, open_source
 from hpm.errors import InputError
+from hpm.evaluate.controls import untrained_encoder
+from hpm.evaluate.features import split_features, whole_split
 from hpm.evaluate.foreground import predicted_loss_auroc
-from hpm.evaluate.knn import LabelledSplit, knn_accuracy, untrained_encoder
+from hpm.evaluate.knn import accuracy_of_features
+from hpm.evaluate.probe import linear_accuracy
 from hpm.log import say
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
@@ -24,6 +28,14 @@ NEIGHBOURS = 20
 """k of the kNN accuracy."""
 NUM_HARDNESS_IMAGES = 256
 """Images on which predicted and true loss are compared."""
+
+
+class Accuracies(NamedTuple):
+    """What an encoder's frozen features are worth, in percent."""
+
+    knn_top1: float
+    linear_top1: float
+    """Of the published probe at one learning rate (see :func:`hpm.evaluate.probe.linear_accuracy`)."""
 
 
 class Images(NamedTuple):
@@ -61,18 +73,19 @@ def _open(spec: str, config: Config, field: str) -> Source:
 
 @torch.no_grad()
 def measure(folder: Path, images: Images, device: torch.device) -> dict[str, float]:
-    """The figures of one run: kNN accuracy, rank correlation on full images, foreground AUROC where masks are known.
+    """The figures of one run: accuracies, rank correlation on full images, foreground AUROC where masks are known.
 
     Rank correlation is the mean over images of Spearman's between the teacher's scores of the full image and the
     student's loss on each patch, averaged over ten random masks.
     """
     loaded = LoadedRun(folder, device=device)
-    config, figures = loaded.config, {}
+    config = loaded.config
+    figures: dict[str, float] = {}
     choose_attention(loaded.student, device)
     choose_attention(loaded.teacher, device)
     bf16 = config.run.precision != "float32" and distributed.has_bf16(device)
     if images.val is not None:
-        figures["knn_top1"] = _knn(loaded.student.encoder, config, images.data, images.val, device, bf16)
+        figures |= _accuracies(loaded.student.encoder, config, images.data, images.val, device, bf16)._asdict()
     if loaded.student.predictor is not None and distributed.is_main():
         shown = images.val or images.data
         figures["rank_correlation"] = _rank_correlation(loaded, shown, bf16)
@@ -97,22 +110,28 @@ def _rank_correlation(loaded: LoadedRun, shown: Source, bf16: bool) -> float:
     return total / sum(len(part) for part in parts)
 
 
-def _knn(
-    encoder: torch.nn.Module, config: Config, data: Source, val: Source, device: torch.device, bf16: bool
-) -> float:
-    split = LabelledSplit(data, val, list(range(len(data))), list(range(len(val))), sorted(set(data.labels or [])))
-    accuracy = knn_accuracy(
-        encoder, split, build_normalise(config).to(device), size=config.data.size, ks=(NEIGHBOURS,),
-        temperature=0.07, pooling="mean", device=device, bf16=bf16,
-        workers=default_workers() if config.run.workers is None else config.run.workers,
+def _accuracies(
+    encoder: VisionTransformer, config: Config, data: Source, val: Source, device: torch.device, bf16: bool
+) -> Accuracies:
+    """The encoder runs over all images once, for both."""
+    split = whole_split(data, val, sorted(set(data.labels or [])))
+    features = split_features(
+        encoder, split, build_normalise(config).to(device), size=config.data.size, pooling="mean", device=device,
+        bf16=bf16, workers=default_workers() if config.run.workers is None else config.run.workers,
     )  # fmt: skip
-    return accuracy[NEIGHBOURS][0]
+    knn = accuracy_of_features(features, split, ks=(NEIGHBOURS,), temperature=0.07)
+    labels, truth = split.labels_of(features)
+    linear = linear_accuracy(
+        features.train.values.to(device), labels.to(device), features.val.values.to(device), truth,
+        num_classes=len(split.classes),
+    )  # fmt: skip
+    return Accuracies(knn_top1=knn[NEIGHBOURS][0], linear_top1=linear.top1)
 
 
-def measure_untrained(config: Config, images: Images, device: torch.device) -> float:
-    """kNN accuracy, in percent, of the encoder at its random start."""
+def measure_untrained(config: Config, images: Images, device: torch.device) -> Accuracies:
+    """Accuracies of the encoder at its random start."""
     assert images.val is not None, "accuracies need images to classify"
     encoder = untrained_encoder(config, device)
     choose_attention(encoder, device)
     bf16 = config.run.precision != "float32" and distributed.has_bf16(device)
-    return _knn(encoder, config, images.data, images.val, device, bf16)
+    return _accuracies(encoder, config, images.data, images.val, device, bf16)

@@ -10,10 +10,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hpm.ablation.measure import Accuracies
 from hpm.checkpoint import write_text_atomically
 from hpm.visualize import save_figure
+
+AccuracyName = Literal["knn_top1", "linear_top1"]
+ACCURACIES: dict[AccuracyName, str] = {"knn_top1": "20-NN top-1 %", "linear_top1": "linear top-1 %"}
+"""Accuracies of a run, and what they are called in a table."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Outcome:
     """Of training, without evaluation."""
     reconstruction_loss: float | None
     knn_top1: float | None
+    """Percent."""
+    linear_top1: float | None
     """Percent."""
     rank_correlation: float | None
     foreground_auroc: float | None
@@ -57,9 +65,10 @@ class View:
             wanted = "compute" if budget == "compute" and name in longer else "epochs"
             self.rows[name] = [run for run in outcomes if run.row == name and run.budget == wanted]
 
-    def accuracies(self, name: str) -> dict[int, float]:
+    def accuracies(self, name: str, measure: AccuracyName = "knn_top1") -> dict[int, float]:
         """Accuracy of a row by seed."""
-        return {run.seed: run.knn_top1 for run in self.rows.get(name, []) if run.knn_top1 is not None}
+        found = {run.seed: getattr(run, measure) for run in self.rows.get(name, [])}
+        return {seed: value for seed, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,8 @@ class Table:
     """All runs that are done."""
     longer: Collection[str]
     """Rows that are given other epochs for equal compute."""
-    untrained: Mapping[int, float]
-    """Accuracy of a random start by seed."""
+    untrained: Mapping[int, Accuracies]
+    """Accuracies of a random start by seed."""
     about: Mapping[str, str]
     """Command, versions, hardware."""
 
@@ -115,10 +124,14 @@ class Table:
         lines += [f"Mean ± standard deviation over seeds ({', '.join(map(str, seeds)) or 'none yet'}). "
                   f"The difference to {self.baseline} is paired by seed.", ""]  # fmt: skip
         if self.untrained:
-            random_start = mean_and_spread(list(self.untrained.values()), 1)
-            lines += [f"20-NN top-1 of the encoder at its random start: {random_start} %.", ""]
+            told = ", ".join(
+                f"{name.removesuffix(' %')} {mean_and_spread(self._random_starts(measure), 1)} %"
+                for measure, name in ACCURACIES.items()
+            )
+            lines += [f"The encoder at its random start: {told}.", ""]
         for title, view in self.views().items():
             lines += [f"## {title}", "", *_markdown_rows(view, self.baseline), ""]
+        lines += ["Linear: the published probe on frozen features, 90 epochs at one learning rate.", ""]
         if self.longer:
             lines += [f"Equal compute: the FLOPs of {self.reference}, in whole epochs; PFLOP is what each came to.", ""]
         failed = [run for run in self.outcomes if run.failed]
@@ -126,33 +139,43 @@ class Table:
         lines += [f"- {name}: {value}" for name, value in self.about.items()]
         return "\n".join(lines) + "\n"
 
+    def _random_starts(self, measure: AccuracyName) -> list[float]:
+        return [getattr(start, measure) for start in self.untrained.values()]
+
     def draw(self) -> Figure:
-        """Every seed a dot, means as bars, both views side by side on one axis of accuracy."""
+        """Every seed a dot, means as bars; a column for each view, a row for each accuracy."""
         views = self.views()
+        shown = [m for m in ACCURACIES if any(getattr(run, m) is not None for run in self.outcomes)]
         names = list(next(iter(views.values())).rows)
-        figure = Figure(figsize=(1.6 + 3.4 * len(views), 0.8 + 0.42 * len(names)), layout="constrained")
-        axes = figure.subplots(1, len(views), sharex=True, sharey=True, squeeze=False)[0]
-        for axis, (title, view) in zip(axes, views.items(), strict=True):
-            for place, name in enumerate(names):
-                if values := list(view.accuracies(name).values()):
-                    axis.plot(values, [place] * len(values), "o", color="#1f77b4", alpha=0.45, markersize=5)
-                    mean = statistics.fmean(values)
-                    axis.plot([mean, mean], [place - 0.28, place + 0.28], color="#0b3d66", linewidth=2.5)
-            if self.untrained:
-                axis.axvline(statistics.fmean(self.untrained.values()), color="grey", linestyle=":", linewidth=1)
-            axis.set_title(title.lower(), fontsize=10, loc="left")
-            axis.set_xlabel("20-NN top-1 %" + (" (dotted: random start)" if self.untrained else ""), fontsize=8)
-            axis.set_yticks(range(len(names)), names, fontsize=8)
-            axis.tick_params(labelsize=8)
-            axis.grid(axis="x", alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].invert_yaxis()
+        size = (1.6 + 3.4 * len(views), 0.4 + len(shown) * (0.6 + 0.36 * len(names)))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(shown), len(views), sharex="row", sharey=True, squeeze=False)
+        for axes, measure in zip(grid, shown, strict=True):
+            for axis, (title, view) in zip(axes, views.items(), strict=True):
+                self._draw_view(axis, view, measure, names)
+                axis.set_title(title.lower() if axis in grid[0] else "", fontsize=10, loc="left")
+        grid[0, 0].invert_yaxis()  # shared: turns all
         figure.suptitle(self.suite, fontsize=10)
         return figure
 
+    def _draw_view(self, axis: Axes, view: View, measure: AccuracyName, names: Sequence[str]) -> None:
+        """One accuracy of one view."""
+        for place, name in enumerate(names):
+            if values := list(view.accuracies(name, measure).values()):
+                axis.plot(values, [place] * len(values), "o", color="#1f77b4", alpha=0.45, markersize=5)
+                mean = statistics.fmean(values)
+                axis.plot([mean, mean], [place - 0.28, place + 0.28], color="#0b3d66", linewidth=2.5)
+        if starts := self._random_starts(measure):
+            axis.axvline(statistics.fmean(starts), color="grey", linestyle=":", linewidth=1)
+        axis.set_xlabel(ACCURACIES[measure] + (" (dotted: random start)" if self.untrained else ""), fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
 
-HEADER = ("", "20-NN top-1 %", "difference", "rank correlation", "foreground AUROC", "runs", "epochs", "samples",
-          "GFLOP/image", "PFLOP", "seconds")  # fmt: skip
+
+HEADER = ("", *(title for name in ACCURACIES.values() for title in (name, "difference")), "rank correlation",
+          "foreground AUROC", "runs", "epochs", "samples", "GFLOP/image", "PFLOP", "seconds")  # fmt: skip
 
 
 def _markdown_rows(view: View, baseline: str) -> list[str]:
@@ -167,12 +190,14 @@ def cells(view: View, name: str, baseline: str) -> tuple[str, ...]:
     runs = [run for run in view.rows[name] if not run.failed]
     if not runs:
         return (name, "failed", *["-"] * (len(HEADER) - 2))
-    mine, theirs = view.accuracies(name), view.accuracies(baseline)
-    paired = [mine[seed] - theirs[seed] for seed in mine if seed in theirs] if name != baseline else []
+    accuracies = []
+    for measure in ACCURACIES:
+        mine, theirs = view.accuracies(name, measure), view.accuracies(baseline, measure)
+        paired = [mine[seed] - theirs[seed] for seed in mine if seed in theirs] if name != baseline else []
+        accuracies += [mean_and_spread(list(mine.values()), 1), mean_and_spread(paired, 1, sign=True)]
     return (
         name,
-        mean_and_spread(list(mine.values()), 1),
-        mean_and_spread(paired, 1, sign=True),
+        *accuracies,
         mean_and_spread([run.rank_correlation for run in runs if run.rank_correlation is not None], 2, sign=True),
         mean_and_spread([run.foreground_auroc for run in runs if run.foreground_auroc is not None], 3),
         str(len(runs)),

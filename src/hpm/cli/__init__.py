@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from hpm.cli.ablating import ablate
 from hpm.cli.benchmarking import benchmark_peers, benchmark_step
-from hpm.cli.evaluating import evaluate_foreground, evaluate_knn
+from hpm.cli.evaluating import evaluate_foreground, evaluate_knn, evaluate_linear
 from hpm.cli.looking import visualize
 from hpm.cli.output import complain, say_plainly
 from hpm.cli.pretraining import demo, pretrain, recipes
@@ -35,6 +35,9 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(demo, "the main job on embedded data: pre-train, evaluate, figures, report"),
     "pretrain": Command(pretrain, "learn from images:  hpm pretrain --data photos/ --out runs/photos"),
     "evaluate knn": Command(evaluate_knn, "accuracy of the k nearest neighbours, beside the untrained encoder"),
+    "evaluate linear": Command(
+        evaluate_linear, "linear probe or logistic regression on frozen features, also with few labels"
+    ),
     "evaluate foreground": Command(
         evaluate_foreground, "how well the predicted loss finds objects, beside simple measures"
     ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from hpm.cli.flags import parse_with_json
@@ -24,12 +25,104 @@ def evaluate_knn(arguments: list[str]) -> None:
     print_table(("k", "top-1 %"), [(str(k), f"{value:.2f}") for k, value in result.top1_by_k.items()])
     print(
         f"\nk = {result.k}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %; the same encoder untrained "
-        f"{result.untrained_top1:.2f} %   ({result.num_train:,} neighbours, {result.num_val:,} images classified)"
+        f"{result.untrained_top1:.2f} %   ({result.num_train:,} neighbours, {result.num_val:,} images classified)\n"
     )
-    save_evaluation(config.checkpoint, "knn", asdict(result))
+    print_standings(result.standings)
+    save_evaluation(config.checkpoint, "knn", as_plain(result))
     print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
     if as_json:
-        print_json(asdict(result))
+        print_json(as_plain(result))
+
+
+def evaluate_linear(arguments: list[str]) -> None:
+    """``hpm evaluate linear``."""
+    from hpm.evaluate.config import LinearConfig
+
+    config, as_json = parse_with_json(LinearConfig, "evaluate linear", arguments)
+
+    from hpm.distributed import is_main_of_environment
+    from hpm.evaluate import linear
+
+    result = linear.run(config)
+    if not is_main_of_environment():
+        return
+    print_standings(result.standings)
+    if result.few_labels:
+        print()
+        print_few_labels(result.few_labels)
+    print()
+    print_classes(result.per_class)
+    setting = "learning rate" if config.mode == "sgd" else "C"
+    told = ", ".join(f"{name} {value:g}" for name, value in result.chosen.items())
+    print(
+        f"\n{result.num_train:,} images of {result.num_classes} classes, {result.num_val:,} images classified; "
+        f"{setting}: {told}" + ("" if result.held_out_top1 is None else " (chosen on a held-out tenth of train)")
+    )
+    save_evaluation(config.checkpoint, "linear" if config.mode == "sgd" else "logistic", as_plain(result), config.out)
+    if result.picture:
+        print(f"look:  {result.picture}")
+    print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
+    if as_json:
+        print_json(as_plain(result))
+
+
+def print_standings(rows: Sequence[Any]) -> None:
+    """Every encoder by the same protocol, and by how much this run is ahead of it."""
+    print_table(
+        ("encoder", "top-1 %", "95 % interval", "top-5 %", "this run is ahead by"),
+        [
+            (
+                row.name, f"{row.top1:.2f}", "{:.1f} to {:.1f}".format(*row.top1_interval), f"{row.top5:.2f}",
+                "" if row.lead is None else f"{row.lead:+.2f} ({'{:+.1f} to {:+.1f}'.format(*row.lead_interval)})",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def print_few_labels(items: Sequence[Any]) -> None:
+    """Top-1 by labels per class (rows) and encoder (columns)."""
+    names = list(dict.fromkeys(item.name for item in items))
+    counts = list(dict.fromkeys(item.labels_per_class for item in items))
+    found = {(item.labels_per_class, item.name): item for item in items}
+    print_table(
+        ("labels per class", *(f"{name}, top-1 %" for name in names)),
+        [(str(count), *(_mean_and_spread(found[count, name]) for name in names)) for count in counts],
+    )
+
+
+def _mean_and_spread(item: Any) -> str:
+    return f"{item.top1:.2f}" + ("" if item.deviation is None else f" ± {item.deviation:.2f}")
+
+
+def print_classes(per_class: Sequence[Any], *, most: int = 12) -> None:
+    """Class by class; of many classes the worst and the best."""
+    measured = sorted((item for item in per_class if item.num_images), key=lambda item: item.top1)
+    some = measured if len(measured) <= most else [*measured[: most // 2], None, *measured[-(most // 2) :]]
+    print_table(
+        ("class", "images", "recognised %", "precision %", "mistaken for"),
+        [
+            (item.name, str(item.num_images), *map(_percent, (item.top1, item.precision)), item.mistaken_for)
+            if item
+            else ("...", "", "", "", "")
+            for item in some
+        ],
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def as_plain(result: Any) -> dict[str, Any]:
+    """A result as plain values: named tuples as objects, too."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "_asdict"):
+            return {key: plain(item) for key, item in value._asdict().items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return {item.name: plain(getattr(result, item.name)) for item in fields(result)}
 
 
 def evaluate_foreground(arguments: list[str]) -> None:

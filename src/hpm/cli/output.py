@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -30,12 +31,16 @@ def print_json(figures: dict[str, Any]) -> None:
     print(json.dumps(plain(figures), allow_nan=False))
 
 
-def save_evaluation(checkpoint: str, name: str, figures: dict[str, Any]) -> None:
-    """Keep an evaluation in the run folder and refresh its report."""
+def save_evaluation(checkpoint: str, name: str, figures: dict[str, Any], out: str = "") -> None:
+    """Keep an evaluation in the run folder and refresh its report; or in another folder, where one is named."""
+    from hpm.checkpoint import write_text_atomically
     from hpm.report import write_report
     from hpm.run_folder import RunFolder
 
     folder = RunFolder(checkpoint)
+    if out:
+        write_text_atomically(Path(out).expanduser() / f"{name}.json", json.dumps(figures, indent=2) + "\n")
+        return
     if not folder.config_file.is_file():
         return
     try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from hpm.data.loading import Damage, Normalise, ordered_batches
-from hpm.data.sources import Source
+from hpm.data.sources import Source, class_indices
 from hpm.distributed import gather_objects, is_main_of_environment, rank, world_size
 from hpm.errors import InputError
 from hpm.evaluate.config import Pooling
@@ -31,18 +32,51 @@ class Features(NamedTuple):
     """Images that could not be read; they have no row."""
 
 
+class SplitFeatures(NamedTuple):
+    """Features of both sides of a split."""
+
+    train: Features
+    val: Features
+
+
+@dataclass(frozen=True)
+class LabelledSplit:
+    """Which labelled images are learnt from or looked among, and which are classified."""
+
+    train: Source
+    val: Source
+    train_indices: list[int]
+    val_indices: list[int]
+    classes: list[str]
+
+    def labels_of(self, features: SplitFeatures) -> tuple[Int[Tensor, " n"], Int[Tensor, " q"]]:
+        """Classes of the images that have features, as positions in ``classes``: of training, of validation."""
+        train, val = (
+            torch.from_numpy(class_indices([(source.labels or ())[i] for i in side.indices], self.classes))
+            for side, source in ((features.train, self.train), (features.val, self.val))
+        )
+        return train, val
+
+
+def whole_split(train: Source, val: Source, classes: list[str]) -> LabelledSplit:
+    """All images of both sources."""
+    return LabelledSplit(train, val, list(range(len(train))), list(range(len(val))), classes)
+
+
 def pool(tokens: Float[Tensor, "b t d"], vit: VisionTransformer, pooling: Pooling) -> Float[Tensor, "b f"]:
     """One vector per image from the encoder's tokens.
 
     Raises:
         ValueError: The class token is asked of an encoder that has none.
     """
-    mean = tokens[:, vit.num_prefix_tokens :].mean(dim=1)
+    mean: Tensor = vit.fc_norm(
+        tokens[:, vit.num_prefix_tokens :].mean(dim=1)
+    )  # identity, but in models that normalise last
     if pooling == "mean":
         return mean
     if not vit.has_class_token:
         raise ValueError(f"pooling {pooling!r} needs a class token; this encoder has none, use 'mean'")
-    first = tokens[:, 0]
+    first: Tensor = vit.fc_norm(tokens[:, 0])
     return first if pooling == "class" else torch.cat([F.normalize(first, dim=-1), F.normalize(mean, dim=-1)], dim=-1)
 
 
@@ -99,6 +133,30 @@ def extract_features(
     return Features(rows[order], [where[i] for i in order.tolist()], [item for _, _, part in parts for item in part])
 
 
+def split_features(
+    vit: VisionTransformer,
+    split: LabelledSplit,
+    normalise: Normalise,
+    *,
+    size: tuple[int, int],
+    pooling: Pooling,
+    device: torch.device,
+    bf16: bool,
+    workers: int = 0,
+) -> SplitFeatures:
+    """Features of the images that are learnt from or looked among, and of those that are classified."""
+    return SplitFeatures(*(
+        extract_features(
+            vit, source, normalise, size=size, pooling=pooling, device=device, bf16=bf16,
+            indices=indices, workers=workers, description=name,
+        )
+        for name, source, indices in (
+            ("features of train", split.train, split.train_indices),
+            ("features of val", split.val, split.val_indices),
+        )
+    ))  # fmt: skip
+
+
 def none_readable(damaged: Sequence[Damage]) -> InputError:
     """What to raise where every image is damaged."""
     return InputError(f"no readable image among {len(damaged)}; the first: {damaged[0].name}: {damaged[0].reason}")
@@ -127,6 +185,16 @@ def report_damage(found: Mapping[str, tuple[Sequence[Damage], int]], *, max_dama
                 f"{num_images} of {field} are; the first: {damaged[0].name}: {damaged[0].reason}"
             )
     return sum(len(damaged) for damaged, _ in found.values())
+
+
+def damage_of_split(features: SplitFeatures, split: LabelledSplit, *, max_damaged: float) -> int:
+    """:func:`report_damage` for both sides.
+
+    Raises:
+        InputError: More than ``max_damaged`` of one of them.
+    """
+    found = {"train": (features.train.damaged, len(split.train)), "val": (features.val.damaged, len(split.val))}
+    return report_damage(found, max_damaged=max_damaged)
 
 
 def check_max_damaged(share: float) -> None:

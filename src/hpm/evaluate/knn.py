@@ -7,7 +7,6 @@ same protocol on the untrained encoder stands beside every result.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,21 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.build import build_normalise, build_student, choose_attention
-from hpm.config import Config
 from hpm.data.loading import Normalise
-from hpm.data.sources import Source, class_indices, open_source
 from hpm.distributed import choose_device, has_bf16, process_group
 from hpm.errors import InputError
+from hpm.evaluate.accuracy import top_k_accuracy
 from hpm.evaluate.config import KnnConfig, Pooling
-from hpm.evaluate.features import Features, check_max_damaged, extract_features, report_damage
+from hpm.evaluate.controls import Standing, open_contenders, standings
+from hpm.evaluate.features import (
+    LabelledSplit,
+    SplitFeatures,
+    check_max_damaged,
+    damage_of_split,
+    split_features,
+    whole_split,
+)
+from hpm.evaluate.labelled import open_labelled
 from hpm.run_folder import LoadedRun
 
 
@@ -42,6 +48,8 @@ class KnnResult:
     """Images classified: validation images without the damaged ones."""
     damaged: int
     """Images left out, of both."""
+    standings: list[Standing]
+    """At k: this run, the same encoder untrained, and what it was to be held against."""
 
 
 def knn_votes(
@@ -74,52 +82,22 @@ def knn_votes(
     return torch.cat(votes)
 
 
-def top_k_accuracy(votes: Float[Tensor, "q c"], labels: Int[Tensor, " q"], k: int) -> float:
-    """Share of queries, in percent, whose class is among the k of most votes."""
-    best = votes.topk(min(k, votes.shape[1]), dim=1).indices
-    return float((best == labels.unsqueeze(1)).any(dim=1).double().mean() * 100)
+def scores_of_features(
+    features: SplitFeatures, split: LabelledSplit, *, ks: tuple[int, ...], temperature: float
+) -> dict[int, Float[Tensor, "q c"]]:
+    """What the neighbours say about every validation image, for every k.
 
-
-@dataclass(frozen=True)
-class LabelledSplit:
-    """Which labelled images are looked among, and which are classified."""
-
-    train: Source
-    val: Source
-    train_indices: list[int]
-    val_indices: list[int]
-    classes: list[str]
-
-
-class SplitFeatures(NamedTuple):
-    """Features of both sides of a split."""
-
-    train: Features
-    val: Features
-
-
-def split_features(
-    vit: VisionTransformer,
-    split: LabelledSplit,
-    normalise: Normalise,
-    *,
-    size: tuple[int, int],
-    pooling: Pooling,
-    device: torch.device,
-    bf16: bool,
-    workers: int = 0,
-) -> SplitFeatures:
-    """Features of the images that are looked among and of those that are classified."""
-    return SplitFeatures(*(
-        extract_features(
-            vit, source, normalise, size=size, pooling=pooling, device=device, bf16=bf16,
-            indices=indices, workers=workers, description=name,
-        )
-        for name, source, indices in (
-            ("neighbours", split.train, split.train_indices),
-            ("queries", split.val, split.val_indices),
-        )
-    ))  # fmt: skip
+    Raises:
+        InputError: A k is larger than the number of readable training images.
+    """
+    bank, queries = features.train.values, features.val.values
+    labels, _ = split.labels_of(features)
+    if max(ks) > len(bank):
+        raise InputError(f"k: must be at most the number of training images ({len(bank)}), got {max(ks)}")
+    return {
+        k: knn_votes(bank, labels, queries, k=k, temperature=temperature, num_classes=len(split.classes))
+        for k in sorted(set(ks))
+    }
 
 
 def accuracy_of_features(
@@ -130,25 +108,11 @@ def accuracy_of_features(
     Raises:
         InputError: A k is larger than the number of readable training images.
     """
-    (bank, bank_labels), (queries, query_labels) = (
-        (side.values, class_indices([(source.labels or ())[i] for i in side.indices], split.classes))
-        for side, source in ((features.train, split.train), (features.val, split.val))
-    )
-    accuracies = {}
-    for k in sorted(set(ks)):
-        if k > len(bank):
-            raise InputError(f"k: must be at most the number of training images ({len(bank)}), got {k}")
-        votes = knn_votes(
-            bank,
-            torch.from_numpy(bank_labels),
-            queries,
-            k=k,
-            temperature=temperature,
-            num_classes=len(split.classes),
-        )
-        truth = torch.from_numpy(query_labels)
-        accuracies[k] = (top_k_accuracy(votes, truth, 1), top_k_accuracy(votes, truth, 5))
-    return accuracies
+    _, truth = split.labels_of(features)
+    return {
+        k: (top_k_accuracy(scores, truth, 1), top_k_accuracy(scores, truth, 5))
+        for k, scores in scores_of_features(features, split, ks=ks, temperature=temperature).items()
+    }
 
 
 def knn_accuracy(
@@ -186,57 +150,39 @@ def run(config: KnnConfig) -> KnnResult:
 
 def _run(config: KnnConfig, device: torch.device) -> KnnResult:
     check_max_damaged(config.max_damaged)
-    loaded = LoadedRun(config.checkpoint, device=device)
-    data = loaded.config.data
-    sources = []
-    for name, spec in (("train", config.train), ("val", config.val)):
-        source = open_source(spec, channels=data.channels, image_size=data.size, field=name)
-        if source.labels is None:
-            raise InputError(f"{name}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)")
-        sources.append(source)
-    train, val = sources
-    classes = sorted(set(train.labels or ()))
-    class_indices(val.labels or [], classes)  # before any work: are all validation classes known?
-    if not config.k or not all(1 <= k <= len(train) for k in config.k):
-        raise InputError(f"k: must be between 1 and the number of training images ({len(train)}), got {config.k}")
     if config.temperature <= 0:
         raise InputError(f"temperature: must be above 0, got {config.temperature}")
-    if config.pooling != "mean" and not loaded.student.encoder.has_class_token:
-        raise InputError(f"pooling: {config.pooling!r} needs a class token, and this encoder has none; use mean")
-    split = LabelledSplit(train, val, list(range(len(train))), list(range(len(val))), classes)
-
-    def features_of(encoder: VisionTransformer) -> SplitFeatures:
-        choose_attention(encoder, device)
-        return split_features(
-            encoder, split, build_normalise(loaded.config).to(device), size=data.size, pooling=config.pooling,
-            device=device, bf16=has_bf16(device), workers=config.workers,
-        )  # fmt: skip
-
-    def accuracy(features: SplitFeatures) -> dict[int, tuple[float, float]]:
-        return accuracy_of_features(features, split, ks=config.k, temperature=config.temperature)
-
-    features = features_of(loaded.student.encoder)
-    damaged = report_damage(
-        {"train": (features.train.damaged, len(train)), "val": (features.val.damaged, len(val))},
-        max_damaged=config.max_damaged,
+    loaded = LoadedRun(config.checkpoint, device=device)
+    images = open_labelled(
+        config.train, config.val, channels=loaded.config.data.channels, image_size=loaded.config.data.size
     )
-    num_train, num_val = len(features.train.indices), len(features.val.indices)
-    trained = accuracy(features)
-    untrained = accuracy(features_of(untrained_encoder(loaded.config, device)))
+    if not config.k or not all(1 <= k <= len(images.train) for k in config.k):
+        raise InputError(
+            f"k: must be between 1 and the number of training images ({len(images.train)}), got {config.k}"
+        )
+    contenders = open_contenders(loaded, config.against, pooling=config.pooling)
+    split = whole_split(images.train, images.val, images.classes)
+    found = []
+    for contender in contenders:
+        features = split_features(
+            contender.encoder, split, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
+            bf16=has_bf16(device), workers=config.workers,
+        )  # fmt: skip
+        if contender.kind == "run":
+            damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
+            num_train, num_val = len(features.train.indices), len(features.val.indices)
+            _, truth = split.labels_of(features)
+        found.append(scores_of_features(features, split, ks=config.k, temperature=config.temperature))
     k = config.k[0]
+    rows = standings(contenders, [scores[k] for scores in found], truth)
     return KnnResult(
-        top1=trained[k][0],
-        top5=trained[k][1],
-        untrained_top1=untrained[k][0],
+        top1=rows[0].top1,
+        top5=rows[0].top5,
+        untrained_top1=rows[1].top1,
         k=k,
-        top1_by_k={key: value[0] for key, value in trained.items()},
+        top1_by_k={key: top_k_accuracy(scores, truth, 1) for key, scores in found[0].items()},
         num_train=num_train,
         num_val=num_val,
         damaged=damaged,
+        standings=rows,
     )
-
-
-def untrained_encoder(config: Config, device: torch.device) -> VisionTransformer:
-    """The run's encoder at its own seeded initialisation."""
-    encoder = build_student(config, target_dim=1).encoder  # drawn before the head: any width gives the same
-    return encoder.to(device).eval()

@@ -135,16 +135,29 @@ def _from_run(source: str, saved: dict[str, Any]) -> Weights:
 
 def _from_timm(source: str) -> Weights:
     """An encoder with timm's own pretrained weights."""
-    try:
-        vit = timm.create_model(source.removeprefix("timm:"), pretrained=True)  # its head is left aside
-    except Exception as error:  # whatever looking up, downloading and building may raise
-        raise InputError(f"timm cannot load it: {type(error).__name__}: {error}") from error
-    if not isinstance(vit, VisionTransformer):
-        raise InputError(f"must be a timm VisionTransformer, got a {type(vit).__name__}")
+    vit = load_timm(source)
     rows, columns = vit.patch_embed.grid_size
     student, left_aside = _to_ours(vit.state_dict())
     heads = vit.blocks[0].attn.num_heads
     return Weights(source, student, None, None, (int(rows), int(columns)), heads, None, 0, left_aside)
+
+
+def load_timm(source: str) -> VisionTransformer:
+    """A timm model with its weights; its head is there and left aside.
+
+    Args:
+        source: ``timm:NAME``, ``timm:local-dir:PATH`` or ``timm:hf-hub:NAME``.
+
+    Raises:
+        InputError: No such model, no weights, or it is no ``VisionTransformer``.
+    """
+    try:
+        vit = timm.create_model(source.removeprefix("timm:"), pretrained=True)
+    except Exception as error:  # whatever looking up, downloading and building may raise
+        raise InputError(f"timm cannot load it: {type(error).__name__}: {error}") from error
+    if not isinstance(vit, VisionTransformer):
+        raise InputError(f"must be a timm VisionTransformer, got a {type(vit).__name__}")
+    return vit
 
 
 class _Inert:

@@ -1,0 +1,155 @@
+"""Is the pre-training worth it? The same protocol on other encoders: untrained, timm's weights, another run.
+
+An evaluation asks :func:`open_contenders` for the encoders, does with each whatever it does, and puts the scores it got
+for the same images into one table with :func:`standings`. Every encoder keeps the image size and the normalisation
+that it was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from jaxtyping import Float, Int
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from hpm.build import build_student, choose_attention, input_config
+from hpm.config import Config
+from hpm.data.loading import Normalise
+from hpm.errors import InputError
+from hpm.evaluate.accuracy import Interval, top_k_accuracy, wilson_interval
+from hpm.evaluate.config import Pooling
+from hpm.run_folder import LoadedRun, load_encoder
+from hpm.weights.read import load_timm
+
+Kind = Literal["run", "untrained", "against"]
+
+
+class Contender(NamedTuple):
+    """An encoder, with all it needs to be shown images."""
+
+    name: str
+    """What to call it in a table."""
+    kind: Kind
+    encoder: VisionTransformer
+    normalise: Normalise
+    """By the statistics that it was trained with."""
+    size: tuple[int, int]
+    """Height and width of the images it takes."""
+
+
+def open_contenders(
+    loaded: LoadedRun, against: Sequence[str], *, pooling: Pooling = "mean", untrained: bool = True
+) -> list[Contender]:
+    """The encoder of a run, the same untrained, and those it is to be held against; in this order.
+
+    Args:
+        loaded: The run.
+        against: ``timm:NAME``, ``timm:local-dir:PATH``, or a run (folder, ``.pt`` or its ``weights.safetensors``).
+        pooling: What is asked of every encoder's tokens.
+        untrained: Whether the untrained encoder is wanted.
+
+    Raises:
+        InputError: One is named twice, cannot be read, takes images of another number of channels, or has no class
+            token where one is needed.
+    """
+    if len(set(against)) < len(against):
+        raise InputError(f"against: must be different, got {', '.join(against)}")
+    ours = loaded.student.encoder
+    ours.pretrained_cfg.update(input_config(loaded.config))
+    found = [_contender("this run", "run", ours, loaded.device)]
+    if untrained:
+        start = untrained_encoder(loaded.config, loaded.device)
+        start.pretrained_cfg.update(input_config(loaded.config))
+        found.append(_contender("untrained", "untrained", start, loaded.device))
+    for spec in against:
+        try:
+            other = load_timm(spec) if spec.startswith("timm:") else load_encoder(spec)
+        except InputError as error:
+            raise InputError(f"against: {spec!r}: {str(error).removeprefix('checkpoint: ')}") from error
+        channels, wanted = other.patch_embed.proj.in_channels, loaded.config.data.channels
+        if channels != wanted:
+            raise InputError(
+                f"against: {spec!r} takes images of {channels} channel(s), and this run's have {wanted}; choose a "
+                "model of as many"
+            )
+        found.append(_contender(spec, "against", other.eval(), loaded.device))
+    for contender in found:
+        if pooling != "mean" and not contender.encoder.has_class_token:
+            whose = "this encoder" if contender.kind == "run" else contender.name
+            raise InputError(f"pooling: {pooling!r} needs a class token, and {whose} has none; use mean")
+    return found
+
+
+def _contender(name: str, kind: Kind, encoder: VisionTransformer, device: torch.device) -> Contender:
+    """Take size and normalisation from where timm keeps them."""
+    wanted = timm.data.resolve_model_data_config(encoder)
+    mean, std = tuple(wanted["mean"]), tuple(wanted["std"])
+    channels = encoder.patch_embed.proj.in_channels
+    if len(mean) != channels:
+        raise InputError(
+            f"against: {name!r} takes {channels} channel(s), and its description has the mean of {len(mean)}"
+        )
+    height, width = encoder.patch_embed.img_size or wanted["input_size"][1:]
+    choose_attention(encoder, device)
+    return Contender(name, kind, encoder.to(device), Normalise(mean, std).to(device), (int(height), int(width)))
+
+
+def untrained_encoder(config: Config, device: torch.device) -> VisionTransformer:
+    """The run's encoder at its own seeded initialisation."""
+    encoder = build_student(config, target_dim=1).encoder  # drawn before the head: any width gives the same
+    return encoder.to(device).eval()
+
+
+class Standing(NamedTuple):
+    """A row of the table; percent."""
+
+    name: str
+    kind: Kind
+    top1: float
+    top1_interval: Interval
+    """95 %, Wilson."""
+    top5: float
+    lead: float | None
+    """Top-1 of this run minus that of this row, in percentage points; None for this run itself."""
+    lead_interval: Interval | None
+    """95 %, of the difference on the same images."""
+
+
+def standings(
+    contenders: Sequence[Contender], scores: Sequence[Float[Tensor, "q c"]], labels: Int[Tensor, " q"]
+) -> list[Standing]:
+    """Every encoder beside the first, on the same images.
+
+    The interval of a lead is that of the mean of paired differences (1, 0 or -1 an image), by the normal approximation:
+    two encoders that fail on the same images are told apart more sharply than their own intervals suggest.
+
+    Args:
+        contenders: This run first.
+        scores: Of every class for every image, by contender.
+        labels: Classes of the images.
+    """
+    right = [(score.argmax(dim=1) == labels).numpy() for score in scores]
+    rows = []
+    for contender, score, mine in zip(contenders, scores, right, strict=True):
+        lead, interval = None, None
+        if contender.kind != "run":
+            difference = 100.0 * (right[0].astype(float) - mine)
+            lead, half = float(difference.mean()), 1.96 * float(difference.std() / np.sqrt(len(difference)))
+            interval = Interval(lead - half, lead + half)
+        rows.append(
+            Standing(
+                name=contender.name,
+                kind=contender.kind,
+                top1=top_k_accuracy(score, labels, 1),
+                top1_interval=wilson_interval(int(mine.sum()), len(mine)),
+                top5=top_k_accuracy(score, labels, 5),
+                lead=lead,
+                lead_interval=interval,
+            )
+        )
+    return rows

@@ -1,0 +1,151 @@
+"""Labelled images for an evaluation: opened, checked against each other and the checkpoint, thinned to few labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from hpm.data.decode import DecodeError
+from hpm.data.sources import Sample, Source, class_indices, fingerprint, open_source
+from hpm.errors import InputError
+from hpm.seeding import Stream, derive_seed
+
+
+class Subset(Source):
+    """Some images of a source, numbered anew.
+
+    Args:
+        source: All images.
+        indices: Which of them.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Sample:
+        """Read and decode one image."""
+        return self.source.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        """As in the whole source."""
+        return self.source.name(self.indices[index])
+
+    def content(self, index: int) -> bytes:
+        """What the image is made from."""
+        return self.source.content(self.indices[index])
+
+    @property
+    def labels(self) -> Sequence[str] | None:
+        """Class of every image."""
+        labels = self.source.labels
+        return None if labels is None else [labels[i] for i in self.indices]
+
+    def groups(self) -> Sequence[str] | None:
+        """Groups of the whole source."""
+        groups = self.source.groups()
+        return None if groups is None else [groups[i] for i in self.indices]
+
+
+class LabelledImages(NamedTuple):
+    """Images to learn from and images to be measured on."""
+
+    train: Source
+    val: Source
+    classes: list[str]
+    """Those of the training images, sorted."""
+
+
+def open_labelled(train: str, val: str, *, channels: int, image_size: tuple[int, int]) -> LabelledImages:
+    """Open both sources and check them before any work.
+
+    Args:
+        train: Source of the training images.
+        val: Source of the validation images.
+        channels: Channels that the checkpoint's encoder takes.
+        image_size: Its height and width.
+
+    Raises:
+        InputError: No labels, fewer than two classes, a validation class that is not among the training classes, or
+            images that cannot be read as so many channels.
+    """
+    sources = []
+    for field, spec in (("train", train), ("val", val)):
+        source = open_source(spec, channels=channels, image_size=image_size, field=field)
+        if source.labels is None:
+            raise InputError(f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)")
+        _check_readable(source, field=field, channels=channels)
+        sources.append(source)
+    classes = sorted(set(sources[0].labels or ()), key=_natural)
+    if len(classes) < 2:
+        raise InputError(f"train: needs at least two classes, got {classes}")
+    class_indices(sources[1].labels or [], classes)
+    return LabelledImages(sources[0], sources[1], classes)
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    """Numbers by their value, before names."""
+    return (0, int(name), "") if name.isascii() and name.isdigit() else (1, 0, name)
+
+
+def _check_readable(source: Source, *, field: str, channels: int, patience: int = 8) -> None:
+    """Refuse a source of which the first images cannot be read as so many channels.
+
+    Raises:
+        InputError: Not one of the first ``patience`` can.
+    """
+    problems = []
+    for index in range(min(patience, len(source))):
+        try:
+            source.read(index)
+        except (DecodeError, OSError) as error:
+            problems.append(f"{source.name(index)}: {error}")
+        else:
+            return
+    raise InputError(
+        f"{field}: the checkpoint's encoder takes {channels} channel(s), and none of the first {len(problems)} images "
+        f"can be read like that; {problems[0]}"
+    )
+
+
+def choose_per_class(labels: Sequence[str], count: int, *, seed: int) -> list[int]:
+    """Draw ``count`` images of every class; fewer are a part of more, for the same seed.
+
+    Args:
+        labels: Class of every image.
+        count: Images per class.
+        seed: Of the draw.
+
+    Returns:
+        Positions in ``labels``, ascending.
+
+    Raises:
+        InputError: A class has fewer images.
+    """
+    sizes = Counter(labels)
+    smallest = min(sizes, key=lambda name: (sizes[name], name))
+    if not 1 <= count <= sizes[smallest]:
+        raise InputError(
+            f"labels_per_class: must be between 1 and {sizes[smallest]}, the images of class {smallest!r}, got {count}"
+        )
+    generator = torch.Generator().manual_seed(derive_seed(seed, Stream.LABELS))
+    taken: Counter[str] = Counter()
+    chosen = []
+    for index in torch.randperm(len(labels), generator=generator).tolist():
+        if taken[labels[index]] < count:
+            taken[labels[index]] += 1
+            chosen.append(index)
+    return sorted(chosen)
+
+
+def labelled_fingerprint(source: Source) -> str:
+    """:func:`hpm.data.sources.fingerprint` with the labels: other labels for the same images differ, too."""
+    digest = hashlib.sha256("\0".join(source.labels or ()).encode())
+    return f"{fingerprint(source)}, labels {digest.hexdigest()[:8]}"
