@@ -275,3 +275,55 @@ def test_sizes_that_do_not_fit_are_refused():
     assert grid_size(student.encoder) == (4, 4)
     with pytest.raises(InputError, match="decoded_share: must leave at least 2"):
         build_method(tiny_config(decoded_share=0.05), student)
+
+
+# The measured overhead
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Puts a run together."""
+    from hpm.pretrain import prepare
+    from hpm.run_folder import RunFolder
+
+    folder = RunFolder(tmp_path / "run")
+    yield lambda **fields: prepare(tiny_config(**fields), folder, device=torch.device("cpu"), resume="auto")
+    folder.release()
+
+
+def test_overhead_is_the_time_of_the_step_over_that_of_mae(prepared, monkeypatch):
+    from hpm import overhead
+
+    seconds = iter([99.0, 99.0, 99.0] + [1.0, 4.0, 2.0] * 3)  # the first turn does not count
+
+    def timed(act, device):
+        act()
+        return next(seconds)
+
+    monkeypatch.setattr(overhead, "_seconds", timed)
+    run = prepared(steps_per_batch=2)
+    before = {name: tensor.clone() for name, tensor in run.state.student.state_dict().items()}
+    measured = overhead.measure_overhead(run)
+    assert measured == (pytest.approx((1 / 2 + 4) / 2), 0.0, pytest.approx(0.5 / 4.5))
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.state.student.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.state.student.parameters())
+
+
+def test_mae_has_no_overhead(prepared):
+    from hpm.overhead import measure_overhead
+
+    assert measure_overhead(prepared(mask="random", predicted_loss="none")) is None
+
+
+def test_measured_overhead_of_a_run_is_recorded_and_changes_nothing(tmp_path, monkeypatch):
+    from hpm.log import read_metrics
+
+    fields = {name: value for name, value in TINY.items() if name != "data"}
+    pretrain("shapes:48", tmp_path / "quiet", **fields)
+    monkeypatch.setattr("hpm.reporter.MIN_STEPS", 12)
+    result = pretrain("shapes:48", tmp_path / "measured", **fields)
+    costs = [record for record in read_metrics(tmp_path / "measured") if "overhead_over_mae" in record]
+    assert [record["step"] for record in costs] == [0]
+    assert result["overhead_over_mae"] == costs[0]["overhead_over_mae"] > 1
+    assert 0 < costs[0]["teacher_share"] < 1
+    assert_same_state(final_state(tmp_path / "quiet"), final_state(tmp_path / "measured"))

@@ -137,6 +137,14 @@ def choose_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     return torch.device("cpu")
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def has_bf16(device: torch.device) -> bool:
     """Does the hardware compute in bf16, rather than emulate it?"""
     if device.type == "cuda":

@@ -417,6 +417,8 @@ def finish(run: Run) -> dict[str, Any]:
         "prediction_loss": training[-1]["prediction_loss"] if training else None,
         "predictor_rank_correlation": training[-1]["predictor_rank_correlation"] if training else None,
     }
+    if costs := [record["overhead_over_mae"] for record in records if "overhead_over_mae" in record]:
+        result["overhead_over_mae"] = costs[-1]
     if knn:
         result |= {"knn_top1": knn[max(knn)], "knn_top1_untrained": knn.get(0)}
     if distributed.is_main():

@@ -11,6 +11,7 @@ from hpm import distributed
 from hpm.errors import DivergedError, InputError
 from hpm.log import RunLog, read_metrics, say, warn
 from hpm.meter import Meter
+from hpm.overhead import MIN_STEPS, measure_overhead
 from hpm.parallel import is_sharded
 from hpm.run import Run
 from hpm.schedules import ema_decay
@@ -38,12 +39,24 @@ class Reporter:
         """Look at the model where that was not done yet."""
         step = self.run.state.step
         watched = any(
-            record["step"] == step and "reconstruction_loss" not in record
+            record["step"] == step and not record.keys() & {"reconstruction_loss", "overhead_over_mae"}
             for record in read_metrics(self.run.folder.path)
         )
         if self._is_due(step) and not watched:  # the untrained model, or a run that was killed while it was looked at
             self._record(self.watcher.watch(step))
+        if self.run.schedule.total_steps >= MIN_STEPS and step < self.run.schedule.total_steps:
+            self._tell_overhead()
         self._since = self._last_save = time.monotonic()
+
+    def _tell_overhead(self) -> None:
+        """Measure what mining costs here, say it and record it."""
+        if (overhead := measure_overhead(self.run)) is None:
+            return
+        self._record({"overhead_over_mae": overhead.over_mae, "teacher_share": overhead.teacher_share})
+        say(
+            f"a step takes {overhead.over_mae:.2f} +- {overhead.spread:.2f} times as long as one of plain MAE with this "
+            f"model and batch (forward and backward, measured now); the teacher's pass is {overhead.teacher_share:.0%}"
+        )
 
     def damaged(self, news: list[Any]) -> None:
         """Name every damaged image once."""

@@ -28,6 +28,7 @@ from hpm.checkpoint import write_text_atomically
 from hpm.config import Config, with_fields
 from hpm.data.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
 from hpm.data.sources import Source, open_source
+from hpm.distributed import synchronise
 from hpm.errors import InputError
 from hpm.flops import training_flops
 from hpm.method import Teacher
@@ -326,14 +327,6 @@ class Turn:
             self.stepper.step(next(batches))
         synchronise(self.device)
         return time.perf_counter() - start
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def device_name(device: torch.device) -> str:
