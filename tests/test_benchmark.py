@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.benchmark import step
+from hpm.benchmark import step, timing
 from hpm.benchmark.config import PeersConfig, StepConfig
 from hpm.benchmark.plain import PlainStep, loop_masks, two_log_loss
 from hpm.build import build_method, build_optimizer
@@ -15,6 +15,7 @@ from hpm.masking import hide_hard
 from hpm.method import Teacher, relative_loss
 from tiny import tiny_config, tiny_student
 
+NAMES = ("reference", "mae", "exact", "mae-third", "fast", "shared", "exact+4-steps", "exact+progressive")
 SMALL = {"encoder": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "decoder_width": 32, "decoder_depth": 1}
 
 
@@ -62,7 +63,7 @@ def test_two_logs_are_one():
 def test_step_command_measures_every_variant(tmp_path, capsys):
     out = tmp_path / "step.json"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    flags += ["--variants", "reference", "mae", "exact", "crossmae", "fast", "shared"]
+    flags += ["--variants", *NAMES]
     with pytest.raises(SystemExit) as left:
         main(["benchmark", "step", "--batch-size=8", "--seconds=0.01", "--rounds=2", "--device=cpu", f"--out={out}",
               "--json", *flags])  # fmt: skip
@@ -70,9 +71,8 @@ def test_step_command_measures_every_variant(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out.splitlines()[-2])
     saved = json.loads(out.read_text())
     assert saved == printed
-    names = {"reference", "mae", "exact", "crossmae", "fast", "shared"}
     for key in ("images_per_second", "ratio_to_reference", "peak_memory_bytes", "gflops_per_image"):
-        assert saved[key].keys() == names, key
+        assert saved[key].keys() == set(NAMES), key
     assert saved["ratio_to_reference"]["reference"] == {"mean": 1.0, "std": 0.0}
     for name, rounds in saved["images_per_second_rounds"].items():
         assert len(rounds) == 2
@@ -96,14 +96,15 @@ def test_turn_times_exactly_the_steps_asked_for():
 
     class Counting:
         images_per_step = 2
+        cycle = 1
 
-        def step(self, images):
-            calls.append(len(images))
+        def step(self, fetch):
+            calls.append(len(fetch()))
 
         def flops_per_view(self, images):
             return 1.0
 
-    turn = step.Turn(Counting(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"), 8, None)
+    turn = timing.Turn(Counting(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"), 8, None)
     turn.seconds(5)
     assert calls == [2] * 6  # one more, which is not timed
 

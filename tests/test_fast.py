@@ -129,12 +129,12 @@ def test_a_kept_batch_is_fetched_and_judged_once():
         return Answers(images, None, None)
 
     (only,) = build_stages(tiny_config(), build_student(tiny_config()), build_target(tiny_config()))
-    feed = Feed(fetch, ask, AS_THEY_ARE, steps_per_batch=3, num_micro_batches=2)
-    seen = [[int(meal.images[0, 0, 0, 0]) for meal in feed.meals(step, only, (8, 8))] for step in range(7)]
+    feed = Feed(ask, AS_THEY_ARE, patch=(8, 8), steps_per_batch=3, num_micro_batches=2)
+    seen = [[int(meal.images[0, 0, 0, 0]) for meal in feed.meals(step, only, fetch)] for step in range(7)]
     assert seen == [[0, 1]] * 3 + [[2, 3]] * 3 + [[4, 5]]
     assert len(asked) == 6
-    plain = Feed(fetch, ask, AS_THEY_ARE, steps_per_batch=1, num_micro_batches=1)
-    assert next(plain.meals(5, only, (8, 8))).answers is None, "asked within the step"
+    plain = Feed(ask, AS_THEY_ARE, patch=(8, 8), steps_per_batch=1, num_micro_batches=1)
+    assert next(plain.meals(5, only, fetch)).answers is None, "asked within the step"
     assert len(asked) == 6
 
 

@@ -27,37 +27,38 @@ class Feed:
     """Fetches the micro-batches of every ``steps_per_batch``-th step, and gives them again to the steps between.
 
     Args:
-        fetch: The next micro-batch of uint8 images.
         ask: What the teacher says of normalised images in a stage; None: it is asked in every step.
         normalise: On the device.
+        patch: Height and width of a patch, pixels.
         steps_per_batch: Steps for which a batch is kept.
         num_micro_batches: Micro-batches of a step.
     """
 
     def __init__(
         self,
-        fetch: Callable[[], Tensor],
         ask: Callable[[Stage, Tensor], Answers] | None,
         normalise: Normalise,
         *,
+        patch: tuple[int, int],
         steps_per_batch: int,
         num_micro_batches: int,
     ) -> None:
-        self.fetch = fetch
         self.ask = ask
         self.normalise = normalise
+        self.patch = patch
         self.steps_per_batch = steps_per_batch
         self.num_micro_batches = num_micro_batches
         self._kept: list[Meal] = []
 
-    def meals(self, step: int, stage: Stage, patch: tuple[int, int]) -> Iterator[Meal]:
-        """The micro-batches of a step, in order."""
+    def meals(self, step: int, stage: Stage, fetch: Callable[[], Tensor]) -> Iterator[Meal]:
+        """The micro-batches of a step, in order; ``fetch`` gives uint8 images where new ones are needed."""
         if step % self.steps_per_batch:
             yield from self._kept
             return
         self._kept = []
+        size = stage.grid[0] * self.patch[0], stage.grid[1] * self.patch[1]
         for _ in range(self.num_micro_batches):
-            images = resize(self.normalise(self.fetch()), (stage.grid[0] * patch[0], stage.grid[1] * patch[1]))
+            images = resize(self.normalise(fetch()), size)
             if self.steps_per_batch == 1:
                 yield Meal(images, None)
             else:

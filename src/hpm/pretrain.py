@@ -278,7 +278,6 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     parameters = [p for p in state.student.parameters() if p.requires_grad]
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)
-    patch = patch_size(state.student.encoder)
     with reporting(run) as report, closing(_batches(run)) as batches:  # closing: workers leave before the process does
 
         def fetch() -> torch.Tensor:
@@ -287,9 +286,9 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             return batch.images.to(device, non_blocking=True)
 
         feed = Feed(
-            fetch,
             partial(_ask, run) if run.method.needs_teacher else None,
             build_normalise(config).to(device),
+            patch=patch_size(state.student.encoder),
             steps_per_batch=config.method.steps_per_batch,
             num_micro_batches=len(slices),
         )
@@ -305,7 +304,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
                 batch_size=config.optimisation.batch_size, num_patches=math.prod(stage.grid), device=device,
             )  # fmt: skip
             step_loss, correlation = torch.zeros(2, device=device)
-            for number, meal in enumerate(feed.meals(step, stage, patch)):
+            for number, meal in enumerate(feed.meals(step, stage, fetch)):
                 with exchanging(model, last=number == len(slices) - 1):
                     losses = _forward(run, model, meal, noise[slices[number]], step)
                     (losses.total / len(slices)).backward()

@@ -54,8 +54,8 @@ class Reporter:
             return
         self._record({"overhead_over_mae": overhead.over_mae, "teacher_share": overhead.teacher_share})
         say(
-            f"a step takes {overhead.over_mae:.2f} +- {overhead.spread:.2f} times as long as one of plain MAE with this "
-            f"model and batch (forward and backward, measured now); the teacher's pass is {overhead.teacher_share:.0%}"
+            f"a step takes {overhead.over_mae:.2f} +- {overhead.spread:.2f} times as long as plain MAE's (forward and "
+            f"backward, measured now); the teacher's pass is {overhead.teacher_share:.0%} of it"
         )
 
     def damaged(self, news: list[Any]) -> None:

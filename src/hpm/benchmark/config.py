@@ -14,13 +14,26 @@ VARIANTS: dict[str, str] = {
     "mae": "MAE mode: random masks, no loss predictor, no teacher",
     "exact": "HPM as published, our step",
     "random+lpred": "random masks with the loss predictor",
+    "mae-third": "MAE that decodes a third of the hidden patches",
     "crossmae": "MAE with cross-attention decoders, a third decoded",
     "fast": "recipe hpm-fast",
     "shared": "recipe hpm-shared",
+    "cross": "recipe hpm-cross",
+    "exact+third": "exact, a third of the hidden patches decoded",
+    "exact+cross": "exact with cross-attention decoders",
+    "exact+shallow": "exact with a loss predictor of one block",
+    "exact+half-teacher": "exact with a teacher on images of half the side",
+    "exact+4-masks": "exact with one pass of the teacher for four masks",
+    "exact+4-steps": "exact with batches kept for four steps",
+    "exact+progressive": "exact on images that grow from half the side, mean over the run",
 }
 """What can be measured, in the order of the table."""
 
-VariantName = Literal["reference", "mae", "exact", "random+lpred", "crossmae", "fast", "shared"]
+VariantName = Literal[
+    "reference", "mae", "exact", "random+lpred", "mae-third", "crossmae", "fast", "shared", "cross",
+    "exact+third", "exact+cross", "exact+shallow", "exact+half-teacher", "exact+4-masks", "exact+4-steps",
+    "exact+progressive",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,8 @@ class StepConfig(BenchmarkConfig):
     step with the images of its own data processes. images/s counts student views.
     """
 
-    variants: tuple[VariantName, ...] = ("reference", "mae", "exact", "crossmae", "fast", "shared")
-    """What to measure: reference, mae, exact, random+lpred, crossmae, fast, shared."""
+    variants: tuple[VariantName, ...] = ("reference", "mae", "exact", "mae-third", "fast", "shared")
+    """What to measure: the plain reference step, recipes, and every means of the fast mode alone on the exact step."""
     data: str = ""
     """Images, any source: measure the whole training, loading included; none: the step alone."""
 

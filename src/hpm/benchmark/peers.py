@@ -18,14 +18,12 @@ from hpm.benchmark.config import PeersConfig
 from hpm.benchmark.step import (
     NUM_FLOP_IMAGES,
     OurStep,
-    Stepper,
     is_bf16,
     is_compiled,
-    measure,
-    ratios_to,
     settings_of,
     variant_config,
 )
+from hpm.benchmark.timing import Stepper, measure, ratios_to
 from hpm.build import build_normalise
 from hpm.config import Config
 from hpm.errors import InputError
@@ -45,6 +43,7 @@ class PeerStep:
 
     def __init__(self, model: nn.Module, config: Config, *, device: torch.device, bf16: bool) -> None:
         self.model = model.to(device).train()
+        self.cycle = 1
         self.images_per_step = config.optimisation.batch_size
         self.bf16, self.device = bf16, device
         optimisation = config.optimisation
@@ -54,10 +53,10 @@ class PeerStep:
         )
         self.normalise = build_normalise(config).to(device)
 
-    def step(self, images: Tensor) -> None:
-        """One training step on uint8 images."""
+    def step(self, fetch: Callable[[], Tensor]) -> None:
+        """One training step."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.model(self.normalise(images))
+            loss = self.model(self.normalise(fetch()))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.optimizer.step()
@@ -66,7 +65,7 @@ class PeerStep:
     def flops_per_view(self, images: Tensor) -> float:
         """Counted over a whole step of a few images."""
         with FlopCounterMode(display=False) as counter:
-            self.step(images[:NUM_FLOP_IMAGES])
+            self.step(lambda: images[:NUM_FLOP_IMAGES])
         return float(counter.get_total_flops() / len(images[:NUM_FLOP_IMAGES]))
 
 

@@ -1,73 +1,67 @@
-"""Images per second of a training step, each variant in turns with the others.
-
-In every round each variant runs for about as long as the others, so that a machine that gets slower or busier does so
-for all of them, and ratios are taken within a round. The order rotates from round to round.
-"""
+"""``hpm benchmark step``: the plain reference step, ours, the fast presets and every means alone, timed in turns."""
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpm import distributed
-from hpm.benchmark.config import VARIANTS, BenchmarkConfig, StepConfig
+from hpm.benchmark.config import BenchmarkConfig, StepConfig
 from hpm.benchmark.plain import PlainStep
-from hpm.build import build_method, build_normalise, build_optimizer, build_student, choose_attention, compile_blocks
-from hpm.checkpoint import write_text_atomically
+from hpm.benchmark.timing import Stepper, measure, ratios_to
+from hpm.build import (
+    Stage,
+    build_method,
+    build_normalise,
+    build_optimizer,
+    build_stages,
+    build_student,
+    build_target,
+    choose_attention,
+    compile_blocks,
+)
 from hpm.config import Config, with_fields
-from hpm.data.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
-from hpm.data.sources import Source, open_source
-from hpm.distributed import synchronise
+from hpm.data.sources import open_source
 from hpm.errors import InputError
+from hpm.feeding import Feed
 from hpm.flops import training_flops
-from hpm.method import Teacher
+from hpm.method import Answers, Teacher
 from hpm.recipes import recipe
 from hpm.run_folder import versions
 from hpm.seeding import mask_noise
+from hpm.vit import patch_size
 
 EMA_DECAY = 0.999
 HARD_SHARE = 0.25
 """The mean of a run from 0 to 0.5; the time of a step does not depend on it."""
 NUM_FLOP_IMAGES = 2
-WARMUP_STEPS = 3
 
 RECIPES = {
-    "reference": "hpm-norm-pix",
     "mae": "mae-norm-pix",
-    "exact": "hpm-norm-pix",
     "random+lpred": "random+lpred-norm-pix",
+    "mae-third": "mae-third-norm-pix",
     "crossmae": "crossmae",
     "fast": "hpm-fast-norm-pix",
     "shared": "hpm-shared-norm-pix",
+    "cross": "hpm-cross-norm-pix",
 }
-"""The recipe that each variant is a step of."""
+"""The recipe that each variant is a step of; without one, the published method on norm_pix."""
 
-
-@runtime_checkable
-class Stepper(Protocol):
-    """Something whose training step can be measured."""
-
-    images_per_step: int
-    """Different images in a step."""
-
-    def step(self, images: torch.Tensor) -> None:
-        """One training step on uint8 images."""
-        ...
-
-    def flops_per_view(self, images: torch.Tensor) -> float:
-        """Floating-point operations of a step per student view; a multiply-add counts as two."""
-        ...
+MEANS: dict[str, dict[str, Any]] = {
+    "exact+third": {"decoded_share": 1 / 3},
+    "exact+cross": {"decoder": "cross"},
+    "exact+shallow": {"predictor_depth": 1},
+    "exact+half-teacher": {"teacher_reduction": 2},
+    "exact+4-masks": {"masks_per_image": 4},
+    "exact+4-steps": {"steps_per_batch": 4},
+    "exact+progressive": {"progressive_start": 0.5},
+}
+"""Fields that a variant sets beside its recipe."""
 
 
 class OurStep:
@@ -86,7 +80,8 @@ class OurStep:
         self.masks_per_image = config.method.masks_per_image
         self.images_per_step = self.batch_size // self.masks_per_image
         self.student = build_student(config).to(device)
-        self.method = build_method(config, self.student)
+        self.stages = build_stages(config, self.student, build_target(config))
+        self.method = self.stages[-1].method
         choose_attention(self.student, device)
         self.teacher = Teacher(self.student) if self.method.needs_teacher else None
         if compiled:
@@ -94,18 +89,29 @@ class OurStep:
         self.optimizer = build_optimizer(config.optimisation, self.student)
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         self.clip = config.optimisation.gradient_clip or math.inf
-        self.normalise = build_normalise(config).to(device)
-        self.num_hard = int(self.method.num_hidden * HARD_SHARE)
+        self.kept = config.method.steps_per_batch
+        self.cycle = self.kept * len(self.stages)
+        self.feed = Feed(
+            None if self.teacher is None else self._ask,
+            build_normalise(config).to(device),
+            patch=patch_size(self.student.encoder),
+            steps_per_batch=self.kept,
+            num_micro_batches=1,
+        )
         self.steps_done = 0
 
-    def step(self, images: torch.Tensor) -> None:
-        """One training step on uint8 images, without a wait for the device."""
+    def step(self, fetch: Callable[[], torch.Tensor]) -> None:
+        """One training step, without a wait for the device; stages of a progressive run take turns."""
+        stage = self.stages[self.steps_done // self.kept % len(self.stages)]
         noise = mask_noise(
-            0, self.steps_done,
-            batch_size=self.batch_size, num_patches=self.student.positions.shape[1], device=self.device,
-        )  # fmt: skip
+            0, self.steps_done, batch_size=self.batch_size, num_patches=math.prod(stage.grid), device=self.device
+        )
+        num_hard = int(stage.method.num_hidden * HARD_SHARE)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.method.step(self.student, self.teacher, self.normalise(images), noise, num_hard=self.num_hard)
+            (meal,) = self.feed.meals(self.steps_done, stage, fetch)
+            losses = stage.method.step(
+                self.student, self.teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers
+            )
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
@@ -113,6 +119,10 @@ class OurStep:
         if self.teacher is not None:
             self.teacher.update(self.student, EMA_DECAY)
         self.steps_done += 1
+
+    def _ask(self, stage: Stage, images: torch.Tensor) -> Answers:
+        assert self.teacher is not None
+        return stage.method.ask(self.teacher, images)
 
     def flops_per_view(self, images: torch.Tensor) -> float:
         """As :func:`hpm.flops.training_flops`."""
@@ -127,6 +137,8 @@ class ReferenceStep:
         device: Where.
     """
 
+    cycle = 1
+
     def __init__(self, config: Config, *, device: torch.device) -> None:
         student = build_student(config).to(device)
         method = build_method(config, student)
@@ -135,15 +147,16 @@ class ReferenceStep:
         self.normalise = build_normalise(config).to(device)
         self.num_hard = int(method.num_hidden * HARD_SHARE)
 
-    def step(self, images: torch.Tensor) -> None:
-        """One training step on uint8 images."""
+    def step(self, fetch: Callable[[], torch.Tensor]) -> None:
+        """One training step."""
+        images = fetch()
         noise = torch.rand(len(images), self.plain.student.positions.shape[1], device=images.device)
         self.plain.step(self.normalise(images), noise, num_hard=self.num_hard, ema_decay=EMA_DECAY)
 
     def flops_per_view(self, images: torch.Tensor) -> float:
         """Counted over a whole step of a few images."""
         with FlopCounterMode(display=False) as counter:
-            self.step(images[:NUM_FLOP_IMAGES])
+            self.step(lambda: images[:NUM_FLOP_IMAGES])
         return float(counter.get_total_flops() / len(images[:NUM_FLOP_IMAGES]))
 
 
@@ -193,7 +206,7 @@ def variant_config(name: str, config: BenchmarkConfig, batch_size: int) -> Confi
     Raises:
         InputError: A size does not fit.
     """
-    base = recipe(RECIPES[name])
+    base = with_fields(recipe(RECIPES.get(name, "hpm-norm-pix")), MEANS.get(name, {}))
     fields: dict[str, Any] = {
         "encoder": config.encoder,
         "image_size": config.image_size,
@@ -221,185 +234,3 @@ def settings_of(config: BenchmarkConfig, batch_size: int) -> dict[str, Any]:
     """What all variants had in common."""
     names = ("image_size", "patch_size", "decoder_width", "decoder_depth", "seconds", "rounds")
     return {"batch_size": batch_size, **{name: getattr(config, name) for name in names}}
-
-
-def measure(
-    builders: Mapping[str, Callable[[], Stepper]],
-    config: BenchmarkConfig,
-    *,
-    batch_size: int,
-    device: torch.device,
-    source: Source | None = None,
-) -> dict[str, Any]:
-    """Build, warm up and time every stepper, in turns.
-
-    Args:
-        builders: What makes each, by name.
-        config: Sizes and conditions.
-        batch_size: Student views a step.
-        device: Where.
-        source: Where images come from; None: random bytes on the device.
-
-    Returns:
-        Figures by name; images/s are student views per second.
-    """
-    images = torch.randint(
-        0, 256, (batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device
-    )
-    peak_flops = {precision: matmul_peak(device, dtype) for precision, dtype in _dtypes(device).items()}
-    steppers: dict[str, Stepper] = {}
-    flops: dict[str, float] = {}
-    memory: dict[str, int | None] = {}
-    for name, build in builders.items():
-        _say(f"preparing {name}")
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        steppers[name] = stepper = build()
-        flops[name] = stepper.flops_per_view(images)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(WARMUP_STEPS):
-            stepper.step(images[: stepper.images_per_step])
-        synchronise(device)
-        memory[name] = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-    turns = {name: Turn(stepper, images, device, config.image_size, source) for name, stepper in steppers.items()}
-    counts = {name: max(1, math.ceil(config.seconds / config.rounds / turn.seconds(1))) for name, turn in turns.items()}
-    rates: dict[str, list[float]] = {name: [] for name in turns}
-    names = list(turns)
-    for number in range(config.rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            rates[name].append(counts[name] * batch_size / turns[name].seconds(counts[name]))
-        _say(f"round {number + 1} of {config.rounds}")
-    means = {name: statistics.fmean(values) for name, values in rates.items()}
-    return {
-        "device": device_name(device),
-        "images_per_second": means,
-        "images_per_second_std": {name: _spread(values) for name, values in rates.items()},
-        "images_per_second_rounds": rates,
-        "peak_memory_bytes": memory,
-        "gflops_per_image": {name: value / 1e9 for name, value in flops.items()},
-        "matmul_peak_tflops": {name: value / 1e12 for name, value in peak_flops.items()},
-        "share_of_matmul_peak": {name: flops[name] * means[name] / peak_flops["bf16"] for name in names},
-    }
-
-
-class Turn:
-    """Runs a stepper for some steps and says how long they took.
-
-    Args:
-        stepper: What is measured.
-        images: Random images on the device.
-        device: Where.
-        image_size: Side of the images, pixels.
-        source: Where images come from instead; every turn has data processes of its own, which start before the clock.
-    """
-
-    def __init__(
-        self, stepper: Stepper, images: torch.Tensor, device: torch.device, image_size: int, source: Source | None
-    ) -> None:
-        self.stepper, self.device = stepper, device
-        self.images = images[: stepper.images_per_step]
-        self.training = None
-        if source is not None:
-            self.training = TrainingImages(
-                source, size=(image_size, image_size), crop_scale=(0.2, 1.0), flip=True, seed=0
-            )
-
-    def seconds(self, num_steps: int) -> float:
-        """Of ``num_steps`` steps, after one that is not counted."""
-        if self.training is None:
-            return self._time(iter(lambda: self.images, None), num_steps)
-        order = TrainingOrder(
-            len(self.training.source), batch_size=self.stepper.images_per_step, first_step=0,
-            total_steps=num_steps + 1, seed=0, position=Position(),
-        )  # fmt: skip
-        batches = training_batches(
-            self.training, order, workers=default_workers(), pin_memory=self.device.type == "cuda"
-        )
-        with closing(batches):
-            return self._time((batch.images.to(self.device, non_blocking=True) for batch in batches), num_steps)
-
-    def _time(self, batches: Iterator[torch.Tensor], num_steps: int) -> float:
-        self.stepper.step(next(batches))
-        synchronise(self.device)
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            self.stepper.step(next(batches))
-        synchronise(self.device)
-        return time.perf_counter() - start
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is, in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else versions(device)["device"]
-
-
-def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
-    return {"bf16": torch.bfloat16, "float32": torch.float32}
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of large square matrix products, the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(13):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ b
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[3:])
-
-
-def _spread(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def ratios_to(figures: Mapping[str, Any], base: str) -> dict[str, dict[str, float | None]] | None:
-    """How many times faster than ``base``: mean and standard deviation of the ratios of each round."""
-    rounds = figures["images_per_second_rounds"]
-    if base not in rounds:
-        return None
-    ratios = {name: [a / b for a, b in zip(values, rounds[base])] for name, values in rounds.items()}
-    return {name: {"mean": statistics.fmean(values), "std": _spread(values)} for name, values in ratios.items()}
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def save(result: Mapping[str, Any], out: Path) -> None:
-    """The figures as JSON, and their picture beside it."""
-    from hpm.benchmark.figure import draw
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(out, json.dumps(result, indent=2) + "\n")
-    draw(result, out.with_suffix(".png"))
-
-
-def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the table that people read, header first."""
-
-    def ratio(base: str, name: str) -> str:
-        if not result.get(f"ratio_to_{base}"):
-            return "-"
-        found = result[f"ratio_to_{base}"][name]
-        return f"{found['mean']:.2f}" + (f" +- {found['std']:.2f}" if found["std"] is not None else "")
-
-    rows: list[tuple[str, ...]] = [
-        ("", "images/s", "of reference", "of MAE", "GFLOP/image", "of peak", "memory GB", "what")
-    ]
-    for name, rate in result["images_per_second"].items():
-        spread, memory = result["images_per_second_std"][name], result["peak_memory_bytes"][name]
-        rows.append((
-            name,
-            f"{rate:.1f}" + (f" +- {spread:.1f}" if spread is not None else ""),
-            ratio("reference", name),
-            ratio("mae", name),
-            f"{result['gflops_per_image'][name]:.1f}",
-            f"{result['share_of_matmul_peak'][name]:.0%}",
-            "-" if memory is None else f"{memory / 1e9:.2f}",
-            VARIANTS.get(name, ""),
-        ))  # fmt: skip
-    return rows

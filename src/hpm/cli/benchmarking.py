@@ -34,18 +34,18 @@ def benchmark_peers(arguments: list[str]) -> None:
 
 
 def _report(result: dict[str, Any], out: str, *, as_json: bool) -> None:
-    from hpm.benchmark import step
+    from hpm.benchmark import timing
 
     print(
         f"{result['model']} at {result['settings']['image_size']} px, batch {result['settings']['batch_size']}, "
         f"{result['precision']}{', compiled' if result['compiled'] else ''}, {result['device']}; {result['measured']}"
     )
-    header, *rows = step.table(result)
+    header, *rows = timing.table(result)
     print_table(header, rows)
     peaks = ", ".join(f"{name} {value:.2f}" for name, value in result["matmul_peak_tflops"].items())
     print(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the bf16 one")
     if out:
-        step.save(result, Path(out))
+        timing.save(result, Path(out))
         print(f"look:  {Path(out).with_suffix('.png')}")
     if as_json:
         print_json(result)

@@ -1,0 +1,237 @@
+"""Timing training steps in turns.
+
+In every round each stepper runs for about as long as the others, so that a machine that gets slower or busier does so
+for all of them, and ratios are taken within a round. The order rotates from round to round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from hpm.benchmark.config import VARIANTS, BenchmarkConfig
+from hpm.checkpoint import write_text_atomically
+from hpm.data.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
+from hpm.data.sources import Source
+from hpm.distributed import synchronise
+from hpm.run_folder import versions
+
+WARMUP_STEPS = 3
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """Something whose training step can be measured."""
+
+    images_per_step: int
+    """Different images in a step."""
+    cycle: int
+    """Steps after which it costs the same again."""
+
+    def step(self, fetch: Callable[[], torch.Tensor]) -> None:
+        """One training step on the uint8 images that ``fetch`` gives, if it needs any."""
+        ...
+
+    def flops_per_view(self, images: torch.Tensor) -> float:
+        """Floating-point operations of a step per student view; a multiply-add counts as two."""
+        ...
+
+
+def measure(
+    builders: Mapping[str, Callable[[], Stepper]],
+    config: BenchmarkConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
+    source: Source | None = None,
+) -> dict[str, Any]:
+    """Build, warm up and time every stepper, in turns.
+
+    Args:
+        builders: What makes each, by name.
+        config: Sizes and conditions.
+        batch_size: Student views a step.
+        device: Where.
+        source: Where images come from; None: random bytes on the device.
+
+    Returns:
+        Figures by name; images/s are student views per second.
+    """
+    images = torch.randint(
+        0, 256, (batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device
+    )
+    peak_flops = {precision: matmul_peak(device, dtype) for precision, dtype in _dtypes(device).items()}
+    steppers: dict[str, Stepper] = {}
+    flops: dict[str, float] = {}
+    memory: dict[str, int | None] = {}
+    for name, build in builders.items():
+        _say(f"preparing {name}")
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        steppers[name] = stepper = build()
+        flops[name] = stepper.flops_per_view(images)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(WARMUP_STEPS):
+            stepper.step(partial(_first, images, stepper.images_per_step))
+        synchronise(device)
+        memory[name] = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    turns = {name: Turn(stepper, images, device, config.image_size, source) for name, stepper in steppers.items()}
+    counts = {}
+    for name, turn in turns.items():
+        cycle = turn.stepper.cycle
+        counts[name] = cycle * max(1, math.ceil(config.seconds / config.rounds / turn.seconds(cycle)))
+    rates: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    for number in range(config.rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            rates[name].append(counts[name] * batch_size / turns[name].seconds(counts[name]))
+        _say(f"round {number + 1} of {config.rounds}")
+    means = {name: statistics.fmean(values) for name, values in rates.items()}
+    return {
+        "device": device_name(device),
+        "images_per_second": means,
+        "images_per_second_std": {name: _spread(values) for name, values in rates.items()},
+        "images_per_second_rounds": rates,
+        "peak_memory_bytes": memory,
+        "gflops_per_image": {name: value / 1e9 for name, value in flops.items()},
+        "matmul_peak_tflops": {name: value / 1e12 for name, value in peak_flops.items()},
+        "share_of_matmul_peak": {name: flops[name] * means[name] / peak_flops["bf16"] for name in names},
+    }
+
+
+class Turn:
+    """Runs a stepper for some steps and says how long they took.
+
+    Args:
+        stepper: What is measured.
+        images: Random images on the device.
+        device: Where.
+        image_size: Side of the images, pixels.
+        source: Where images come from instead; every turn has data processes of its own, which start before the clock.
+    """
+
+    def __init__(
+        self, stepper: Stepper, images: torch.Tensor, device: torch.device, image_size: int, source: Source | None
+    ) -> None:
+        self.stepper, self.device = stepper, device
+        self.images = images[: stepper.images_per_step]
+        self.training = None
+        if source is not None:
+            self.training = TrainingImages(
+                source, size=(image_size, image_size), crop_scale=(0.2, 1.0), flip=True, seed=0
+            )
+
+    def seconds(self, num_steps: int) -> float:
+        """Of ``num_steps`` steps, after one that is not counted."""
+        if self.training is None:
+            return self._time(iter(lambda: self.images, None), num_steps)
+        order = TrainingOrder(
+            len(self.training.source), batch_size=self.stepper.images_per_step, first_step=0,
+            total_steps=num_steps + 1, seed=0, position=Position(),
+        )  # fmt: skip
+        batches = training_batches(
+            self.training, order, workers=default_workers(), pin_memory=self.device.type == "cuda"
+        )
+        with closing(batches):
+            return self._time((batch.images.to(self.device, non_blocking=True) for batch in batches), num_steps)
+
+    def _time(self, batches: Iterator[torch.Tensor], num_steps: int) -> float:
+        fetch = partial(next, batches)
+        self.stepper.step(fetch)
+        synchronise(self.device)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            self.stepper.step(fetch)
+        synchronise(self.device)
+        return time.perf_counter() - start
+
+
+def _first(images: torch.Tensor, count: int) -> torch.Tensor:
+    return images[:count]
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else versions(device)["device"]
+
+
+def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
+    return {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of large square matrix products, the best of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(13):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times[3:])
+
+
+def _spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def ratios_to(figures: Mapping[str, Any], base: str) -> dict[str, dict[str, float | None]] | None:
+    """How many times faster than ``base``: mean and standard deviation of the ratios of each round."""
+    rounds = figures["images_per_second_rounds"]
+    if base not in rounds:
+        return None
+    ratios = {name: [a / b for a, b in zip(values, rounds[base])] for name, values in rounds.items()}
+    return {name: {"mean": statistics.fmean(values), "std": _spread(values)} for name, values in ratios.items()}
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def save(result: Mapping[str, Any], out: Path) -> None:
+    """The figures as JSON, and their picture beside it."""
+    from hpm.benchmark.figure import draw
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(out, json.dumps(result, indent=2) + "\n")
+    draw(result, out.with_suffix(".png"))
+
+
+def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table that people read, header first."""
+
+    def ratio(base: str, name: str) -> str:
+        if not result.get(f"ratio_to_{base}"):
+            return "-"
+        found = result[f"ratio_to_{base}"][name]
+        return f"{found['mean']:.2f}" + (f" +- {found['std']:.2f}" if found["std"] is not None else "")
+
+    rows: list[tuple[str, ...]] = [
+        ("", "images/s", "of reference", "of MAE", "GFLOP/image", "of peak", "memory GB", "what")
+    ]
+    for name, rate in result["images_per_second"].items():
+        spread, memory = result["images_per_second_std"][name], result["peak_memory_bytes"][name]
+        rows.append((
+            name,
+            f"{rate:.1f}" + (f" +- {spread:.1f}" if spread is not None else ""),
+            ratio("reference", name),
+            ratio("mae", name),
+            f"{result['gflops_per_image'][name]:.1f}",
+            f"{result['share_of_matmul_peak'][name]:.0%}",
+            "-" if memory is None else f"{memory / 1e9:.2f}",
+            VARIANTS.get(name, ""),
+        ))  # fmt: skip
+    return rows
