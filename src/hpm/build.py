@@ -251,7 +251,7 @@ def choose_attention(model: nn.Module, device: torch.device) -> None:
             module.fused_attn = device.type != "cpu"
 
 
-def compile_blocks(*models: nn.Module) -> None:
+def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
     """``torch.compile`` every transformer block, in place; names of parameters stay as they are.
 
     Blocks rather than whole models: one compilation serves all blocks of a kind, gradients still flow out block by
@@ -261,7 +261,7 @@ def compile_blocks(*models: nn.Module) -> None:
     for model in models:
         for module in model.modules():
             if isinstance(module, Block | CrossBlock):
-                module.compile(dynamic=False)
+                module.compile(dynamic=False, backend=backend)
 
 
 def blocks(student: Student) -> list[nn.Module]:
