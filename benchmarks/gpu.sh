@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything worth knowing from one GPU in one call of less than ten minutes: does it compute what the CPU computes, how
-# fast is a step, does a real run train. Results are JSON files (few, so that they are easy to bring home) in OUT.
+# fast is a step (ViT-S, B, L; every means of the fast mode alone; peers), does a real run train. Results are JSON files (few, so that they are easy to bring home) in OUT.
 #
 #   benchmarks/gpu.sh
 #
@@ -8,9 +8,9 @@
 #   RUN               run folder of the pre-training            (runs/gpu-pretrain; started over)
 #   DATA              folder with train-*.tar.gz, val-*.tar.gz  (the first of shared/data/nature, ../shared/data/nature)
 #   PRETRAIN_EPOCHS   length of the pre-training                (60)
-#   PRETRAIN_SECONDS  and its limit; stopped there, it is saved (200)
+#   PRETRAIN_SECONDS  and its limit; stopped there, it is saved (100)
 #   PYTHON            interpreter                               (python3)
-#   STAGES            which stages                              ("agreement step_small step_base pretrain")
+#   STAGES            which stages                    ("agreement small base large means peers pretrain")
 #   DEVICE_SMALL=1    everything tiny, to try the script on a CPU
 #
 # A stage that fails does not stop the next. Exit code 0: every stage succeeded; 1: one failed, see OUT/summary.json.
@@ -21,7 +21,7 @@ OUT=${OUT:-runs/gpu}
 RUN=${RUN:-runs/gpu-pretrain}
 PYTHON=${PYTHON:-python3}
 SMALL=${DEVICE_SMALL:-0}
-STAGES=${STAGES:-agreement step_small step_base pretrain}
+STAGES=${STAGES:-agreement small base large means peers pretrain}
 mkdir -p "$OUT" || exit 1
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 SCRATCH=$(mktemp -d)
@@ -71,9 +71,13 @@ stage() {
     return "$code"
 }
 
-step=(--image-size 224 --batch-size 256 --seconds 8 --rounds 5)
+step=(--image-size 224 --seconds 3 --rounds 4)
 small_model=vit_small_patch16_224
 base_model=vit_base_patch16_224
+large_model=vit_large_patch16_224
+batch=256
+large_batch=128
+means=(exact exact+third exact+cross exact+shallow exact+half-teacher exact+4-masks exact+4-steps exact+progressive)
 pretrain=(--epochs "${PRETRAIN_EPOCHS:-60}")
 data=${DATA:-}
 for folder in shared/data/nature ../shared/data/nature; do
@@ -82,9 +86,12 @@ done
 train="$data/train-*.tar.gz"
 val="$data/val-*.tar.gz"
 if [ "$SMALL" = 1 ]; then
-    step=(--image-size 64 --batch-size 4 --decoder-width 64 --decoder-depth 1 --predictor-depth 1 --seconds 0.5 --rounds 2)
+    step=(--image-size 64 --decoder-width 64 --decoder-depth 1 --seconds 0.2 --rounds 2)
     small_model=vit_tiny_patch16_224
     base_model=vit_tiny_patch16_224
+    large_model=vit_tiny_patch16_224
+    batch=4
+    large_batch=4
     pretrain=(--epochs 1 --batch-size 16 --encoder-depth 1 --knn-images 40 --num-figure-images 2)
     train=shapes:160
     val=shapes:40@1
@@ -92,10 +99,20 @@ elif [ -z "$data" ]; then
     echo "gpu.sh: no nature set in shared/data or ../shared/data: name its folder in DATA, or pretrain will fail" >&2
 fi
 
+bench=("$PYTHON" -m hpm benchmark)
 stage agreement 60 "$PYTHON" benchmarks/cuda_agreement.py --out "$OUT/agreement.json"
-stage step_small 110 "$PYTHON" benchmarks/step.py --models "$small_model" "${step[@]}" --out "$OUT/step_small.json"
-stage step_base 130 "$PYTHON" benchmarks/step.py --models "$base_model" "${step[@]}" --out "$OUT/step_base.json"
-if stage pretrain "${PRETRAIN_SECONDS:-200}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
+stage small 80 "${bench[@]}" step --encoder "$small_model" --batch-size "$batch" "${step[@]}" --out "$OUT/step_small.json"
+stage base 110 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --profile --out "$OUT/step_base.json"
+stage large 80 "${bench[@]}" step --encoder "$large_model" --batch-size "$large_batch" "${step[@]}" --variants exact mae fast \
+    --out "$OUT/step_large.json"
+stage means 90 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants mae "${means[@]}" \
+    --out "$OUT/step_means.json"
+if "$PYTHON" -c "import transformers" 2>/dev/null || "$PYTHON" -c "import lightly" 2>/dev/null; then
+    stage peers 50 "${bench[@]}" peers --encoder "$base_model" --batch-size "$batch" "${step[@]}" --out "$OUT/peers.json"
+else
+    echo "gpu.sh: no peer (transformers, lightly) is installed: not measured" >&2
+fi
+if stage pretrain "${PRETRAIN_SECONDS:-100}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
     --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then
     tail -n 1 "$SCRATCH/pretrain.txt" >"$OUT/pretrain.json"
 fi

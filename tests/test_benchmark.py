@@ -66,9 +66,9 @@ def test_step_command_measures_every_variant(tmp_path, capsys):
     flags += ["--variants", *NAMES]
     with pytest.raises(SystemExit) as left:
         main(["benchmark", "step", "--batch-size=8", "--seconds=0.01", "--rounds=2", "--device=cpu", f"--out={out}",
-              "--json", *flags])  # fmt: skip
+              "--profile", "--json", *flags])  # fmt: skip
     assert left.value.code == 0
-    printed = json.loads(capsys.readouterr().out.splitlines()[-2])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     saved = json.loads(out.read_text())
     assert saved == printed
     for key in ("images_per_second", "ratio_to_reference", "peak_memory_bytes", "gflops_per_image"):
@@ -80,6 +80,9 @@ def test_step_command_measures_every_variant(tmp_path, capsys):
         expected = np.mean(np.array(rounds) / saved["images_per_second_rounds"]["mae"])
         assert saved["ratio_to_mae"][name]["mean"] == pytest.approx(expected)
     assert saved["gflops_per_image"]["exact"] < saved["gflops_per_image"]["reference"]  # no teacher's reconstructor
+    for shares in saved["profile"].values():
+        assert 0.3 < sum(shares.values()) <= 1
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
     assert out.with_suffix(".png").stat().st_size > 5000
 
 

@@ -62,6 +62,8 @@ class BenchmarkConfig:
     """Timed seconds for each, over all rounds."""
     rounds: Annotated[int, Field(ge=1)] = 5
     """Turns of each; the spread is over them."""
+    profile: bool = False
+    """Afterwards, also find where the time of each goes, by operation."""
     out: str = ""
     """JSON file to write; a figure is drawn beside it."""
 

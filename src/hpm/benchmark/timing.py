@@ -98,6 +98,7 @@ def measure(
             rates[name].append(counts[name] * batch_size / turns[name].seconds(counts[name]))
         _say(f"round {number + 1} of {config.rounds}")
     means = {name: statistics.fmean(values) for name, values in rates.items()}
+    profiles = {name: profile(stepper, images, device) for name, stepper in steppers.items() if config.profile}
     return {
         "device": device_name(device),
         "images_per_second": means,
@@ -107,7 +108,25 @@ def measure(
         "gflops_per_image": {name: value / 1e9 for name, value in flops.items()},
         "matmul_peak_tflops": {name: value / 1e12 for name, value in peak_flops.items()},
         "share_of_matmul_peak": {name: flops[name] * means[name] / peak_flops["bf16"] for name in names},
+        **({"profile": profiles} if config.profile else {}),
     }
+
+
+def profile(stepper: Stepper, images: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """Share of each operation in the time of one cycle of steps, the ten largest; the device's own time on CUDA."""
+    on_cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(stepper.cycle):
+            stepper.step(partial(_first, images, stepper.images_per_step))
+        synchronise(device)
+    times = {
+        event.key: float(event.self_device_time_total if on_cuda else event.self_cpu_time_total)
+        for event in found.key_averages()
+    }
+    largest = sorted(times, key=lambda name: -times[name])[:10]
+    return {name: times[name] / sum(times.values()) for name in largest}
 
 
 class Turn:

@@ -17,8 +17,8 @@ def benchmark_step(arguments: list[str]) -> None:
 
     from hpm.benchmark import step
 
-    _report(step.run(config), config.out, as_json=as_json)
-    print("next:  hpm pretrain --recipe hpm-fast-norm-pix --data IMAGES --out RUN")
+    next_command = "hpm pretrain --recipe hpm-fast-norm-pix --data IMAGES --out RUN"
+    _report(step.run(config), config.out, next_command, as_json=as_json)
 
 
 def benchmark_peers(arguments: list[str]) -> None:
@@ -29,11 +29,10 @@ def benchmark_peers(arguments: list[str]) -> None:
 
     from hpm.benchmark import peers
 
-    _report(peers.run(config), config.out, as_json=as_json)
-    print("next:  hpm benchmark step    what mining costs on top")
+    _report(peers.run(config), config.out, "hpm benchmark step    what mining costs on top", as_json=as_json)
 
 
-def _report(result: dict[str, Any], out: str, *, as_json: bool) -> None:
+def _report(result: dict[str, Any], out: str, next_command: str, *, as_json: bool) -> None:
     from hpm.benchmark import timing
 
     print(
@@ -44,8 +43,12 @@ def _report(result: dict[str, Any], out: str, *, as_json: bool) -> None:
     print_table(header, rows)
     peaks = ", ".join(f"{name} {value:.2f}" for name, value in result["matmul_peak_tflops"].items())
     print(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the bf16 one")
+    for name, shares in result.get("profile", {}).items():
+        print(f"\nwhere the time of {name} goes:")
+        print_table(("operation", "share"), [(operation, f"{share:.1%}") for operation, share in shares.items()])
     if out:
         timing.save(result, Path(out))
         print(f"look:  {Path(out).with_suffix('.png')}")
+    print(f"next:  {next_command}")
     if as_json:
         print_json(result)
