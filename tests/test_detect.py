@@ -1,6 +1,7 @@
 """Detection: average precision on cases worked out by hand, strides that fit, crops whose boxes fit."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,10 +244,10 @@ def run_folder(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("detect") / "run")
 
 
-def test_bright_squares_are_found(capsys, run_folder, blobs, tmp_path):
+def test_bright_squares_are_found(capsys, run_folder, blobs):
     words = ["evaluate", "detect", "--checkpoint", run_folder, "--train-images", blobs[0], "--train-annotations",
              f"from-masks:{blobs[1]}", "--val-images", blobs[0], "--val-annotations", f"from-masks:{blobs[1]}",
-             "--out", tmp_path, "--epochs", "12", "--batch-size", "4", "--learning-rate", "5e-3", "--width", "16",
+             "--epochs", "12", "--batch-size", "4", "--learning-rate", "5e-3", "--width", "16",
              "--size", "64", "--scale", "1", "1", "--anchor-scale", "4", "--num-pictures", "2", "--json"]  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
         main([str(word) for word in words])
@@ -257,7 +258,7 @@ def test_bright_squares_are_found(capsys, run_folder, blobs, tmp_path):
     assert result["mask_ap50"] > 20
     assert result["untrained_ap"] is None
     assert (result["num_train"], result["num_val"], result["steps"]) == (8, 8, 24)
-    assert (tmp_path / "detections.png").read_bytes().startswith(b"\x89PNG")
+    assert Path(result["figure"]).read_bytes().startswith(b"\x89PNG")
     assert 'alt="detections"' in (run_folder / "report.html").read_text()
     assert json.loads((run_folder / "evaluate" / "detect.json").read_text())["ap"] == result["ap"]
 

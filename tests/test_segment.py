@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hpm.cli import main
 from hpm.data.class_masks import IGNORED, MaskedImage, MaskedImages, MaskRules, match_by_stem
 from hpm.data.sources import open_source
 from hpm.errors import InputError, Interrupted
+from hpm.evaluate.controls import open_contenders
 from hpm.evaluate.dense import segment
 from hpm.evaluate.dense.config import SegmentConfig
 from hpm.evaluate.dense.crops import SegmentationCrops, working_size
@@ -341,9 +343,9 @@ def call(capsys, *words):
     ],
     ids=["cached", "crops", "fine-tuned"],
 )
-def test_bright_squares_are_found(capsys, run_folder, blobs, tmp_path, more):
+def test_bright_squares_are_found(capsys, run_folder, blobs, more):
     words = ["evaluate", "segment", "--checkpoint", run_folder, "--images", blobs[0], "--masks", blobs[1], "--binary",
-             "--out", tmp_path, "--batch-size", "4", "--val-share", "0.25", "--learning-rate", "0.02",
+             "--batch-size", "4", "--val-share", "0.25", "--learning-rate", "0.02",
              "--no-untrained", "--scale", "1", "1.5", "--json", *more]  # fmt: skip
     code, out, err = call(capsys, *words)
     assert code == 0, err
@@ -352,7 +354,7 @@ def test_bright_squares_are_found(capsys, run_folder, blobs, tmp_path, more):
     assert result["pixel_accuracy"] > 85
     assert [item["name"] for item in result["per_class"]] == ["background", "foreground"]
     assert (result["num_train"], result["num_val"]) == (9, 3)
-    assert (tmp_path / "segmentations.png").read_bytes().startswith(b"\x89PNG")
+    assert Path(result["figure"]).read_bytes().startswith(b"\x89PNG")
     assert json.loads((run_folder / "evaluate" / "segment.json").read_text())["miou"] == result["miou"]
     assert "next:" in out
     page = (run_folder / "report.html").read_text()
@@ -377,14 +379,14 @@ def test_the_confusion_matrix_equals_scikit_learns(run_folder, blobs, tmp_path):
     )  # fmt: skip
     data = open_data(config, channels=3, size=(32, 32))
     loaded = segment.LoadedRun(config.checkpoint)
-    bench = segment.Bench(config, loaded, data, (32, 32), tmp_path, torch.device("cpu"))
-    model = bench.measure(loaded.student.encoder, "x")
+    bench = segment.Bench(config, data, (32, 32), tmp_path, torch.device("cpu"))
+    model = bench.measure(open_contenders(loaded, [])[0])
     truth, found = [], []
     for index in range(3):
         image, mask = data.val.read(index)
         counts = (mask != IGNORED).numpy()
         truth.append(mask.numpy()[counts])
-        found.append(bench.predict(model.model, image).numpy()[counts])
+        found.append(bench.predict(model.model, model.contender, image).numpy()[counts])
     expected = confusion_matrix(np.concatenate(truth), np.concatenate(found), labels=[0, 1, 2])
     np.testing.assert_array_equal(model.confusion.numpy(), expected)
     assert expected.sum() < 3 * 40 * 56
@@ -393,11 +395,11 @@ def test_the_confusion_matrix_equals_scikit_learns(run_folder, blobs, tmp_path):
 def test_shapes_bring_their_masks_and_the_untrained_encoder_stands_beside(run_folder, tmp_path):
     config = SegmentConfig(
         checkpoint=str(run_folder), images="shapes:8", val_images="shapes:4@1", batch_size=4, epochs=1, cache=True,
-        out=str(tmp_path), device="cpu",
+        out=str(tmp_path), device="cpu", against=(str(run_folder),),
     )  # fmt: skip
     result = segment.run(config)
     # The run is the untrained encoder itself: the same seeds give the same figures.
-    assert result.miou == result.untrained_miou
+    assert result.miou == result.untrained_miou == result.against[str(run_folder)]
     assert (result.num_train, result.num_val) == (8, 4)
 
 

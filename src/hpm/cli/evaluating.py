@@ -191,8 +191,10 @@ def evaluate_segment(arguments: list[str]) -> None:
         f"{_two_places(result.untrained_pixel_accuracy)} %   ({result.num_train:,} training images, "
         f"{result.num_val:,} validation images, {result.steps:,} steps, seed {config.seed})"
     )
-    figures = asdict(result) | {"per_class": [item._asdict() for item in result.per_class]}
-    save_evaluation(config.checkpoint, "segment", figures)
+    for name, miou in result.against.items():
+        print(f"{name}: mean IoU {miou:.2f} %")
+    figures = as_plain(result)
+    save_evaluation(config.checkpoint, "segment", figures, config.out)
     if result.figure:
         print(f"look:  {result.figure}")
     if result.head == "linear":
@@ -229,7 +231,9 @@ def evaluate_detect(arguments: list[str]) -> None:
         f"images, {result.num_val:,} validation images with {result.num_val_instances:,} instances, "
         f"{result.steps:,} steps, seed {config.seed}"
     )
-    save_evaluation(config.checkpoint, "detect", asdict(result))
+    for name, ap in result.against.items():
+        print(f"{name}: AP of boxes {_two_places(ap)} %")
+    save_evaluation(config.checkpoint, "detect", as_plain(result), config.out)
     if result.figure:
         print(f"look:  {result.figure}")
     if config.untrained:
@@ -237,7 +241,7 @@ def evaluate_detect(arguments: list[str]) -> None:
     else:
         print("next:  the same with --untrained    what of this the pre-training gave")
     if as_json:
-        print_json(asdict(result))
+        print_json(as_plain(result))
 
 
 def _two_places(value: float | None) -> str:

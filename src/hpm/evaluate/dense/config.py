@@ -12,6 +12,8 @@ class DenseConfig:
 
     checkpoint: str
     """Run folder or checkpoint file."""
+    against: tuple[str, ...] = ()
+    """The same training with other encoders: timm:NAME, timm:local-dir:PATH, or another run."""
     out: str = ""
     """Folder for pictures and for going on after a kill; a folder of the run's where none is given."""
     val_share: float = 0.2

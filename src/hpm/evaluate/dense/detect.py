@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from hpm import distributed
-from hpm.build import statistics
 from hpm.data.coco import CocoImages, find_damage, open_instances
 from hpm.errors import InputError
-from hpm.evaluate.controls import untrained_encoder
+from hpm.evaluate.controls import Contender, open_contenders
 from hpm.evaluate.dense.config import DetectConfig
 from hpm.evaluate.dense.detector import build_detector, check_patch, fitting_size
 from hpm.evaluate.dense.encoder import DenseEncoder, parameter_groups
@@ -34,9 +32,11 @@ from hpm.evaluate.dense.pictures import Detected, draw_detections
 from hpm.evaluate.dense.training import (
     Task,
     check_training,
+    folder_name,
     held_back,
     identity,
     make_plan,
+    mean_values,
     output_folder,
     train,
 )
@@ -76,6 +76,8 @@ class DetectResult:
     untrained_ap50: float | None
     untrained_mask_ap: float | None
     untrained_mask_ap50: float | None
+    against: dict[str, float | None]
+    """AP of boxes of the same detector on the encoders that were named."""
     classes: list[str]
     frozen: bool
     num_train: int
@@ -142,17 +144,20 @@ def run(config: DetectConfig) -> DetectResult:
 def _run(config: DetectConfig, device: torch.device) -> DetectResult:
     _check(config)
     loaded = LoadedRun(config.checkpoint, device=device)
-    vit, data_config = loaded.student.encoder, loaded.config.data
-    patch = check_patch(patch_size(vit))
-    size = config.size or fitting_size(max(data_config.size), patch)
-    if size < 1 or size != fitting_size(size, patch):
-        raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
+    contenders = open_contenders(loaded, config.against, untrained=config.untrained)
+    data_config = loaded.config.data
+    size = config.size or fitting_size(max(data_config.size), check_patch(patch_size(contenders[0].encoder)))
+    for contender in contenders:
+        patch = check_patch(patch_size(contender.encoder))
+        if size < 1 or size != fitting_size(size, patch):
+            raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
     folder = output_folder(config, "detect" + ("-frozen" if config.freeze else ""))
     data = open_data(config, channels=data_config.channels)
-    bench = Bench(config, loaded, data, size, folder, device)
-    found = bench.measure(vit, "trained")
-    untrained = bench.measure(untrained_encoder(loaded.config, device), "untrained") if config.untrained else None
-    models = {"found": found.model} | ({"untrained encoder": untrained.model} if untrained else {})
+    bench = Bench(config, data, size, folder, device)
+    measured = [bench.measure(contender) for contender in contenders]
+    found = measured[0]
+    untrained = next((m for m in measured if m.contender.kind == "untrained"), None)
+    models = {m.contender.name: m.model for m in measured}
     figure = bench.draw(models, folder / "detections.png") if config.num_pictures else None
     instances = [item for item in data.val.content["annotations"] if not item.get("iscrowd")]
     return DetectResult(
@@ -165,6 +170,7 @@ def _run(config: DetectConfig, device: torch.device) -> DetectResult:
         untrained_ap50=untrained.boxes.ap50 if untrained else None,
         untrained_mask_ap=untrained.masks.ap if untrained else None,
         untrained_mask_ap50=untrained.masks.ap50 if untrained else None,
+        against={m.contender.name: m.boxes.ap for m in measured if m.contender.kind == "against"},
         classes=[str(category["name"]) for category in data.train.categories],
         frozen=config.freeze,
         num_train=len(data.train),
@@ -237,6 +243,7 @@ def open_data(config: DetectConfig, *, channels: int) -> Data:
 class Measured(NamedTuple):
     """A trained detector and what it is worth."""
 
+    contender: Contender
     model: FasterRCNN
     boxes: Precision
     masks: Precision
@@ -247,37 +254,36 @@ class Bench:
 
     Args:
         config: How.
-        loaded: The run.
         data: The images.
         size: Side of the square.
         folder: For checkpoints.
         device: Where to run.
     """
 
-    def __init__(
-        self, config: DetectConfig, loaded: LoadedRun, data: Data, size: int, folder: Path, device: torch.device
-    ) -> None:
+    def __init__(self, config: DetectConfig, data: Data, size: int, folder: Path, device: torch.device) -> None:
         self.config = config
         self.data = data
         self.size = size
         self.folder = folder
         self.device = device
-        self.mean, self.std = statistics(loaded.config)
         self.has_masks = data.train.has_masks and data.val.has_masks
         self.plan = make_plan(config, epochs=config.epochs, num_images=len(data.train), trained=not config.freeze)
 
-    def measure(self, vit: VisionTransformer, name: str) -> Measured:
+    def measure(self, contender: Contender) -> Measured:
         """Train a detector on an encoder and look at the validation images."""
-        model = self._build(vit)
+        model, name = self._build(contender), contender.name
         decisive = {key: value for key, value in asdict(self.config).items() if key not in _INDIFFERENT}
         known = decisive | {"content": self.data.train.content, "processes": distributed.world_size()}
         train(
-            self._task(model, name), self.plan, device=self.device, checkpoints=self.folder / name,
+            self._task(model, contender), self.plan, device=self.device, checkpoints=self.folder / folder_name(name),
             identity=identity(known, model),
         )  # fmt: skip
-        return Measured(model, *self.evaluate(model, name))
+        return Measured(contender, model, *self.evaluate(model, name))
 
-    def _build(self, vit: VisionTransformer) -> FasterRCNN:
+    def _build(self, contender: Contender) -> FasterRCNN:
+        vit = contender.encoder
+        normalise = contender.normalise
+        mean, std = (tuple((part.flatten() / 255).tolist()) for part in (normalise.mean, normalise.std))
         encoder = DenseEncoder(
             vit, size=(self.size, self.size), depths=(len(vit.blocks),), trained=not self.config.freeze,
             bf16=distributed.has_bf16(self.device),
@@ -286,11 +292,11 @@ class Bench:
             torch.manual_seed(derive_seed(self.config.seed, Stream.INITIALISATION))
             model = build_detector(
                 encoder, num_classes=len(self.data.train.categories), masks=self.has_masks, size=self.size,
-                width=self.config.width, anchor_scale=self.config.anchor_scale, mean=self.mean, std=self.std,
+                width=self.config.width, anchor_scale=self.config.anchor_scale, mean=mean, std=std,
             )  # fmt: skip
         return model.to(self.device)
 
-    def _task(self, model: FasterRCNN, name: str) -> Task:
+    def _task(self, model: FasterRCNN, contender: Contender) -> Task:
         config = self.config
         encoder = model.backbone.encoder
         rest = nn.ModuleList([model.backbone.pyramid, model.rpn, model.roi_heads])
@@ -307,12 +313,12 @@ class Bench:
             ),
             images=InstanceCrops(
                 self.data.train, size=self.size, scale=config.scale, flip=config.flip,
-                fill=[round(255 * value) for value in self.mean], seed=config.seed,
+                fill=mean_values(contender.normalise), seed=config.seed,
             ),
             num_images=len(self.data.train),
             collate=list_pairs,
             loss=loss,
-            name=name,
+            name=contender.name,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -379,7 +385,7 @@ class Bench:
 
 
 _INDIFFERENT = frozenset({
-    "checkpoint", "out", "train_images", "train_annotations", "val_images", "val_annotations", "num_pictures",
+    "checkpoint", "against", "out", "train_images", "train_annotations", "val_images", "val_annotations", "num_pictures",
     "checkpoint_minutes", "device", "workers", "untrained", "max_damaged",
 })  # fmt: skip
 """Fields that cannot change a training: the encoder counts by its weights, images by their annotations."""

@@ -18,10 +18,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hpm import distributed
-from hpm.build import build_normalise, statistics
 from hpm.data.class_masks import IGNORED
 from hpm.errors import InputError
-from hpm.evaluate.controls import untrained_encoder
+from hpm.evaluate.controls import Contender, open_contenders
 from hpm.evaluate.dense.config import SegmentConfig
 from hpm.evaluate.dense.crops import FeatureCache, SegmentationCrops, resize, stack_pairs, working_size
 from hpm.evaluate.dense.encoder import DenseEncoder, check_size, choose_depths, parameter_groups
@@ -31,8 +30,10 @@ from hpm.evaluate.dense.segment_data import Data, open_data
 from hpm.evaluate.dense.training import (
     Task,
     check_training,
+    folder_name,
     identity,
     make_plan,
+    mean_values,
     output_folder,
     train,
 )
@@ -64,6 +65,8 @@ class SegmentResult:
     untrained_miou: float | None
     """The same head on the encoder's random start; None where it was not asked for."""
     untrained_pixel_accuracy: float | None
+    against: dict[str, float]
+    """Mean IoU of the same head on the encoders that were named."""
     per_class: list[ClassFigures]
     head: str
     finetuned: bool
@@ -115,23 +118,25 @@ def run(config: SegmentConfig) -> SegmentResult:
 def _run(config: SegmentConfig, device: torch.device) -> SegmentResult:
     _check(config)
     loaded = LoadedRun(config.checkpoint, device=device)
-    vit = loaded.student.encoder
+    contenders = open_contenders(loaded, config.against, untrained=config.untrained)
     crop = config.crop_size or loaded.config.data.size
-    check_size(crop, vit, field="crop_size")
-    choose_depths(config.depths, len(vit.blocks))
+    for contender in contenders:
+        check_size(crop, contender.encoder, field="crop_size")
+        choose_depths(config.depths, len(contender.encoder.blocks))
     folder = output_folder(config, _name(config))
     data = open_data(config, channels=loaded.config.data.channels, size=loaded.config.data.size)
-    bench = Bench(config, loaded, data, crop, folder, device)
-    model, scores, confusion, steps = bench.measure(vit, "trained")
-    untrained = bench.measure(untrained_encoder(loaded.config, device), "untrained") if config.untrained else None
-    models = {"found": model} | ({"untrained encoder": untrained.model} if untrained else {})
-    figure = bench.draw(models, folder / "segmentations.png") if config.num_pictures else None
+    bench = Bench(config, data, crop, folder, device)
+    measured = [bench.measure(contender) for contender in contenders]
+    scores, confusion = measured[0].scores, measured[0].confusion
+    untrained = next((found for found in measured if found.contender.kind == "untrained"), None)
+    figure = bench.draw(measured, folder / "segmentations.png") if config.num_pictures else None
     others = untrained.scores.iou if untrained else [None] * len(data.names)
     return SegmentResult(
         miou=100 * scores.miou,
         pixel_accuracy=100 * scores.pixel_accuracy,
         untrained_miou=100 * untrained.scores.miou if untrained else None,
         untrained_pixel_accuracy=100 * untrained.scores.pixel_accuracy if untrained else None,
+        against={m.contender.name: 100 * m.scores.miou for m in measured if m.contender.kind == "against"},
         per_class=[
             ClassFigures(name, _percent(own), _percent(other), int(pixels))
             for name, own, other, pixels in zip(data.names, scores.iou, others, confusion.sum(1))
@@ -141,7 +146,7 @@ def _run(config: SegmentConfig, device: torch.device) -> SegmentResult:
         num_train=len(data.train),
         num_val=len(data.val),
         damaged=data.damaged,
-        steps=steps,
+        steps=measured[0].steps,
         figure=str(figure.absolute()) if figure else None,
     )
 
@@ -187,6 +192,7 @@ def _check(config: SegmentConfig) -> None:
 class Measured(NamedTuple):
     """A trained model and what it is worth."""
 
+    contender: Contender
     model: Segmenter
     scores: Scores
     confusion: Int64[Tensor, "k k"]
@@ -198,7 +204,6 @@ class Bench:
 
     Args:
         config: How.
-        loaded: The run.
         data: The images.
         crop: Height and width of crops and windows.
         folder: For checkpoints.
@@ -208,7 +213,6 @@ class Bench:
     def __init__(
         self,
         config: SegmentConfig,
-        loaded: LoadedRun,
         data: Data,
         crop: tuple[int, int],
         folder: Path,
@@ -220,29 +224,28 @@ class Bench:
         self.folder = folder
         self.device = device
         self.short_side = min(crop) if config.short_side is None else config.short_side
-        self.fill = [round(255 * value) for value in statistics(loaded.config)[0]]
-        self.normalise = build_normalise(loaded.config).to(device)
         self.plan = make_plan(config, epochs=config.epochs, num_images=len(data.train), trained=config.finetune)
 
-    def measure(self, vit: VisionTransformer, name: str) -> Measured:
+    def measure(self, contender: Contender) -> Measured:
         """Train a head on an encoder and look at the validation images."""
-        config = self.config
-        model = self._build(vit)
-        task = self._cached_task(model, name) if config.cache else self._task(model, name)
+        config, name = self.config, contender.name
+        model = self._build(contender.encoder)
+        make_task = self._cached_task if config.cache else self._task
+        task = make_task(model, contender)
         plan = self.plan if not config.cache else make_plan(
             config, epochs=config.epochs, num_images=task.num_images, trained=False
         )  # fmt: skip
         decisive = {key: value for key, value in asdict(config).items() if key not in _INDIFFERENT}
         train(
-            task, plan, device=self.device, checkpoints=self.folder / name,
+            task, plan, device=self.device, checkpoints=self.folder / folder_name(name),
             identity=identity(
                 decisive | {"images": [self.data.train.name(i) for i in range(len(self.data.train))],
                             "processes": distributed.world_size()},
                 model,
             ),
         )  # fmt: skip
-        confusion = self.evaluate(model, name)
-        return Measured(model, scores_of(confusion), confusion, plan.total_steps)
+        confusion = self.evaluate(model, contender)
+        return Measured(contender, model, scores_of(confusion), confusion, plan.total_steps)
 
     def _build(self, vit: VisionTransformer) -> Segmenter:
         config = self.config
@@ -259,12 +262,12 @@ class Bench:
                 head = UperNetHead(encoder.dim, num_classes=len(self.data.names), width=config.width)
         return Segmenter(encoder, head).to(self.device)
 
-    def _task(self, model: Segmenter, name: str) -> Task:
+    def _task(self, model: Segmenter, contender: Contender) -> Task:
         config = self.config
 
         def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             images, masks = (part.to(self.device, non_blocking=True) for part in batch)
-            return pixel_loss(module(self.normalise(images)), masks)
+            return pixel_loss(module(contender.normalise(images)), masks)
 
         return Task(
             model=model,
@@ -273,19 +276,19 @@ class Bench:
             ),
             images=SegmentationCrops(
                 self.data.train, crop=self.crop, short_side=self.short_side, scale=config.scale, flip=config.flip,
-                fill=self.fill, seed=config.seed,
+                fill=mean_values(contender.normalise), seed=config.seed,
             ),
             num_images=len(self.data.train),
             collate=stack_pairs,
             loss=loss,
-            name=name,
+            name=contender.name,
         )  # fmt: skip
 
-    def _cached_task(self, model: Segmenter, name: str) -> Task:
+    def _cached_task(self, model: Segmenter, contender: Contender) -> Task:
         config = self.config
         cache = FeatureCache(
-            model.encoder, self.data.train, self.normalise, window=self.crop, short_side=self.short_side,
-            flip=config.flip, limit_gb=config.cache_gb, description=f"features, {name}",
+            model.encoder, self.data.train, contender.normalise, window=self.crop, short_side=self.short_side,
+            flip=config.flip, limit_gb=config.cache_gb, description=f"features, {contender.name}",
         )  # fmt: skip
 
         def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -293,41 +296,41 @@ class Bench:
             return pixel_loss(enlarge(module([features]), self.crop), masks)
 
         groups = parameter_groups(model.encoder, model.head, weight_decay=config.weight_decay, layer_decay=1.0)
-        return Task(model.head, groups, cache, len(cache), stack_pairs, loss, name)
+        return Task(model.head, groups, cache, len(cache), stack_pairs, loss, contender.name)
 
     @torch.no_grad()
-    def evaluate(self, model: Segmenter, name: str) -> Int64[Tensor, "k k"]:
+    def evaluate(self, model: Segmenter, contender: Contender) -> Int64[Tensor, "k k"]:
         """Confusion matrix over the validation images; every process looks at a part and has the whole."""
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         model.eval()
         metric = MulticlassConfusionMatrix(len(self.data.names), ignore_index=IGNORED).to(self.device)
         mine = range(distributed.rank(), len(self.data.val), distributed.world_size())
-        for position in tracked(mine, f"validation, {name}"):
+        for position in tracked(mine, f"validation, {contender.name}"):
             image, mask = self.data.val.read(position)
-            metric.update(self.predict(model, image)[None], mask[None].to(self.device).long())
+            metric.update(self.predict(model, contender, image)[None], mask[None].to(self.device).long())
         confusion: Tensor = metric.compute()
         return confusion.cpu().long()
 
     @torch.no_grad()
-    def predict(self, model: Segmenter, image: Tensor) -> Int64[Tensor, "h w"]:
+    def predict(self, model: Segmenter, contender: Contender, image: Tensor) -> Int64[Tensor, "h w"]:
         """The class of every pixel of an image at its own size."""
         height, width = image.shape[1:]
         resized = resize(image, working_size(height, width, self.short_side))
-        pixels = self.normalise(resized[None].to(self.device))[0]
+        pixels = contender.normalise(resized[None].to(self.device))[0]
         logits = slide(
             model, pixels, window=self.crop, overlap=self.config.window_overlap, batch_size=self.config.batch_size
         )
         return most_likely(logits, (height, width))
 
-    def draw(self, models: dict[str, Segmenter], path: Path) -> Path:
+    def draw(self, measured: list[Measured], path: Path) -> Path:
         """Overlays of some validation images; the main process alone writes."""
         if distributed.is_main():
             count = min(self.config.num_pictures, len(self.data.val))
             rows = []
             for position in torch.linspace(0, len(self.data.val) - 1, count).long().tolist():
                 image, mask = self.data.val.read(position)
-                found = {name: self.predict(model, image).cpu().numpy() for name, model in models.items()}
+                found = {m.contender.name: self.predict(m.model, m.contender, image).cpu().numpy() for m in measured}
                 rows.append(Segmented(image, np.asarray(mask.numpy()), found))
             title = f"{self.config.checkpoint}: {self.config.head}" + (", fine-tuned" if self.config.finetune else "")
             save_figure(draw_segmentations(rows, self.data.names, title), path)
@@ -335,7 +338,7 @@ class Bench:
 
 
 _INDIFFERENT = frozenset({
-    "checkpoint", "out", "val_images", "val_masks", "num_pictures", "checkpoint_minutes", "device", "workers",
+    "checkpoint", "against", "out", "val_images", "val_masks", "num_pictures", "checkpoint_minutes", "device", "workers",
     "window_overlap", "untrained", "cache_gb", "class_names", "max_damaged",
 })  # fmt: skip
 """Fields that cannot change a training: the encoder counts by its weights, images by their names."""

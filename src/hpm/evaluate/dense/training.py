@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpm import distributed
 from hpm.checkpoint import CheckpointFolder
-from hpm.data.loading import Position, TrainingOrder
+from hpm.data.loading import Normalise, Position, TrainingOrder
 from hpm.errors import InputError, Interrupted
 from hpm.evaluate.dense.config import DenseConfig
 from hpm.log import say, tracked
@@ -98,6 +99,16 @@ def output_folder(config: DenseConfig, name: str) -> Path:
     except OSError as error:
         raise InputError(f"out: cannot make {str(folder)!r}: {error.strerror}") from error
     return folder
+
+
+def folder_name(contender: str) -> str:
+    """A name for a folder: ``this run`` and what stands in a path or a model's name, with plain signs alone."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", contender).strip("-.")
+
+
+def mean_values(normalise: Normalise) -> list[int]:
+    """The value of every channel that normalisation turns into about 0: what lies outside of an image."""
+    return [round(value) for value in normalise.mean.flatten().tolist()]
 
 
 def make_plan(config: DenseConfig, *, epochs: int, num_images: int, trained: bool) -> Plan:
