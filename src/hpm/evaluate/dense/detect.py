@@ -385,7 +385,8 @@ class Bench:
 
 
 _INDIFFERENT = frozenset({
-    "checkpoint", "against", "out", "train_images", "train_annotations", "val_images", "val_annotations", "num_pictures",
+    "checkpoint", "against", "out", "train_images", "train_annotations", "val_images", "val_annotations",
+    "num_pictures",
     "checkpoint_minutes", "device", "workers", "untrained", "max_damaged",
 })  # fmt: skip
 """Fields that cannot change a training: the encoder counts by its weights, images by their annotations."""

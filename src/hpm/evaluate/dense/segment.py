@@ -338,7 +338,8 @@ class Bench:
 
 
 _INDIFFERENT = frozenset({
-    "checkpoint", "against", "out", "val_images", "val_masks", "num_pictures", "checkpoint_minutes", "device", "workers",
+    "checkpoint", "against", "out", "val_images", "val_masks", "num_pictures", "checkpoint_minutes", "device",
+    "workers",
     "window_overlap", "untrained", "cache_gb", "class_names", "max_damaged",
 })  # fmt: skip
 """Fields that cannot change a training: the encoder counts by its weights, images by their names."""
