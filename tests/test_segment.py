@@ -478,7 +478,7 @@ def test_classes_of_both_sides_must_fit(blobs, tmp_path, value, train, message):
 
 
 def test_images_of_another_channel_count(tmp_path):
-    run = write_run(tmp_path / "run", data="", channels=5)
+    run = write_run(tmp_path / "run", data="", channels=5, mean=(0.5,) * 5, std=(0.2,) * 5)
     images, masks = write_blobs(tmp_path, 4)
     config = SegmentConfig(checkpoint=str(run), images=str(images), masks=str(masks), binary=True, batch_size=2)
     with pytest.raises(InputError, match="cannot be read as 5 channels"):
