@@ -116,6 +116,12 @@ def mean_of_tensor(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def broadcast_from_main(value: torch.Tensor) -> None:
+    """Give a tensor, in place, the main process's values on every process."""
+    if world_size() > 1:
+        dist.broadcast(value, src=0)
+
+
 def choose_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     """The device of this process.
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
@@ -61,6 +62,10 @@ def write_report(folder: RunFolder) -> None:
         knn=evaluations.get("knn"),
         linear=[(title, evaluations[name], _folder_image(folder, name)) for name, title in _LINEAR.items()
                 if name in evaluations],
+        segment=(segment := evaluations.get("segment")),
+        segment_figure=_picture(segment),
+        detect=(detect := evaluations.get("detect")),
+        detect_figure=_picture(detect),
         config=folder.config_file.read_text(),
     )  # fmt: skip
     write_text_atomically(folder.report_file, page)
@@ -133,6 +138,13 @@ def _folder_image(folder: RunFolder, evaluation: str) -> str | None:
     """The confusion picture of an evaluation, where there is one."""
     path = folder.evaluations / f"{evaluation}_confusion.png"
     return _file_image(path) if path.is_file() else None
+
+
+def _picture(evaluation: dict[str, Any] | None) -> str | None:
+    """The figure that an evaluation names, if it is still there."""
+    if evaluation is None or not evaluation["figure"] or not Path(evaluation["figure"]).is_file():
+        return None
+    return _file_image(Path(evaluation["figure"]))
 
 
 def _data_uri(png: bytes) -> str:

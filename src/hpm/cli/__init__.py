@@ -14,7 +14,13 @@ from typing import NamedTuple, NoReturn
 
 from hpm.cli.ablating import ablate
 from hpm.cli.benchmarking import benchmark_peers, benchmark_step
-from hpm.cli.evaluating import evaluate_foreground, evaluate_knn, evaluate_linear
+from hpm.cli.evaluating import (
+    evaluate_detect,
+    evaluate_foreground,
+    evaluate_knn,
+    evaluate_linear,
+    evaluate_segment,
+)
 from hpm.cli.looking import visualize
 from hpm.cli.output import complain, say_plainly
 from hpm.cli.pretraining import demo, pretrain, recipes
@@ -41,6 +47,10 @@ COMMANDS: dict[str, Command] = {
     "evaluate foreground": Command(
         evaluate_foreground, "how well the predicted loss finds objects, beside simple measures"
     ),
+    "evaluate segment": Command(
+        evaluate_segment, "semantic segmentation: mean IoU of a head on the encoder's feature maps"
+    ),
+    "evaluate detect": Command(evaluate_detect, "detection and instance masks: COCO AP of Mask R-CNN on the encoder"),
     "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs and at equal compute"),
     "benchmark step": Command(
         benchmark_step, "images per second: the published step, ours, the fast presets, MAE, in turns"

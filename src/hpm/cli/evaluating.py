@@ -162,3 +162,87 @@ def print_foreground(result: Any) -> None:
                 for name in result.measures
             ],
         )
+
+
+def evaluate_segment(arguments: list[str]) -> None:
+    """``hpm evaluate segment``."""
+    from hpm.evaluate.dense.config import SegmentConfig
+
+    config, as_json = parse_with_json(SegmentConfig, "evaluate segment", arguments)
+
+    from hpm.distributed import is_main_of_environment
+    from hpm.evaluate.dense import segment
+
+    result = segment.run(config)
+    if not is_main_of_environment():
+        return
+    total = max(1, sum(item.pixels for item in result.per_class))
+    print_table(
+        ("class", "IoU %", "untrained", "pixels %"),
+        [
+            (item.name, _two_places(item.iou), _two_places(item.untrained_iou), f"{100 * item.pixels / total:.2f}")
+            for item in result.per_class
+        ],
+    )
+    kind = "fine-tuned" if result.finetuned else "frozen"
+    print(
+        f"\n{result.head} head on the {kind} encoder: mean IoU {result.miou:.2f} %, pixel accuracy "
+        f"{result.pixel_accuracy:.2f} %; the same encoder untrained {_two_places(result.untrained_miou)} %, "
+        f"{_two_places(result.untrained_pixel_accuracy)} %   ({result.num_train:,} training images, "
+        f"{result.num_val:,} validation images, {result.steps:,} steps, seed {config.seed})"
+    )
+    for name, miou in result.against.items():
+        print(f"{name}: mean IoU {miou:.2f} %")
+    figures = as_plain(result)
+    save_evaluation(config.checkpoint, "segment", figures, config.out)
+    if result.figure:
+        print(f"look:  {result.figure}")
+    if result.head == "linear":
+        print("next:  the same with --head upernet --finetune    what the encoder can be trained to")
+    else:
+        print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.images!r} --out hard.png")
+    if as_json:
+        print_json(figures)
+
+
+def evaluate_detect(arguments: list[str]) -> None:
+    """``hpm evaluate detect``."""
+    from hpm.evaluate.dense.config import DetectConfig
+
+    config, as_json = parse_with_json(DetectConfig, "evaluate detect", arguments)
+
+    from hpm.distributed import is_main_of_environment
+    from hpm.evaluate.dense import detect
+
+    result = detect.run(config)
+    if not is_main_of_environment():
+        return
+    print_table(
+        ("COCO AP %", "encoder", "untrained"),
+        [
+            ("boxes, IoU 0.5 to 0.95", _two_places(result.ap), _two_places(result.untrained_ap)),
+            ("boxes, IoU 0.5", _two_places(result.ap50), _two_places(result.untrained_ap50)),
+            ("masks, IoU 0.5 to 0.95", _two_places(result.mask_ap), _two_places(result.untrained_mask_ap)),
+            ("masks, IoU 0.5", _two_places(result.mask_ap50), _two_places(result.untrained_mask_ap50)),
+        ],
+    )
+    print(
+        f"\nMask R-CNN on the {'frozen' if result.frozen else 'fine-tuned'} encoder: {result.num_train:,} training "
+        f"images, {result.num_val:,} validation images with {result.num_val_instances:,} instances, "
+        f"{result.steps:,} steps, seed {config.seed}"
+    )
+    for name, ap in result.against.items():
+        print(f"{name}: AP of boxes {_two_places(ap)} %")
+    save_evaluation(config.checkpoint, "detect", as_plain(result), config.out)
+    if result.figure:
+        print(f"look:  {result.figure}")
+    if config.untrained:
+        print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.train_images!r} --out hard.png")
+    else:
+        print("next:  the same with --untrained    what of this the pre-training gave")
+    if as_json:
+        print_json(as_plain(result))
+
+
+def _two_places(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

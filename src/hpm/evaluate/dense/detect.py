@@ -1,0 +1,392 @@
+"""Detection and instance segmentation: Mask R-CNN on a run's encoder, COCO's average precision.
+
+    images -> large-scale jitter -> encoder -> simple feature pyramid -> torchvision's Mask R-CNN
+
+Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet), arXiv 2203.16527; here
+with global attention everywhere and without its cascade.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+
+from hpm import distributed
+from hpm.data.coco import CocoImages, find_damage, open_instances
+from hpm.errors import InputError
+from hpm.evaluate.controls import Contender, open_contenders
+from hpm.evaluate.dense.config import DetectConfig
+from hpm.evaluate.dense.detector import build_detector, check_patch, fitting_size
+from hpm.evaluate.dense.encoder import DenseEncoder, parameter_groups
+from hpm.evaluate.dense.instances import InstanceCrops, Target, list_pairs
+from hpm.evaluate.dense.pictures import Detected, draw_detections
+from hpm.evaluate.dense.training import (
+    Task,
+    check_training,
+    folder_name,
+    held_back,
+    identity,
+    make_plan,
+    mean_values,
+    output_folder,
+    train,
+)
+from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
+from hpm.log import say, tracked
+from hpm.run_folder import LoadedRun
+from hpm.seeding import Stream, derive_seed
+from hpm.visualize import save_figure
+from hpm.vit import patch_size
+
+SHOWN_SCORE = 0.5
+"""Detections of a lower score are not drawn."""
+
+
+class Precision(NamedTuple):
+    """COCO's average precision, in percent; None where the validation set has no instance to find."""
+
+    ap: float | None
+    """Mean over IoU thresholds 0.5, 0.55, ..., 0.95 and over classes."""
+    ap50: float | None
+    ap75: float | None
+
+
+@dataclass(frozen=True)
+class DetectResult:
+    """Figures in percent."""
+
+    ap: float | None
+    """Of boxes."""
+    ap50: float | None
+    ap75: float | None
+    mask_ap: float | None
+    """None where the annotations have no masks."""
+    mask_ap50: float | None
+    untrained_ap: float | None
+    """The same detector on the encoder's random start; None where it was not asked for."""
+    untrained_ap50: float | None
+    untrained_mask_ap: float | None
+    untrained_mask_ap50: float | None
+    against: dict[str, float | None]
+    """AP of boxes of the same detector on the encoders that were named."""
+    classes: list[str]
+    frozen: bool
+    num_train: int
+    num_val: int
+    num_val_instances: int
+    damaged: int
+    """Images left out, of both."""
+    steps: int
+    figure: str | None
+    """Pictures of some validation images."""
+
+
+class Data(NamedTuple):
+    """Checked images of both sides."""
+
+    train: CocoImages
+    val: CocoImages
+    damaged: int
+
+
+def average_precision(content: dict[str, Any], detections: list[dict[str, Any]], kind: str) -> Precision:
+    """COCO's average precision by pycocotools.
+
+    Args:
+        content: The annotations, a COCO object.
+        detections: ``image_id``, ``category_id``, ``score`` and, by kind, ``bbox`` or ``segmentation`` (run-length).
+        kind: ``bbox`` or ``segm``.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    if not any(not item.get("iscrowd") for item in content["annotations"]):
+        return Precision(None, None, None)
+    if not detections:
+        return Precision(0.0, 0.0, 0.0)
+    truth = copy.deepcopy(content)
+    for item in truth["annotations"]:
+        item.setdefault("iscrowd", 0)
+        item.setdefault("area", item["bbox"][2] * item["bbox"][3])
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints tables of its own
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        measured = COCOeval(coco, coco.loadRes(copy.deepcopy(detections)), kind)
+        measured.evaluate()
+        measured.accumulate()
+        measured.summarize()
+    return Precision(*(100 * float(value) if value >= 0 else None for value in measured.stats[:3]))
+
+
+def run(config: DetectConfig) -> DetectResult:
+    """``hpm evaluate detect``.
+
+    Raises:
+        InputError: Annotations that do not fit together or with the images; values that do not fit; too many damaged
+            images; a bad checkpoint.
+        Interrupted: A signal arrived while training; the same call goes on from there.
+    """
+    device = distributed.choose_device(config.device)
+    with distributed.process_group(device):
+        return _run(config, device)
+
+
+def _run(config: DetectConfig, device: torch.device) -> DetectResult:
+    _check(config)
+    loaded = LoadedRun(config.checkpoint, device=device)
+    contenders = open_contenders(loaded, config.against, untrained=config.untrained)
+    data_config = loaded.config.data
+    size = config.size or fitting_size(max(data_config.size), check_patch(patch_size(contenders[0].encoder)))
+    for contender in contenders:
+        patch = check_patch(patch_size(contender.encoder))
+        if size < 1 or size != fitting_size(size, patch):
+            raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
+    folder = output_folder(config, "detect" + ("-frozen" if config.freeze else ""))
+    data = open_data(config, channels=data_config.channels)
+    bench = Bench(config, data, size, folder, device)
+    measured = [bench.measure(contender) for contender in contenders]
+    found = measured[0]
+    untrained = next((m for m in measured if m.contender.kind == "untrained"), None)
+    models = {m.contender.name: m.model for m in measured}
+    figure = bench.draw(models, folder / "detections.png") if config.num_pictures else None
+    instances = [item for item in data.val.content["annotations"] if not item.get("iscrowd")]
+    return DetectResult(
+        ap=found.boxes.ap,
+        ap50=found.boxes.ap50,
+        ap75=found.boxes.ap75,
+        mask_ap=found.masks.ap,
+        mask_ap50=found.masks.ap50,
+        untrained_ap=untrained.boxes.ap if untrained else None,
+        untrained_ap50=untrained.boxes.ap50 if untrained else None,
+        untrained_mask_ap=untrained.masks.ap if untrained else None,
+        untrained_mask_ap50=untrained.masks.ap50 if untrained else None,
+        against={m.contender.name: m.boxes.ap for m in measured if m.contender.kind == "against"},
+        classes=[str(category["name"]) for category in data.train.categories],
+        frozen=config.freeze,
+        num_train=len(data.train),
+        num_val=len(data.val),
+        num_val_instances=len(instances),
+        damaged=data.damaged,
+        steps=bench.plan.total_steps,
+        figure=str(figure.absolute()) if figure else None,
+    )
+
+
+def _check(config: DetectConfig) -> None:
+    """Refuse values that do not fit together, before any work.
+
+    Raises:
+        InputError: One of them.
+    """
+    try:
+        import pycocotools  # noqa: F401
+    except ImportError:
+        raise InputError("detect: needs pycocotools; pip install 'hpm[dense]'") from None
+    check_training(config)
+    check_max_damaged(config.max_damaged)
+    if not 0 < config.scale[0] <= config.scale[1]:
+        raise InputError(f"scale: must be a range above 0, got {config.scale}")
+    if config.anchor_scale <= 0:
+        raise InputError(f"anchor_scale: must be above 0, got {config.anchor_scale}")
+    if bool(config.val_images) != bool(config.val_annotations):
+        missing = "val_annotations" if config.val_images else "val_images"
+        raise InputError(f"{missing}: val_images and val_annotations belong together; name both or neither")
+
+
+def open_data(config: DetectConfig, *, channels: int) -> Data:
+    """Open both sides and look at every image once.
+
+    Raises:
+        InputError: Anything that would go wrong later.
+    """
+
+    def side(annotations: str, images: str, field: str) -> CocoImages:
+        return open_instances(
+            annotations, images, channels=channels, field=field, min_pixels=config.min_pixels,
+            drop_empty_boxes=config.drop_empty_boxes,
+        )  # fmt: skip
+
+    train_side = side(config.train_annotations, config.train_images, "train")
+    if config.val_images:
+        val = side(config.val_annotations, config.val_images, "val")
+    else:
+        kept, drawn = held_back(len(train_side), config.val_share, config.seed)
+        train_side, val = train_side.only(kept), train_side.only(drawn)
+        say(f"no val_images: {len(val)} of the {len(kept) + len(drawn)} images are held back (val_share, seed)")
+    known = {(item["id"], item["name"]) for item in train_side.categories}
+    if unknown := [item for item in val.categories if (item["id"], item["name"]) not in known]:
+        raise InputError(f"val_annotations: category {unknown[0]['id']} ({unknown[0]['name']}) is not among those of "
+                         "train_annotations")  # fmt: skip
+    found = [find_damage(images, description=f"check {name}") for name, images in (("train", train_side), ("val", val))]
+    damaged = [[item for item in part if item is not None] for part in found]
+    for items, images in zip(damaged, (train_side, val)):
+        if len(items) == len(images):
+            raise none_readable(items)
+    left_out = report_damage(
+        {"train_images": (damaged[0], len(train_side)), "val_images": (damaged[1], len(val))},
+        max_damaged=config.max_damaged,
+    )
+    readable = [[i for i, item in enumerate(part) if item is None] for part in found]
+    return Data(train_side.only(readable[0]), val.only(readable[1]), left_out)
+
+
+class Measured(NamedTuple):
+    """A trained detector and what it is worth."""
+
+    contender: Contender
+    model: FasterRCNN
+    boxes: Precision
+    masks: Precision
+
+
+class Bench:
+    """The same training and the same look at the validation images, for one encoder after the other.
+
+    Args:
+        config: How.
+        data: The images.
+        size: Side of the square.
+        folder: For checkpoints.
+        device: Where to run.
+    """
+
+    def __init__(self, config: DetectConfig, data: Data, size: int, folder: Path, device: torch.device) -> None:
+        self.config = config
+        self.data = data
+        self.size = size
+        self.folder = folder
+        self.device = device
+        self.has_masks = data.train.has_masks and data.val.has_masks
+        self.plan = make_plan(config, epochs=config.epochs, num_images=len(data.train), trained=not config.freeze)
+
+    def measure(self, contender: Contender) -> Measured:
+        """Train a detector on an encoder and look at the validation images."""
+        model, name = self._build(contender), contender.name
+        decisive = {key: value for key, value in asdict(self.config).items() if key not in _INDIFFERENT}
+        known = decisive | {"content": self.data.train.content, "processes": distributed.world_size()}
+        train(
+            self._task(model, contender), self.plan, device=self.device, checkpoints=self.folder / folder_name(name),
+            identity=identity(known, model),
+        )  # fmt: skip
+        return Measured(contender, model, *self.evaluate(model, name))
+
+    def _build(self, contender: Contender) -> FasterRCNN:
+        vit = contender.encoder
+        normalise = contender.normalise
+        mean, std = (tuple((part.flatten() / 255).tolist()) for part in (normalise.mean, normalise.std))
+        encoder = DenseEncoder(
+            vit, size=(self.size, self.size), depths=(len(vit.blocks),), trained=not self.config.freeze,
+            bf16=distributed.has_bf16(self.device),
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, Stream.INITIALISATION))
+            model = build_detector(
+                encoder, num_classes=len(self.data.train.categories), masks=self.has_masks, size=self.size,
+                width=self.config.width, anchor_scale=self.config.anchor_scale, mean=mean, std=std,
+            )  # fmt: skip
+        return model.to(self.device)
+
+    def _task(self, model: FasterRCNN, contender: Contender) -> Task:
+        config = self.config
+        encoder = model.backbone.encoder
+        rest = nn.ModuleList([model.backbone.pyramid, model.rpn, model.roi_heads])
+
+        def loss(module: nn.Module, batch: tuple[list[Tensor], list[Target]]) -> Tensor:
+            images = [image.to(self.device).float() / 255 for image in batch[0]]
+            targets = [{name: value.to(self.device) for name, value in target.items()} for target in batch[1]]
+            return torch.stack(list(module(images, targets).values())).sum()
+
+        return Task(
+            model=model,
+            groups=parameter_groups(
+                encoder, rest, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+            ),
+            images=InstanceCrops(
+                self.data.train, size=self.size, scale=config.scale, flip=config.flip,
+                fill=mean_values(contender.normalise), seed=config.seed,
+            ),
+            num_images=len(self.data.train),
+            collate=list_pairs,
+            loss=loss,
+            name=contender.name,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self, model: FasterRCNN, name: str) -> tuple[Precision, Precision]:
+        """Average precision of boxes and of masks; every process looks at a part, all get the whole."""
+        from pycocotools import mask as coco_mask
+
+        model.eval()
+        ids = [category["id"] for category in self.data.train.categories]
+        boxes, masks = [], []
+        mine = range(distributed.rank(), len(self.data.val), distributed.world_size())
+        for index in tracked(mine, f"validation, {name}"):
+            found = self.predict(model, index)
+            about = [
+                {"image_id": self.data.val.images[index]["id"], "category_id": ids[label - 1], "score": score}
+                for label, score in zip(found["labels"].tolist(), found["scores"].tolist())
+            ]
+            corners = found["boxes"].numpy().astype(float)
+            sides = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+            boxes += [{**item, "bbox": box} for item, box in zip(about, sides)]
+            if self.has_masks:
+                drawn = (found["masks"][:, 0] > 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
+                codes = coco_mask.encode(np.asfortranarray(drawn))
+                masks += [{**item, "segmentation": code} for item, code in zip(about, codes)]
+        gathered = distributed.gather_objects((boxes, masks))
+        all_boxes, all_masks = ([item for part in gathered for item in part[side]] for side in (0, 1))
+        content = self.data.val.content
+        return (
+            average_precision(content, all_boxes, "bbox"),
+            average_precision(content, all_masks, "segm") if self.has_masks else Precision(None, None, None),
+        )
+
+    @torch.no_grad()
+    def predict(self, model: FasterRCNN, index: int) -> Target:
+        """What is found in a validation image, best first, at the image's own size; on the CPU."""
+        image = self.data.val.read(index).image.to(self.device).float() / 255
+        return {name: value.cpu() for name, value in model([image])[0].items()}
+
+    def draw(self, models: dict[str, FasterRCNN], path: Path) -> Path:
+        """Pictures of some validation images; the main process alone writes."""
+        if distributed.is_main():
+            names = [str(category["name"]) for category in self.data.train.categories]
+            count = min(self.config.num_pictures, len(self.data.val))
+            rows = []
+            for index in torch.linspace(0, len(self.data.val) - 1, count).long().tolist():
+                image, boxes, labels, masks = self.data.val.read(index)
+                told = [names[label - 1] if len(names) > 1 else "" for label in labels.tolist()]
+                columns = {"truth": Detected(boxes.numpy(), told, None if masks is None else masks.numpy())}
+                for title, model in models.items():
+                    columns[f"{title}, score above {SHOWN_SCORE:g}"] = self._drawable(model, index, names)
+                rows.append((image, columns))
+            save_figure(draw_detections(rows, f"{self.config.checkpoint}: detection"), path)
+        return path
+
+    def _drawable(self, model: FasterRCNN, index: int, names: list[str]) -> Detected:
+        found = self.predict(model, index)
+        kept = found["scores"] > SHOWN_SCORE
+        told = [
+            f"{names[label - 1]} {score:.2f}" if len(names) > 1 else ""
+            for label, score in zip(found["labels"][kept].tolist(), found["scores"][kept].tolist())
+        ]
+        masks = found["masks"][kept, 0].numpy() > 0.5 if self.has_masks else None
+        return Detected(found["boxes"][kept].numpy(), told, masks)
+
+
+_INDIFFERENT = frozenset({
+    "checkpoint", "against", "out", "train_images", "train_annotations", "val_images", "val_annotations",
+    "num_pictures",
+    "checkpoint_minutes", "device", "workers", "untrained", "max_damaged",
+})  # fmt: skip
+"""Fields that cannot change a training: the encoder counts by its weights, images by their annotations."""
