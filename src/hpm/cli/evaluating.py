@@ -148,10 +148,11 @@ def evaluate_foreground(arguments: list[str]) -> None:
 def print_foreground(result: Any) -> None:
     """Every measure over all images and by level."""
     rows = [
-        (name, *(f"{value:.3f}" for value in finding)) if finding else (name, "-", "-", "-")
+        (name, *(f"{value:.3f}" for value in finding)) if finding else (name, *"-----")
         for name, finding in result.measures.items()
     ]
-    print_table((f"{result.num_images:,} images", "AUROC", "AP", "pointing game"), rows)
+    print_table((f"{result.num_images:,} images", "AUROC", "AP", "pointing game", "best box IoU", "box IoU"), rows)
+    print(f"(box IoU: one threshold for all images; the whole image as a box: {result.whole_image_iou:.3f})")
     if result.by_group:
         groups = list(result.by_group)
         print()

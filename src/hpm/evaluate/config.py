@@ -85,6 +85,8 @@ class ForegroundConfig:
     """Images; shapes:N brings its own masks."""
     masks: str = ""
     """Folder of masks, one per image with the same name up to the ending; bright = foreground."""
+    boxes: str = ""
+    """Instead of masks: table.csv (path, xmin, ymin, xmax, ymax) or .npy (n, 4); images without a box do not count."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     max_damaged: float = 0.01

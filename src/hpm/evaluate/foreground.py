@@ -1,13 +1,15 @@
 """Does the predicted loss find the objects? The paper's Figure 2 claim as a number.
 
 Every patch gets a score by each measure; a patch is foreground if more than half of its pixels are. Scores are
-compared within an image (predicted losses only mean something there), figures are means over images.
+compared within an image (predicted losses only mean something there), figures are means over images. Objects are known
+by masks or by boxes; of several boxes every one counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,17 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from hpm.build import choose_attention
 from hpm.data.decode import EXTENSIONS, DecodeError, decode
-from hpm.data.loading import Cover, Normalise, ordered_batches
+from hpm.data.loading import Cover, Damage, Normalise, ordered_batches
 from hpm.data.sources import Source, open_source
 from hpm.distributed import choose_device, has_bf16
 from hpm.errors import InputError
+from hpm.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
 from hpm.evaluate.config import ForegroundConfig
 from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
 from hpm.log import tracked
@@ -33,7 +36,7 @@ from hpm.method import Method, Student, Teacher
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
 from hpm.visualize import measure_hardness
-from hpm.vit import class_attention, has_class_attention, patch_size, patchify
+from hpm.vit import class_attention, grid_size, has_class_attention, patch_size, patchify
 
 MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
 
@@ -45,6 +48,10 @@ class Finding(NamedTuple):
     average_precision: float
     pointing_game: float
     """Share of images whose highest-scored patch is foreground."""
+    best_box_iou: float
+    """Overlap of an object's box with the best box found in the scores: at the best threshold of every image."""
+    box_iou: float
+    """The same at one threshold for all images, a share of the patches: the one that is best on average."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,10 @@ class ForegroundResult:
     measures: dict[str, Finding | None]
     """None for attention where the encoder has no class token, or blocks of another kind than timm's plain one."""
     by_group: dict[str, dict[str, Finding | None]]
+    whole_image_iou: float
+    """Overlap of an object's box with the whole image: what a box is worth that knows nothing."""
     num_images: int
-    """Images measured, without the damaged ones."""
+    """Images measured, without the damaged ones and those that have no box."""
     damaged: int
     """Images left out."""
 
@@ -80,15 +89,20 @@ def find_in_images(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray
     return figures
 
 
-def mean_finding(figures: Float[np.ndarray, "b 3"]) -> Finding:
-    """Mean over the images that have both foreground and background."""
-    usable = figures[~np.isnan(figures[:, 0])]
-    return Finding(*map(float, usable.mean(axis=0))) if len(usable) else Finding(*[float("nan")] * 3)
+def mean_finding(figures: Float[np.ndarray, "b 3"], overlaps: Float[np.ndarray, "b q"]) -> Finding:
+    """Mean over the images that have both foreground and background.
 
-
-def find(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray, "b n"]) -> Finding:
-    """Compare scores with foreground patches, image by image; images without any contrast are left out."""
-    return mean_finding(find_in_images(scores, foreground))
+    Args:
+        figures: From :func:`find_in_images`.
+        overlaps: From :func:`hpm.evaluate.boxes.box_overlaps`.
+    """
+    usable = ~np.isnan(figures[:, 0])
+    if not usable.any():
+        return Finding(*[float("nan")] * 5)
+    fits = overlaps[usable]
+    best = (float(fits.max(axis=1).mean()), float(fits.mean(axis=0).max()))
+    auroc, precision, pointing = map(float, figures[usable].mean(axis=0))
+    return Finding(auroc, precision, pointing, *best)
 
 
 def foreground_patches(masks: Bool[Tensor, "b h w"], patch: tuple[int, int]) -> Bool[Tensor, "b n"]:
@@ -134,6 +148,18 @@ def measure_patches(
     return {name: None if value is None else value.float().cpu().numpy() for name, value in values.items()}
 
 
+class _Measured(NamedTuple):
+    """Every patch of the images that were measured."""
+
+    scores: dict[str, Float[np.ndarray, "b n"]]
+    """By measure; without one that the encoder does not have."""
+    foreground: Bool[np.ndarray, "b n"]
+    objects: list[Int[np.ndarray, "_ 4"]]
+    """Boxes of every image, in pixels: left, top, right, bottom, the last two just outside."""
+    indices: list[int]
+    damaged: list[Damage]
+
+
 def evaluate_foreground(
     student: Student,
     teacher: Teacher,
@@ -145,52 +171,87 @@ def evaluate_foreground(
     device: torch.device,
     bf16: bool,
     masks: Mapping[int, Bool[Tensor, "h w"]] | None = None,
+    boxes: Mapping[int, Bool[Tensor, "k h w"]] | None = None,
     max_damaged: float = 0.01,
 ) -> ForegroundResult:
-    """Measure all images of a source that knows its masks (or is given them, by the images' numbers).
+    """Measure all images of a source that knows its masks, or is given masks or boxes by the images' numbers.
 
     Raises:
         InputError: Neither the source nor the caller knows masks, or too many images are damaged.
     """
-    scores: dict[str, list[npt.NDArray[np.float32] | None]] = {name: [] for name in MEASURES}
-    foreground, indices, damaged = [], [], []
     generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
-    for batch in tracked(ordered_batches(source, size=size), "foreground", total=-(-len(source) // 128)):
-        damaged += batch.damaged
-        if not batch.indices:
-            continue
-        found = batch.masks if masks is None else torch.stack([masks[i] for i in batch.indices])
-        if found is None:
-            raise InputError("masks: the images bring no masks of their own; name a folder of masks")
-        foreground.append(foreground_patches(found, patch_size(student.encoder)).numpy())
-        indices += batch.indices
-        measured = measure_patches(
-            student, teacher, method, normalise, batch.images.to(device), generator=generator, bf16=bf16
+    ask = partial(measure_patches, student, teacher, method, normalise, generator=generator, bf16=bf16)
+    vit = student.encoder
+    found = _measure_images(ask, source, size=size, patch=patch_size(vit), device=device, masks=masks, boxes=boxes)
+    report_damage({"images": (found.damaged, len(source))}, max_damaged=max_damaged)
+    figures = {
+        name: (
+            find_in_images(value, found.foreground),
+            box_overlaps(value, found.objects, grid=grid_size(vit), patch=patch_size(vit)),
         )
-        for name, value in measured.items():
-            scores[name].append(value)
-    if not indices:
-        raise none_readable(damaged)
-    report_damage({"images": (damaged, len(source))}, max_damaged=max_damaged)
-    truth = np.concatenate(foreground)
-    joined = {
-        name: None if parts[0] is None else np.concatenate([part for part in parts if part is not None])
-        for name, parts in scores.items()
+        for name, value in found.scores.items()
     }
 
-    figures = {name: None if value is None else find_in_images(value, truth) for name, value in joined.items()}
-
     def findings(rows: npt.NDArray[np.bool_]) -> dict[str, Finding | None]:
-        return {name: None if value is None else mean_finding(value[rows]) for name, value in figures.items()}
+        return {
+            name: mean_finding(figures[name][0][rows], figures[name][1][rows]) if name in figures else None
+            for name in MEASURES
+        }
 
     groups = source.groups()
-    names = np.array([] if groups is None else [groups[i] for i in indices])
+    names = np.array([] if groups is None else [groups[i] for i in found.indices])
+    usable = np.flatnonzero(found.foreground.any(axis=1) & ~found.foreground.all(axis=1))
+    whole = np.array([[0, 0, size[1], size[0]]])
     return ForegroundResult(
-        measures=findings(np.ones(len(truth), dtype=bool)),
+        measures=findings(np.ones(len(found.indices), dtype=bool)),
         by_group={str(name): findings(names == name) for name in dict.fromkeys(names.tolist())},
-        num_images=len(truth),
-        damaged=len(damaged),
+        whole_image_iou=float(np.mean([overlap(whole, found.objects[i]).max() for i in usable] or [np.nan])),
+        num_images=len(found.indices),
+        damaged=len(found.damaged),
     )
+
+
+def _measure_images(
+    ask: Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]],
+    source: Source,
+    *,
+    size: tuple[int, int],
+    patch: tuple[int, int],
+    device: torch.device,
+    masks: Mapping[int, Bool[Tensor, "h w"]] | None,
+    boxes: Mapping[int, Bool[Tensor, "k h w"]] | None,
+) -> _Measured:
+    """Ask for every measure of the images that have a mask or a box.
+
+    Raises:
+        InputError: Nobody knows masks, or no image can be read.
+    """
+    scores: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in MEASURES}
+    foreground, objects, indices, damaged = [], [], [], []
+    for batch in tracked(ordered_batches(source, size=size), "foreground", total=-(-len(source) // 128)):
+        damaged += batch.damaged
+        wanted = [place for place, index in enumerate(batch.indices) if boxes is None or index in boxes]
+        if not wanted:
+            continue
+        chosen = [batch.indices[place] for place in wanted]
+        if boxes is not None:
+            found = torch.stack([boxes[index].any(dim=0) for index in chosen])
+            objects += [extents(boxes[index].numpy()) for index in chosen]
+        else:
+            known = batch.masks if masks is None else torch.stack([masks[index] for index in chosen])
+            if known is None:
+                raise InputError("masks: the images bring no masks of their own; name a folder of masks, or boxes")
+            found = known
+            objects += list(extents(largest_parts(found.numpy()))[:, None])
+        foreground.append(foreground_patches(found, patch).numpy())
+        indices += chosen
+        for name, value in ask(batch.images[wanted].to(device)).items():
+            if value is not None:
+                scores[name].append(value)
+    if not indices:
+        raise none_readable(damaged)
+    joined = {name: np.concatenate(parts) for name, parts in scores.items() if parts}
+    return _Measured(joined, np.concatenate(foreground), objects, indices, damaged)
 
 
 @torch.no_grad()
@@ -217,19 +278,22 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     """``hpm evaluate foreground``.
 
     Raises:
-        InputError: No masks, masks that do not fit the images, too many damaged images, or a bad checkpoint.
+        InputError: No masks, masks or boxes that do not fit the images, too many damaged images, or a bad checkpoint.
     """
     check_max_damaged(config.max_damaged)
     device = choose_device(config.device)
     loaded = LoadedRun(config.checkpoint, device=device)
     data = loaded.config.data
     source = open_source(config.images, channels=data.channels, image_size=data.size, field="images")
+    if config.masks and config.boxes:
+        raise InputError("boxes: give masks or boxes, not both")
     masks = _read_masks(Path(config.masks).expanduser(), source, data.size) if config.masks else None
+    boxes = read_boxes(Path(config.boxes).expanduser(), source, data.size) if config.boxes else None
     choose_attention(loaded.student, device)
     choose_attention(loaded.teacher, device)
     return evaluate_foreground(
         loaded.student, loaded.teacher, loaded.method, loaded.normalise, source,
-        size=data.size, device=device, bf16=has_bf16(device), masks=masks,
+        size=data.size, device=device, bf16=has_bf16(device), masks=masks, boxes=boxes,
         max_damaged=config.max_damaged,
     )  # fmt: skip
 
@@ -278,6 +342,7 @@ def as_json(result: ForegroundResult) -> dict[str, object]:
     return {
         **plain(result.measures),
         "by_group": {name: plain(findings) for name, findings in result.by_group.items()},
+        "whole_image_iou": result.whole_image_iou,
         "num_images": result.num_images,
         "damaged": result.damaged,
     }

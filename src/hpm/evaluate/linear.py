@@ -200,7 +200,8 @@ def _classify(
         for draw in tracked(range(config.draws), f"{contender.name}, {count} labels"):
             seed = config.seed + draw
             chosen = torch.tensor(choose_per_class(names, count, seed=seed))
-            fitted = _fit(train[chosen.to(train.device)], labels[chosen], val, len(images.classes), config, seed=seed)
+            few_images = train[chosen.to(train.device)]
+            fitted = _fit(few_images, labels[chosen], val, len(images.classes), config, seed=seed, bar=False)
             accuracies.append(top_k_accuracy(fitted.logits, truth, 1))
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else None
         few.append(
@@ -217,14 +218,15 @@ def _fit(
     config: LinearConfig,
     *,
     seed: int,
+    bar: bool = True,
 ) -> Probed:
     if config.mode == "logistic":
         return logistic(
-            train, labels, val, num_classes=num_classes, inverse_penalties=config.inverse_penalties, seed=seed
+            train, labels, val, num_classes=num_classes, inverse_penalties=config.inverse_penalties, seed=seed, bar=bar
         )
     return probe(
         train, labels.to(train.device), val, num_classes=num_classes, rates=config.learning_rates, epochs=config.epochs,
-        batch_size=config.batch_size, seed=seed,
+        batch_size=config.batch_size, seed=seed, bar=bar,
     )  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def train_probes(
     epochs: int = 90,
     batch_size: int = 256,
     seed: int = 0,
+    bar: bool = True,
 ) -> Probes:
     """Train one probe per learning rate; all see the same batches and start from the same weights.
 
@@ -75,6 +76,7 @@ def train_probes(
         epochs: Passes over the features.
         batch_size: Features per step; all of them where there are fewer.
         seed: Decides the start and the order.
+        bar: Show one.
 
     Raises:
         InputError: Fewer than two features: a BatchNorm has nothing to normalise by.
@@ -93,7 +95,7 @@ def train_probes(
     one_hot = F.one_hot(labels, num_classes).float()
     steps_per_epoch = count // batch
     total_steps = epochs * steps_per_epoch
-    for step in tracked(range(total_steps), "probe"):
+    for step in tracked(range(total_steps), "probe") if bar else range(total_steps):
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0:
             generator = torch.Generator().manual_seed(derive_seed(seed, Stream.ORDER, epoch))
@@ -129,6 +131,7 @@ def probe(
     epochs: int = 90,
     batch_size: int = 256,
     seed: int = 0,
+    bar: bool = True,
 ) -> Probed:
     """The published probe; among several learning rates a held-out tenth of the training features chooses.
 
@@ -143,6 +146,7 @@ def probe(
         epochs: Passes.
         batch_size: Features per step.
         seed: Decides what is held out, the start and the order.
+        bar: Show one.
 
     Raises:
         InputError: Too few features.
@@ -152,12 +156,13 @@ def probe(
         held = held_out(labels, seed=seed)
         probes = train_probes(
             train[~held], labels[~held], num_classes=num_classes, rates=rates, epochs=epochs,
-            batch_size=batch_size, seed=seed,
+            batch_size=batch_size, seed=seed, bar=bar,
         )  # fmt: skip
         chosen, found = _choose(dict(zip(rates, probes.logits(train[held]))), labels[held])
     probes = train_probes(
-        train, labels, num_classes=num_classes, rates=(chosen,), epochs=epochs, batch_size=batch_size, seed=seed
-    )
+        train, labels, num_classes=num_classes, rates=(chosen,), epochs=epochs, batch_size=batch_size, seed=seed,
+        bar=bar,
+    )  # fmt: skip
     return Probed(_without_unseen(probes.logits(val)[0].cpu(), labels), chosen, found)
 
 
@@ -169,6 +174,7 @@ def logistic(
     num_classes: int,
     inverse_penalties: Sequence[float],
     seed: int = 0,
+    bar: bool = True,
 ) -> Probed:
     """scikit-learn's logistic regression on standardised features; C is chosen as the rate in :func:`probe`.
 
@@ -179,6 +185,7 @@ def logistic(
         num_classes: C of the shapes.
         inverse_penalties: scikit-learn's C, from which one is chosen.
         seed: Decides what is held out.
+        bar: Show one.
 
     Raises:
         InputError: Too few features, or of one class only.
@@ -191,7 +198,7 @@ def logistic(
         held = held_out(labels, seed=seed)
         logits = {
             penalty: _fit_logistic(train[~held], labels[~held], train[held], penalty, num_classes)
-            for penalty in tracked(inverse_penalties, "logistic regression")
+            for penalty in (tracked(inverse_penalties, "logistic regression") if bar else inverse_penalties)
         }
         chosen, found = _choose(logits, labels[held])
     return Probed(_fit_logistic(train, labels, val, chosen, num_classes), chosen, found)
