@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
@@ -61,6 +62,8 @@ def write_report(folder: RunFolder) -> None:
         knn=evaluations.get("knn"),
         linear=[(title, evaluations[name], _folder_image(folder, name)) for name, title in _LINEAR.items()
                 if name in evaluations],
+        finetune=evaluations.get("finetune"),
+        finetune_confusion=_picture_of(evaluations.get("finetune"), "confusion.png"),
         config=folder.config_file.read_text(),
     )  # fmt: skip
     write_text_atomically(folder.report_file, page)
@@ -90,6 +93,10 @@ def _tiles(
         against = result["knn_top1_untrained"]
         note = "" if against is None else f"untrained {against:.1f} %"
         tiles.append((f"{result['knn_top1']:.1f} %", "kNN top-1", note))
+    if tuned := evaluations.get("finetune"):
+        against = tuned["untrained_top1"]
+        note = f"{tuned['num_val']:,} images" if against is None else f"untrained {against:.1f} %"
+        tiles.append((f"{tuned['top1']:.1f} %", "fine-tuned top-1", note))
     if result:
         tiles.append((f"{result['images_per_second']:.0f}", "images/s", f"{result['seconds'] / 60:.1f} minutes"))
     return tiles
@@ -133,6 +140,12 @@ def _folder_image(folder: RunFolder, evaluation: str) -> str | None:
     """The confusion picture of an evaluation, where there is one."""
     path = folder.evaluations / f"{evaluation}_confusion.png"
     return _file_image(path) if path.is_file() else None
+
+
+def _picture_of(evaluation: dict[str, Any] | None, name: str) -> str | None:
+    """A picture in an evaluation's own folder, where both are still there."""
+    path = Path(evaluation["folder"]) / name if evaluation else None
+    return _file_image(path) if path is not None and path.is_file() else None
 
 
 def _data_uri(png: bytes) -> str:
