@@ -1,13 +1,15 @@
 """Random draws: functions of the seed and the place, and of nothing else."""
 
+import random
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
 from hpm.data.loading import Position
-from hpm.seeding import Stream, derive_seed, mask_noise, more_noise
+from hpm.seeding import Stream, derive_seed, generators_seeded, mask_noise, more_noise
 
 CPU = torch.device("cpu")
 
@@ -122,3 +124,23 @@ def test_more_noise_is_a_function_of_the_whole_row_alone():
     assert (more_noise(swapped, 5) != more).all()
     rows[0, 7] += 2**-24
     assert (more_noise(rows, 5)[0] != more[0]).all()
+
+
+def test_generators_are_seeded_inside_and_untouched_outside():
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    undisturbed = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with generators_seeded(2**62):
+        one = draws()
+    assert draws() == undisturbed
+    with generators_seeded(2**62):
+        assert draws() == one
+    with generators_seeded(2**62 + 1):
+        assert all(a != b for a, b in zip(draws(), one))
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with generators_seeded(0):
+        pass
+    assert draws() == undisturbed

@@ -13,15 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpm.errors import InputError, Interrupted
+    from hpm.evaluate.classifier import load_classifier
     from hpm.pretrain import pretrain
     from hpm.run_folder import load_encoder, load_teacher
 
 __version__: str
-__all__ = ["InputError", "Interrupted", "__version__", "load_encoder", "load_teacher", "pretrain"]
+__all__ = [
+    "InputError",
+    "Interrupted",
+    "__version__",
+    "load_classifier",
+    "load_encoder",
+    "load_teacher",
+    "pretrain",
+]
 
 _HOMES = {
     "InputError": "hpm.errors",
     "Interrupted": "hpm.errors",
+    "load_classifier": "hpm.evaluate.classifier",
     "load_encoder": "hpm.run_folder",
     "load_teacher": "hpm.run_folder",
     "pretrain": "hpm.pretrain",

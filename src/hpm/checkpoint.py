@@ -69,12 +69,16 @@ class CheckpointFolder:
         path: The folder.
         keep_last: How many of the newest checkpoints stay.
         keep_steps: Checkpoints at multiples of this step stay for good.
+        holds: A part that every checkpoint of this kind has.
     """
 
-    def __init__(self, path: Path, *, keep_last: int = 3, keep_steps: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, keep_last: int = 3, keep_steps: int | None = None, holds: str = "student"
+    ) -> None:
         self.path = path
         self.keep_last = keep_last
         self.keep_steps = keep_steps
+        self.holds = holds
 
     def clear_temporary(self) -> None:
         """Remove what a killed process left half-written."""
@@ -135,7 +139,7 @@ class CheckpointFolder:
         problems = []
         for step in reversed(self.steps()):
             try:
-                return load_verified(self.file(step))
+                return load_verified(self.file(step), holds=self.holds)
             except InputError as error:
                 problems.append(str(error))
                 warnings.warn(f"{error}; trying the checkpoint before it", CheckpointWarning, stacklevel=2)
@@ -171,12 +175,13 @@ def verify(path: Path, *, require_checksum: bool) -> None:
         raise InputError(f"checkpoint {path} cannot be verified: {checksum.name} is missing")
 
 
-def load_verified(path: Path, *, require_checksum: bool = True) -> dict[str, Any]:
+def load_verified(path: Path, *, require_checksum: bool = True, holds: str = "student") -> dict[str, Any]:
     """Load a checkpoint after checking it against its checksum.
 
     Args:
         path: A ``.pt`` file written by :class:`CheckpointFolder`.
         require_checksum: Refuse a file without checksum; otherwise it is only checked where there is one.
+        holds: A part that it must have.
 
     Raises:
         InputError: Missing, damaged, or no checkpoint of hpm.
@@ -190,9 +195,9 @@ def load_verified(path: Path, *, require_checksum: bool = True) -> dict[str, Any
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever unpickling a damaged file may raise
         raise InputError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict) or "student" not in state:
+    if not isinstance(state, dict) or holds not in state:
         raise InputError(
-            f"checkpoint {path} is not one of hpm's (no 'student' in it); hpm convert turns published files into ours"
+            f"checkpoint {path} is not one of hpm's (no {holds!r} in it); hpm convert turns published files into ours"
         )
     return state
 

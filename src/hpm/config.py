@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -26,6 +26,8 @@ NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Checked = TypeVar("Checked")
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -283,8 +285,24 @@ def validated(nested: Mapping[str, Any]) -> Config:
     Raises:
         InputError: Names each field, its rule and the value.
     """
+    config = check_fields(Config, nested, known=[*section_of(), *(item.name for item in dataclasses.fields(Config))])
+    _check_together(config)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=config.data.size))
+
+
+def check_fields(kind: type[Checked], values: Mapping[str, Any], *, known: Iterable[str] = ()) -> Checked:
+    """Build a dataclass after checking every value against its field's rule.
+
+    Args:
+        kind: The dataclass.
+        values: By field.
+        known: Names to suggest where one is misspelt.
+
+    Raises:
+        InputError: Names each field, its rule and the value.
+    """
     try:
-        config = TypeAdapter(Config).validate_python(nested)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -292,13 +310,10 @@ def validated(nested: Mapping[str, Any]) -> Config:
                 str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal"))
             )
             if problem["type"] == "unexpected_keyword_argument":
-                known = [*section_of(), *(f.name for f in dataclasses.fields(Config))]
                 lines.append(f"{place}: no such field{suggest(str(problem['loc'][-1]), known)}")
             else:
                 lines.append(f"{place}: {problem['msg'].lower()}, got {problem['input']!r}")
         raise InputError("\n".join(lines)) from None
-    _check_together(config)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=config.data.size))
 
 
 def _check_together(config: Config) -> None:

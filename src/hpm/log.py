@@ -52,15 +52,16 @@ class RunLog:
         folder: The run folder.
         total_steps: Length of the run.
         first_step: Where it starts or goes on; records of later steps, left by a run that was killed, are dropped.
+        description: Name beside the bar.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
+    def __init__(self, folder: Path, *, total_steps: int, first_step: int, description: str = "pre-training") -> None:
         self.metrics_file = folder / "metrics.jsonl"
         records = [record for record in read_metrics(folder) if record["step"] <= first_step]
         write_text_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in records))
         self._tensorboard = SummaryWriter(folder / "events", purge_step=first_step + 1)
         self._bar = _bar(TextColumn("{task.fields[figures]}"))
-        self._task: TaskID = self._bar.add_task("pre-training", total=total_steps, completed=first_step, figures="")
+        self._task: TaskID = self._bar.add_task(description, total=total_steps, completed=first_step, figures="")
         self._is_terminal = console.is_terminal
         self._last_line = -math.inf
 
@@ -104,6 +105,8 @@ def summary_line(metrics: Mapping[str, float | int | None]) -> str:
         ("epoch", "epoch {:.1f}"),
         ("reconstruction_loss", "rec {:.3f}"),
         ("prediction_loss", "pred {:.3f}"),
+        ("train_loss", "loss {:.3f}"),
+        ("val_top1", "val top-1 {:.1f} %"),
         ("predictor_rank_correlation", "rank corr {:+.2f}"),
         ("hard_share", "hard {:.0%}"),
         ("images_per_second", "{:.0f} img/s"),
@@ -112,7 +115,7 @@ def summary_line(metrics: Mapping[str, float | int | None]) -> str:
         value = metrics.get(key)
         if value is not None and (key != "prediction_loss" or value):  # 0: nothing is predicted
             parts.append(text.format(value))
-    return "  ".join(parts) if "reconstruction_loss" in metrics else ""
+    return "  ".join(parts) if metrics.keys() & {"reconstruction_loss", "train_loss"} else ""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

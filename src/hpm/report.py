@@ -66,6 +66,8 @@ def write_report(folder: RunFolder) -> None:
         segment_figure=_picture(segment),
         detect=(detect := evaluations.get("detect")),
         detect_figure=_picture(detect),
+        finetune=evaluations.get("finetune"),
+        finetune_confusion=_picture_of(evaluations.get("finetune"), "confusion.png"),
         config=folder.config_file.read_text(),
     )  # fmt: skip
     write_text_atomically(folder.report_file, page)
@@ -95,6 +97,10 @@ def _tiles(
         against = result["knn_top1_untrained"]
         note = "" if against is None else f"untrained {against:.1f} %"
         tiles.append((f"{result['knn_top1']:.1f} %", "kNN top-1", note))
+    if tuned := evaluations.get("finetune"):
+        against = tuned["untrained_top1"]
+        note = f"{tuned['num_val']:,} images" if against is None else f"untrained {against:.1f} %"
+        tiles.append((f"{tuned['top1']:.1f} %", "fine-tuned top-1", note))
     if result:
         tiles.append((f"{result['images_per_second']:.0f}", "images/s", f"{result['seconds'] / 60:.1f} minutes"))
     return tiles
@@ -145,6 +151,12 @@ def _picture(evaluation: dict[str, Any] | None) -> str | None:
     if evaluation is None or not evaluation["figure"] or not Path(evaluation["figure"]).is_file():
         return None
     return _file_image(Path(evaluation["figure"]))
+
+
+def _picture_of(evaluation: dict[str, Any] | None, name: str) -> str | None:
+    """A picture in an evaluation's own folder, where both are still there."""
+    path = Path(evaluation["folder"]) / name if evaluation else None
+    return _file_image(path) if path is not None and path.is_file() else None
 
 
 def _data_uri(png: bytes) -> str:

@@ -258,13 +258,26 @@ def load_encoder(checkpoint: str | Path) -> VisionTransformer:
         run = LoadedRun(path)
         run.student.encoder.pretrained_cfg.update(input_config(run.config))
         return run.student.encoder
+    return load_timm_weights(weights)
+
+
+def load_timm_weights(weights: Path, *, field: str = "checkpoint") -> VisionTransformer:
+    """The model in a safetensors file of :func:`hpm.checkpoint.save_weights`, in evaluation mode.
+
+    Args:
+        weights: The file.
+        field: What to call it in a message.
+
+    Raises:
+        InputError: It holds no model of hpm.
+    """
     try:
         with safe_open(weights, framework="pt") as file:
             about = json.loads((file.metadata() or {})["hpm"])
             arguments, wanted = about["timm"], about["input"]
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"checkpoint: {str(weights)!r} holds no encoder of hpm: {error}") from error
+        raise InputError(f"{field}: {str(weights)!r} holds no encoder of hpm: {error}") from error
     model: VisionTransformer = timm.create_model(**arguments)
     model.load_state_dict(state)
     model.pretrained_cfg.update(wanted)

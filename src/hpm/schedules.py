@@ -54,12 +54,12 @@ def ema_decay(step: int, schedule: EmaSchedule) -> float:
     return schedule.start + progress * (schedule.end - schedule.start)
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 0 to ``peak``, then half a cosine to 0."""
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, floor: float = 0.0) -> float:
+    """Linear warm-up from 0 to ``peak``, then half a cosine to ``floor``."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def hard_share(step: int, *, start: float, end: float, total_steps: int) -> float:

@@ -7,6 +7,9 @@ hold a random state.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -27,12 +30,29 @@ class Stream(IntEnum):
     TOKENS = 6
     EVALUATION = 7
     LABELS = 8
+    MIXING = 9
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:
     """A 63-bit seed for one purpose at one place (an epoch, a step, an image)."""
     words = np.random.SeedSequence((seed, int(stream), *place)).generate_state(2, np.uint64)
     return int(words[0] >> np.uint64(1))
+
+
+@contextmanager
+def generators_seeded(seed: int) -> Iterator[None]:
+    """While entered, Python's, numpy's and PyTorch's generators (of the CPU) start from ``seed``; then they are as
+    before. For augmentations of other libraries, which draw from all three."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(np.random.SeedSequence(seed).generate_state(4))
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def mask_noise(

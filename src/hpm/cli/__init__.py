@@ -16,6 +16,7 @@ from hpm.cli.ablating import ablate
 from hpm.cli.benchmarking import benchmark_peers, benchmark_step
 from hpm.cli.evaluating import (
     evaluate_detect,
+    evaluate_finetune,
     evaluate_foreground,
     evaluate_knn,
     evaluate_linear,
@@ -43,6 +44,9 @@ COMMANDS: dict[str, Command] = {
     "evaluate knn": Command(evaluate_knn, "accuracy of the k nearest neighbours, beside the untrained encoder"),
     "evaluate linear": Command(
         evaluate_linear, "linear probe or logistic regression on frozen features, also with few labels"
+    ),
+    "evaluate finetune": Command(
+        evaluate_finetune, "accuracy of the encoder trained on labels, by the published recipe"
     ),
     "evaluate foreground": Command(
         evaluate_foreground, "how well the predicted loss finds objects, beside simple measures"

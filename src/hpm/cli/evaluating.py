@@ -95,6 +95,52 @@ def _mean_and_spread(item: Any) -> str:
     return f"{item.top1:.2f}" + ("" if item.deviation is None else f" ± {item.deviation:.2f}")
 
 
+def evaluate_finetune(arguments: list[str]) -> None:
+    """``hpm evaluate finetune``."""
+    from hpm.evaluate.config import FinetuneConfig
+
+    config, as_json = parse_with_json(FinetuneConfig, "evaluate finetune", arguments)
+
+    from hpm.distributed import is_main_of_environment
+    from hpm.evaluate import finetune
+
+    result = finetune.run(config)
+    if not is_main_of_environment():
+        return
+    rows = [("pre-trained", result.top1, result.top1_interval, result.top5)]
+    if result.untrained_top1 is not None and result.untrained_top1_interval and result.untrained_top5 is not None:
+        rows.append(("untrained", result.untrained_top1, result.untrained_top1_interval, result.untrained_top5))
+    print_table(
+        ("fine-tuned from", "top-1 %", "95 % interval", "top-5 %"),
+        [
+            (name, f"{top1:.2f}", "{:.2f} to {:.2f}".format(*interval), f"{top5:.2f}")
+            for name, top1, interval, top5 in rows
+        ],
+    )
+    print()
+    print_classes(result.per_class)
+    print(
+        f"\n{result.num_train:,} images of {result.num_classes} classes, {result.epochs} epochs in "
+        f"{result.seconds / 60:.1f} minutes; {result.num_val:,} images classified, after the last epoch"
+    )
+    save_evaluation(config.checkpoint, "finetune", as_plain(result))
+    print(f"look:  {result.folder}/confusion.png  {result.folder}/per_class.csv")
+    if result.untrained_top1 is None:
+        print(
+            "next:  the same command with --untrained, for what pre-training gave (costs the same again); or in Python:"
+        )
+    else:
+        print("next, in Python:")
+    print(
+        "  import hpm, timm\n"
+        f"  model = hpm.load_classifier({result.folder!r})    # a plain timm model\n"
+        "  transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+        '  names = model.pretrained_cfg["label_names"]; names[model(transform(image)[None]).argmax()]'
+    )
+    if as_json:
+        print_json(as_plain(result))
+
+
 def print_classes(per_class: Sequence[Any], *, most: int = 12) -> None:
     """Class by class; of many classes the worst and the best."""
     measured = sorted((item for item in per_class if item.num_images), key=lambda item: item.top1)

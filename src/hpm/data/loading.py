@@ -7,9 +7,9 @@ alone, so that a loader can start at any step.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -22,6 +22,9 @@ from hpm.data.sources import Sample, Source
 from hpm.errors import InputError
 from hpm.seeding import Stream, derive_seed
 from hpm.stopping import ignore_in_worker, signals_held
+
+Item = TypeVar("Item")
+Stacked = TypeVar("Stacked")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -219,10 +222,26 @@ def training_batches(
     Raises:
         InputError: Too many images in a row cannot be read.
     """
+    yield from batches_in_order(images, order, collate=_stack, workers=workers, pin_memory=pin_memory)
+
+
+def batches_in_order(
+    images: Dataset[Item],
+    order: TrainingOrder,
+    *,
+    collate: Callable[[list[Item]], Stacked],
+    workers: int,
+    pin_memory: bool,
+) -> Generator[Stacked, None, None]:
+    """Micro-batches of any images that are asked for by (pass, index); the workers live through the whole run.
+
+    Raises:
+        InputError: Too many images in a row cannot be read.
+    """
     loader = DataLoader(
         images,
         batch_sampler=order,
-        collate_fn=_stack,
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,

@@ -90,7 +90,7 @@ def draw_confusions(confusions: Int[np.ndarray, "c c"], classes: Sequence[str], 
     side = min(11.0, 2.6 + 0.2 * num) if named else 8.0
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axis = figure.subplots()
-    picture = axis.imshow(shares, cmap="magma_r", vmin=0, vmax=1)
+    picture = axis.imshow(shares, cmap="BuPu", vmin=0, vmax=1)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in classes]
     ticks, size = (range(num), 8 if num <= 30 else 6) if named else ([], 8)
     axis.set_xticks(ticks, names if named else [], rotation=90, fontsize=size)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from hpm.config import NotNegative, OpenShare, Positive, PositiveFloat, Share
 
 Pooling = Literal["class", "mean", "both"]
 """The class token, the mean of the patch tokens, or both side by side, each of length one."""
@@ -91,3 +95,87 @@ class ForegroundConfig:
     """Where to run."""
     max_damaged: float = 0.01
     """Stop when more than this share of the images cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning: the whole encoder learns to classify. Defaults are the published recipe; where it stands "none:
+    adapted", small data and images get a value by a written rule (docs/evaluate.md), and the published size the
+    published value."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    checkpoint: str
+    """Run folder or checkpoint file to start from."""
+    train: str
+    """Labelled images to learn from."""
+    val: str
+    """Labelled images to be measured on; nothing is chosen by them: the last epoch counts."""
+    out: str = ""
+    """Folder for checkpoints, metrics and the classifier; none: finetune/ in the run folder."""
+    labels_per_class: Positive | None = None
+    """Learn from so many images of every class, drawn by the seed; none: all."""
+    untrained: bool = False
+    """The same from the untrained encoder as well (in untrained/ of the folder). Doubles the cost."""
+    resume: Literal["auto", "restart"] = "auto"
+    """auto goes on with an unfinished run in the folder; restart begins anew."""
+
+    epochs: Positive | None = None
+    """Passes over the training images; none: 100, or 50 for encoders at least as wide as ViT-L (published)."""
+    batch_size: Annotated[int, Field(ge=2)] | None = None
+    """Images per step over all processes; none: adapted, published 1,024."""
+    micro_batch_size: Positive | None = None
+    """Images per process and forward pass; gradients are accumulated up to batch_size. None: all at once. Images are
+    mixed within a micro-batch."""
+    base_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the last layer per 256 images of batch; none: adapted, published 5e-4 (at batch 1,024)."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate of the last layer at the end of the cosine."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Each layer below learns slower by this factor."""
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    """Linear warm-up, epochs; none: 5, at most a tenth of the run."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """AdamW's weight decay, not on biases, one-dimensional tensors, positions and class token."""
+    betas: tuple[OpenShare, OpenShare] = (0.9, 0.999)
+    """AdamW's betas."""
+    gradient_clip: PositiveFloat | None = None
+    """Clip the global gradient norm; none: do not."""
+    ema_decay: OpenShare | None = None
+    """Also average the weights over steps and measure and keep the average; the decay grows from 0 to this
+    (1 - (1 + step)^(-2/3) until then). None: do not."""
+
+    crop_scale: tuple[Share, Share] | None = None
+    """Area of the random resized crop, share of the image; none: adapted, published 0.08 1."""
+    flip: bool | None = None
+    """Mirror half of the images; none: as in pre-training."""
+    rand_augment: str | None = None
+    """timm's RandAugment; none: rand-m9-mstd0.5-inc1 for 3 channels, and nothing for others, which it cannot handle.
+    An empty string switches it off."""
+    erasing: Share = 0.25
+    """Share of the images in which a rectangle becomes noise."""
+    mixup: Annotated[float, Field(ge=0)] = 0.8
+    """Mixup's alpha; 0: off."""
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    """CutMix's alpha; 0: off. With both on, each batch gets one of them."""
+    mixed_share: Share | None = None
+    """Share of the batches that get mixup or CutMix; none: adapted to the number of epochs, published 1."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the target spread over all classes."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Stochastic depth of the last block; earlier ones less, in proportion."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of head, order, augmentation, mixing, and of the images that labels_per_class draws."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Autocast precision; auto: bf16 where the hardware has it."""
+    workers: NotNegative | None = None
+    """Data processes per training process; none: 1 per core beyond the first, at most 8."""
+    val_epochs: Positive = 1
+    """Epochs between two looks at the validation images; after the last there always is one."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 2.0
+    """Save at least this often, minutes; 0: after every step."""
+    max_damaged: Share = 0.01
+    """Stop when more than this share of a source's images cannot be decoded."""

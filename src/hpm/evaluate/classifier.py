@@ -1,0 +1,88 @@
+"""A classifier on a pre-trained encoder: built as a stock timm model, saved so that timm loads it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from hpm.build import input_config, timm_arguments
+from hpm.checkpoint import save_weights
+from hpm.config import Config
+from hpm.errors import InputError
+from hpm.run_folder import load_timm_weights
+from hpm.seeding import Stream, derive_seed
+
+CLASSIFIER_FILE = "classifier.safetensors"
+HEAD_DEVIATION = 2e-5
+
+
+def classifier_arguments(config: Config, num_classes: int) -> dict[str, Any]:
+    """Arguments for ``timm.create_model`` to build the classifier: mean of the patch tokens, norm, linear layer."""
+    return {**timm_arguments(config), "num_classes": num_classes, "global_pool": "avg", "fc_norm": True}
+
+
+def build_classifier(
+    config: Config, encoder: VisionTransformer, *, num_classes: int, drop_path: float, seed: int
+) -> VisionTransformer:
+    """A classifier that starts from an encoder; norm and head start fresh, positions are trained, as published.
+
+    Args:
+        config: Of the run.
+        encoder: Of the run, or its untrained twin.
+        num_classes: C.
+        drop_path: Rate of the last block.
+        seed: Of the head.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, Stream.INITIALISATION))
+        model: VisionTransformer = timm.create_model(
+            **classifier_arguments(config, num_classes), drop_path_rate=drop_path
+        )
+        nn.init.trunc_normal_(model.head.weight, std=HEAD_DEVIATION)
+        nn.init.zeros_(model.head.bias)
+    missing, unexpected = model.load_state_dict(encoder.state_dict(), strict=False)
+    assert all(name.startswith(("fc_norm.", "head.")) for name in missing), missing
+    assert all(name.startswith(("norm.", "attn_pool.")) for name in unexpected), unexpected
+    model.pretrained_cfg.update(input_config(config))
+    return model
+
+
+def layer_groups(model: VisionTransformer, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups with their share of the learning rate in ``lr_scale``: 1 for the head, less for layers below."""
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        model, weight_decay=weight_decay, layer_decay=layer_decay, no_weight_decay_list=model.no_weight_decay()
+    )
+    return groups
+
+
+def save_classifier(path: Path, model: VisionTransformer, config: Config, classes: Sequence[str]) -> None:
+    """Write a classifier with what timm needs to build it, its classes and how it wants its images."""
+    wanted = {**input_config(config), "num_classes": len(classes), "label_names": list(classes)}
+    save_weights(path, model.state_dict(), classifier_arguments(config, len(classes)), wanted)
+
+
+def load_classifier(path: str | Path) -> VisionTransformer:
+    """A fine-tuned classifier as a plain timm model in evaluation mode.
+
+    Its classes stand in ``pretrained_cfg["label_names"]``, how it wants its images stands where timm looks:
+    ``timm.data.create_transform(**timm.data.resolve_model_data_config(model))``.
+
+    Args:
+        path: The folder of a fine-tuning, its ``classifier.safetensors``, or the run folder it lies in.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    given = Path(path).expanduser()
+    candidates = [given / CLASSIFIER_FILE, given / "finetune" / CLASSIFIER_FILE] if given.is_dir() else [given]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise InputError(f"classifier: no {CLASSIFIER_FILE} in {str(given)!r}; hpm evaluate finetune makes one")
+    return load_timm_weights(file, field="classifier")

@@ -1,0 +1,309 @@
+"""Fine-tuning: the whole encoder learns to classify, by the published recipe, beside the untrained encoder if asked.
+
+    OUT/config.yaml               the recipe with nothing left open, fingerprints of images and encoder, versions
+    OUT/metrics.jsonl             one object per epoch: train_loss, learning_rate, gradient_norm, val_top1, val_top5
+    OUT/checkpoints/              everything for exact resume
+    OUT/classifier.safetensors    the classifier, timm's names and arguments; hpm.load_classifier reads it
+    OUT/per_class.csv, OUT/confusion.png, OUT/result.json
+    OUT/untrained/                the same from the untrained encoder
+
+As in pre-training nothing random is saved: order and augmentation are functions of the seed, the epoch and the image,
+mixing and stochastic depth of the seed and the step, so a run that was killed ends bit-identical (on a CPU).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from timm.models.vision_transformer import VisionTransformer
+
+from hpm import distributed
+from hpm.build import build_encoder
+from hpm.checkpoint import CheckpointFolder, write_atomically, write_text_atomically
+from hpm.config import Config
+from hpm.data.sources import class_indices
+from hpm.errors import InputError
+from hpm.evaluate.accuracy import (
+    ClassAccuracy,
+    Interval,
+    count_confusions,
+    draw_confusions,
+    per_class_accuracy,
+    wilson_interval,
+)
+from hpm.evaluate.classifier import CLASSIFIER_FILE, save_classifier
+from hpm.evaluate.config import FinetuneConfig
+from hpm.evaluate.controls import untrained_encoder
+from hpm.evaluate.finetune_loop import Classified, Finetuning, classify, train_epochs
+from hpm.evaluate.finetune_recipe import Recipe, checked, differences, resolve_recipe
+from hpm.evaluate.labelled import LabelledImages, Subset, choose_per_class, labelled_fingerprint, open_labelled
+from hpm.log import say
+from hpm.run_folder import LoadedRun, RunFolder, about_this_run
+from hpm.stopping import StopSignal
+
+
+class Outcome(NamedTuple):
+    """What one fine-tuning came to, after its last epoch."""
+
+    top1: float
+    top1_interval: Interval
+    top5: float
+    num_val: int
+    per_class: list[ClassAccuracy]
+    train_loss: float
+    """Of the last epoch; with mixing and smoothing it does not go to 0."""
+    seconds: float
+    """Training time without validation, over interruptions."""
+    damaged: int
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """Accuracies in percent, after the last epoch."""
+
+    top1: float
+    top1_interval: Interval
+    """95 %, Wilson: what another draw of validation images could give; another seed is not in it."""
+    top5: float
+    untrained_top1: float | None
+    """Of the same protocol from the untrained encoder; None where it was not asked for."""
+    untrained_top1_interval: Interval | None
+    untrained_top5: float | None
+    num_train: int
+    num_val: int
+    num_classes: int
+    labels_per_class: int | None
+    epochs: int
+    steps: int
+    batch_size: int
+    seconds: float
+    train_loss: float
+    per_class: list[ClassAccuracy]
+    damaged: int
+    """Images left out, of both sources."""
+    folder: str
+    classifier: str
+    """File for :func:`hpm.load_classifier`."""
+
+
+def run(config: FinetuneConfig) -> FinetuneResult:
+    """``hpm evaluate finetune``: accuracy of a classifier that starts from a run's encoder.
+
+    Under ``torchrun`` every process takes a part of each batch and of the validation images, and all return the same.
+
+    Raises:
+        InputError: A field, the images, the labels, the checkpoint or the folder breaks a rule.
+        Interrupted: A signal stopped it after it was saved; the same call goes on.
+    """
+    config = checked(config)
+    device = distributed.choose_device(config.device)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(distributed.process_group(device))
+        out = output_folder(config)
+        loaded = LoadedRun(config.checkpoint, device=device)
+        images, recipe = prepare_images(config, loaded.config)
+        outcome = fine_tune(config, recipe, loaded.config, loaded.student.encoder, images, out, device, stop)
+        control = None
+        if config.untrained:
+            encoder = untrained_encoder(loaded.config, device)
+            control = fine_tune(config, recipe, loaded.config, encoder, images, out / "untrained", device, stop)
+    return FinetuneResult(
+        top1=outcome.top1,
+        top1_interval=outcome.top1_interval,
+        top5=outcome.top5,
+        untrained_top1=control.top1 if control else None,
+        untrained_top1_interval=control.top1_interval if control else None,
+        untrained_top5=control.top5 if control else None,
+        num_train=len(images.train),
+        num_val=outcome.num_val,
+        num_classes=len(images.classes),
+        labels_per_class=recipe.labels_per_class,
+        epochs=recipe.epochs,
+        steps=recipe.total_steps,
+        batch_size=recipe.batch_size,
+        seconds=outcome.seconds,
+        train_loss=outcome.train_loss,
+        per_class=outcome.per_class,
+        damaged=outcome.damaged,
+        folder=str(out),
+        classifier=str(out / CLASSIFIER_FILE),
+    )
+
+
+def output_folder(config: FinetuneConfig) -> Path:
+    """Where the results go.
+
+    Raises:
+        InputError: No folder is given, and the checkpoint is no run folder in which one could be made.
+    """
+    if config.out:
+        return Path(config.out).expanduser()
+    checkpoint = Path(config.checkpoint).expanduser()
+    if checkpoint.is_file():
+        raise InputError(f"out: needs a folder, because the checkpoint is a file: {str(checkpoint)!r}")
+    return checkpoint / "finetune"
+
+
+def prepare_images(config: FinetuneConfig, run_config: Config) -> tuple[LabelledImages, Recipe]:
+    """Open and check the images, and fill in the recipe for them.
+
+    Raises:
+        InputError: Names the field, the rule and the value.
+    """
+    data = run_config.data
+    images = open_labelled(config.train, config.val, channels=data.channels, image_size=data.size)
+    if config.labels_per_class is not None:
+        chosen = choose_per_class(images.train.labels or (), config.labels_per_class, seed=config.seed)
+        images = images._replace(train=Subset(images.train, chosen))
+    return images, resolve_recipe(
+        config, num_images=len(images.train), size=data.size, channels=data.channels,
+        width=_encoder_width(run_config), flip=data.flip, num_processes=distributed.world_size(),
+    )  # fmt: skip
+
+
+def _encoder_width(config: Config) -> int:
+    with torch.device("meta"):
+        return int(build_encoder(config).embed_dim)
+
+
+def fine_tune(
+    config: FinetuneConfig,
+    recipe: Recipe,
+    run_config: Config,
+    encoder: VisionTransformer,
+    images: LabelledImages,
+    out: Path,
+    device: torch.device,
+    stop: StopSignal,
+) -> Outcome:
+    """Fine-tune one encoder in a folder of its own: start or go on, train, measure, save.
+
+    Raises:
+        InputError: The folder holds something else, the loss is not finite, or too many images are damaged.
+        Interrupted: A signal arrived; the run is saved.
+    """
+    folder = RunFolder(out)
+    settings = {
+        **json.loads(json.dumps(asdict(recipe))),  # as YAML will give them back: lists for tuples
+        "train": labelled_fingerprint(images.train),
+        "val": labelled_fingerprint(images.val),
+        "encoder": _weights_digest(encoder),
+    }
+    check_folder(folder, settings, restart=config.resume == "restart")
+    distributed.barrier()  # before any process makes anything there
+    try:
+        if distributed.is_main():
+            folder.claim()
+            if config.resume == "restart":
+                clear(folder)
+            if not folder.config_file.is_file():
+                about = {**about_this_run(device), "checkpoint": config.checkpoint}
+                text = yaml.safe_dump({"finetune": settings, "about": about}, sort_keys=False, default_flow_style=None)
+                write_text_atomically(folder.config_file, text)
+        distributed.barrier()
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and distributed.has_bf16(device))
+        checkpoints = CheckpointFolder(folder.checkpoints, keep_last=2, holds="model")
+        finetuning = Finetuning.start(
+            recipe, run_config, encoder, images,
+            folder=folder.path, checkpoints=checkpoints, device=device, bf16=bf16,
+            workers=config.workers, val_epochs=config.val_epochs, checkpoint_minutes=config.checkpoint_minutes,
+            max_damaged=config.max_damaged,
+        )  # fmt: skip
+        try:
+            classified = train_epochs(finetuning, stop)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"micro_batch_size: the device's memory is too small for {recipe.micro_batch_size} images at once; "
+                f"give a smaller one ({str(error).splitlines()[0]})"
+            ) from None
+        if classified is None:
+            say(f"{folder.path} holds a finished fine-tuning of {recipe.epochs} epochs; it is only measured again")
+            classified = classify(finetuning)
+        return conclude(finetuning, classified, folder)
+    finally:
+        folder.release()
+
+
+def conclude(finetuning: Finetuning, classified: Classified, folder: RunFolder) -> Outcome:
+    """Figures after the last epoch, and the files that go with them."""
+    classes, val = finetuning.images.classes, finetuning.images.val
+    labels = class_indices([(val.labels or ())[i] for i in classified.indices], classes)
+    confusions = count_confusions(classified.ranked[:, 0].numpy(), labels, len(classes))
+    outcome = Outcome(
+        top1=classified.top1,
+        top1_interval=wilson_interval(int(confusions.trace()), len(labels)),
+        top5=classified.top5,
+        num_val=len(labels),
+        per_class=per_class_accuracy(confusions, classes),
+        train_loss=finetuning.state.last_loss,
+        seconds=finetuning.state.seconds,
+        damaged=len(classified.damaged) + len(finetuning.damaged),
+    )
+    if distributed.is_main():
+        save_classifier(folder.path / CLASSIFIER_FILE, finetuning.measured, finetuning.run_config, classes)
+        title = f"{folder.path.name}: top-1 {outcome.top1:.1f} % of {outcome.num_val:,} images"
+        write_atomically(
+            folder.path / "confusion.png", lambda path: draw_confusions(confusions, classes, path, title=title)
+        )
+        table = io.StringIO()
+        csv.writer(table).writerows([ClassAccuracy._fields, *outcome.per_class])
+        write_text_atomically(folder.path / "per_class.csv", table.getvalue())
+        write_text_atomically(folder.result_file, json.dumps(outcome._asdict(), indent=2) + "\n")
+    return outcome
+
+
+def check_folder(folder: RunFolder, settings: dict[str, Any], *, restart: bool) -> None:
+    """Can a fine-tuning with these settings start or go on here?
+
+    Raises:
+        InputError: A file is in the way, the folder holds other things, or a fine-tuning with other settings.
+    """
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise InputError(f"out: must be a folder, got the file {str(path)!r}")
+    parent = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"out: cannot write in {str(parent)!r}")
+    if not folder.config_file.is_file():
+        if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
+            raise InputError(f"out: {str(path)!r} is not empty and holds no fine-tuning; choose a new folder")
+        return
+    try:
+        before = yaml.safe_load(folder.config_file.read_text())["finetune"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"out: {str(path)!r} holds no fine-tuning but something else; choose a new folder") from error
+    if not restart and (changed := differences(before, settings)):
+        raise InputError(
+            f"out: {str(path)!r} holds a fine-tuning with other settings; choose another folder with --out, or start "
+            "over with --resume restart. Changed:\n  " + "\n  ".join(changed)
+        )
+
+
+def clear(folder: RunFolder) -> None:
+    """Forget the fine-tuning in this folder, so that another can start."""
+    names = ("config.yaml", "metrics.jsonl", "result.json", "per_class.csv", "confusion.png", CLASSIFIER_FILE)
+    stale = [folder.path / name for name in names]
+    for pattern in ("checkpoints/step_*.pt*", "checkpoints/last", "events/*"):
+        stale += folder.path.glob(pattern)
+    for file in stale:
+        file.unlink(missing_ok=True)
+
+
+def _weights_digest(encoder: VisionTransformer) -> str:
+    """Twelve digits that tell one set of weights from another."""
+    digest = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
