@@ -293,7 +293,10 @@ def test_help_and_version(capsys):
     assert [line.split()[:2] for line in out.splitlines() if line.startswith("  ")] == [
         ["evaluate", "knn"],
         ["evaluate", "linear"],
+        ["evaluate", "finetune"],
         ["evaluate", "foreground"],
+        ["evaluate", "segment"],
+        ["evaluate", "detect"],
     ]
     code, out, _ = call(capsys, "--version")
     assert "torch" in out
