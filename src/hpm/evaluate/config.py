@@ -53,7 +53,7 @@ class LinearConfig:
     """sgd: the published probe (BatchNorm, linear layer, SGD); logistic: scikit-learn's, on standardised features."""
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Of sgd, for batches of 256. A held-out tenth of the training images chooses; all are trained side by side."""
-    inverse_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    inverse_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """Of logistic, scikit-learn's C; chosen in the same way."""
     epochs: int = 90
     """Of sgd."""
