@@ -8,7 +8,7 @@ from typing import Literal
 ExportFormat = Literal["timm", "hf", "safetensors", "onnx", "torch"]
 
 Output = Literal["tokens", "class", "mean"]
-"""What an exported graph puts out: all tokens (prefix tokens, then patches), the class token, the mean of the patches."""
+"""What a graph puts out: all tokens (prefix tokens, then patches), the class token, the mean of the patch tokens."""
 
 
 @dataclass(frozen=True)

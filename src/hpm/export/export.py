@@ -187,7 +187,9 @@ def compare(form: Format, written: Path, backbone: Backbone, output: Output) -> 
         largest = max(largest, float((found - expected).abs().max()))
         tolerance = max(tolerance, form.tolerance * float(expected.abs().max()))
     if not largest <= tolerance:  # NaN does not pass
-        raise AssertionError(f"the export does not compute the same: features differ by {largest:.2g} > {tolerance:.1g}")
+        raise AssertionError(
+            f"the export does not compute the same: features differ by {largest:.2g} > {tolerance:.1g}"
+        )
     return largest, tolerance
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -49,21 +49,23 @@ def check(backbone: Backbone) -> None:
 
 def _check_block(backbone: Backbone, block: nn.Module) -> None:
     """The same for one block."""
-    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
-        parts = ", ".join(type(getattr(block, part, block)).__name__ for part in ("attn", "mlp"))
+    attention: Any = getattr(block, "attn", None)
+    mlp: Any = getattr(block, "mlp", None)
+    if type(block) is not Block or type(attention) is not Attention or type(mlp) is not Mlp:
+        parts = f"{type(attention).__name__} and {type(mlp).__name__}"
         _refuse(backbone, f"its blocks are of another kind ({type(block).__name__} of {parts})")
     if not isinstance(block.ls1, nn.Identity) or not isinstance(block.ls2, nn.Identity):
         _refuse(backbone, "its blocks scale their outputs (layer scale)")
-    if not isinstance(block.attn.q_norm, nn.Identity) or not isinstance(block.attn.k_norm, nn.Identity):
+    if not isinstance(attention.q_norm, nn.Identity) or not isinstance(attention.k_norm, nn.Identity):
         _refuse(backbone, "it normalises queries and keys")
-    if not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
+    if not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity):
         _refuse(backbone, "it normalises inside the attention")
-    if not isinstance(block.mlp.norm, nn.Identity):
+    if not isinstance(mlp.norm, nn.Identity):
         _refuse(backbone, "it normalises inside the MLP")
-    if getattr(block.attn, "gate", None) is not None:
+    if getattr(attention, "gate", None) is not None:
         _refuse(backbone, "its attention is gated")
-    if _activation(block.mlp.act) is None:
-        _refuse(backbone, f"its activation is {block.mlp.act}")
+    if _activation(mlp.act) is None:
+        _refuse(backbone, f"its activation is {mlp.act}")
 
 
 def _activation(act: nn.Module) -> str | None:
@@ -75,7 +77,7 @@ def _activation(act: nn.Module) -> str | None:
     )
 
 
-def _refuse(backbone: Backbone, reason: str) -> None:
+def _refuse(backbone: Backbone, reason: str) -> NoReturn:
     raise InputError(
         f"format: 'hf' writes an ordinary ViT of transformers, and {backbone.arguments['model_name']!r} is none: "
         f"{reason}; use timm, onnx or torch"
@@ -148,9 +150,16 @@ def processor_config(backbone: Backbone) -> dict[str, Any]:
 def read_folder(path: Path, backbone: Backbone) -> Computed:
     """As a user of transformers would, who knows nothing but the folder."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
     del backbone
-    model, found = AutoModel.from_pretrained(path, output_loading_info=True)
+    shows_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, found = AutoModel.from_pretrained(path, output_loading_info=True)
+    finally:
+        if shows_bar:
+            logging.enable_progress_bar()
     wrong = {kind: names for kind, names in found.items() if names}
     if wrong:
         raise AssertionError(f"transformers does not find what was written: {wrong}")

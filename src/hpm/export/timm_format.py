@@ -8,13 +8,21 @@ import timm
 import torch
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from hpm.checkpoint import save_weights
 from hpm.export.backbone import Backbone, Computed
 
+_OF_OTHER_WEIGHTS = ("url", "file", "hf_hub_id", "license", "origin_url", "paper_name", "paper_ids", "notes")
+"""What timm says of the weights that an architecture usually comes with; these are others."""
+
 
 def write_folder(backbone: Backbone, to: Path) -> None:
     """``config.json`` and ``model.safetensors``."""
+    cfg = backbone.vit.pretrained_cfg
+    for key in _OF_OTHER_WEIGHTS:
+        cfg.pop(key, None)
+    cfg["tag"] = "hpm"
     arguments = {key: value for key, value in backbone.arguments.items() if key not in ("model_name", "num_classes")}
     save_for_hf(backbone.vit, str(to), model_args=arguments, safe_serialization=True)
 
@@ -36,4 +44,11 @@ def read_file(path: Path, backbone: Backbone) -> Computed:
 
 
 def _tokens(vit: VisionTransformer) -> Computed:
-    return torch.no_grad()(vit.eval().forward_features)
+    vit.eval()
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        tokens: Tensor = vit.forward_features(images)
+        return tokens
+
+    return run
