@@ -7,7 +7,6 @@ parts (:mod:`hpm.embed.chunks`), shared by the processes of ``torchrun``, and jo
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -224,7 +223,8 @@ def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
     )
     # One pass over all parts, so that data workers live through it; a part ends where its last batch does, for all but
     # the source's last are whole numbers of batches.
-    bar = tracked(batches, "embed", total=-(-len(indices) // config.batch_size))
+    total = -(-len(indices) // config.batch_size)
+    bar = tracked(batches, "embed", total=total, images_per_item=config.batch_size * world_size())
     num_damaged = 0
     for number in todo:
         rows: list[Rows] = []
@@ -346,9 +346,9 @@ def _rank(job: Job, table: Table, sheet: Path | None) -> tuple[list[Ranked], lis
     easiest, hardest = ends(difficulty, table.column("position").tolist(), table.names, job.config.sheet_images)
     agreement = rank_agreement(difficulty, table.column("contrast"))
     if sheet is not None:
-        run = job.run.config
-        title = f"{len(difficulty):,} images by difficulty; target {run.method.target}, {os.fspath(sheet.name)}"
-        figure = draw_sheet(job.source, easiest, hardest, difficulty, size=run.data.size, title=title)
+        config, name = job.run.config, Path(job.config.checkpoint).name
+        title = f"{len(difficulty):,} images by difficulty; {name}, target {config.method.target}"
+        figure = draw_sheet(job.source, easiest, hardest, difficulty, size=config.data.size, title=title)
         try:
             save_figure(figure, sheet)
         except OSError as error:
