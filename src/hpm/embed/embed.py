@@ -116,6 +116,8 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
 
     def claim() -> list[int]:
         parts.claim(settings)
+        for leftover in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it joined
+            leftover.unlink(missing_ok=True)
         done = [number for number in range(job.num_parts) if parts.is_done(number)]
         _check_space(out, bytes_per_image * (2 * len(source) - len(done) * job.part_images))
         return done
@@ -249,7 +251,8 @@ def _describer(job: Job) -> Callable[[UInt8[Tensor, "b c h w"], list[int]], Rows
     order = mask_order(config.seed, grid[0] * grid[1])
 
     def stored(values: Tensor) -> np.ndarray:
-        array: np.ndarray = values.float().cpu().numpy().astype(config.dtype)
+        with np.errstate(over="ignore"):
+            array: np.ndarray = values.float().cpu().numpy().astype(config.dtype)
         if not np.isfinite(array).all():
             raise InputError(f"dtype: a feature does not fit into {config.dtype}, or is not finite at all")
         return array
