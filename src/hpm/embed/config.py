@@ -28,7 +28,7 @@ class EmbedConfig:
     dtype: Literal["float32", "float16"] = "float32"
     """How features are stored; float16 halves the size of patch tokens."""
     precision: Literal["float32", "bf16"] = "float32"
-    """How features are computed; bf16 is faster on a GPU and right to about two decimals."""
+    """How features are computed; bf16 is faster on a GPU and less exact."""
     hardness: bool = False
     """Add how difficult each image is, and where: the student's reconstruction error and the teacher's predicted
     loss."""
