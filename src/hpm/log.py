@@ -15,11 +15,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from hpm.checkpoint import write_text_atomically
@@ -130,7 +133,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _bar(*extra: TextColumn) -> Progress:
+def _bar(*extra: ProgressColumn) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), *extra,
@@ -138,13 +141,49 @@ def _bar(*extra: TextColumn) -> Progress:
     )  # fmt: skip
 
 
-def tracked(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
-    """Show a bar with rate and time left while going through ``items``; nothing where there is no terminal."""
-    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+def tracked(
+    items: Iterable[Item], description: str, *, total: int | None = None, images_per_item: int | None = None
+) -> Iterator[Item]:
+    """Show a bar with time left while going through ``items``; nothing where there is no terminal.
+
+    Args:
+        items: What to go through.
+        description: Name beside the bar.
+        total: How many there are.
+        images_per_item: Show the rate in images too, and without a terminal a line now and then: for work of hours.
+    """
+    if os.environ.get("RANK", "0") != "0":
         yield from items
-        return
-    with _bar() as bar:
-        yield from bar.track(items, description=description, total=total)
+    elif console.is_terminal:
+        with _bar(*([] if images_per_item is None else [_ImageRate(images_per_item)])) as bar:
+            yield from bar.track(items, description=description, total=total)
+    elif images_per_item is None:
+        yield from items
+    else:
+        started = last_line = time.monotonic()
+        for number, item in enumerate(items, 1):
+            yield item
+            if (now := time.monotonic()) - last_line > 30:
+                last_line, each = now, (now - started) / number
+                left = None if total is None else (total - number) * each
+                say(f"{description} {number}/{total}  {images_per_item / each:.0f} img/s  left {_clock(left)}")
+
+
+class _ImageRate(ProgressColumn):
+    """Images per second.
+
+    Args:
+        images: Of one item.
+    """
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.images = images
+
+    def render(self, task: Task) -> Text:
+        """``123 img/s``."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed * self.images:.0f} img/s")
 
 
 def _clock(seconds: float | int | None) -> str:

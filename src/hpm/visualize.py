@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -73,7 +73,8 @@ def measure_hardness(
     student.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         answers = method.ask(teacher, images)
-        true_loss = _average_loss(student, method, images, method.target(images, answers.features), generator)
+        order = torch.rand(len(images), student.positions.shape[1], generator=generator).argsort(1).to(images.device)
+        true_loss = average_loss(student, method, images, method.target(images, answers.features), order)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
         hidden = method.mask_policy(
             answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share)
@@ -83,20 +84,27 @@ def measure_hardness(
     return Hardness(true_loss, answers.scores, hidden, _fill_in(student, method, images, hidden, prediction))
 
 
-def _average_loss(
+def average_loss(
     student: Student,
     method: Method,
     images: Float[Tensor, "b c h w"],
     target: Num[Tensor, "b n q"],
-    generator: torch.Generator,
+    order: Int[Tensor, "b n"],
 ) -> Float[Tensor, "b n"]:
-    """Mean loss of every patch over random masks that rotate, so that each patch is hidden equally often."""
+    """Mean loss of every patch over :data:`NUM_MASKS` masks that rotate, so that each is hidden equally often.
+
+    Args:
+        student: Reconstructs; in evaluation mode.
+        method: The choices of the run.
+        images: Normalised images.
+        target: Of every patch.
+        order: A permutation of the patches per image; it decides the masks.
+    """
     num_patches = student.positions.shape[1]
     total = torch.zeros(len(images), num_patches, device=images.device)
     count = torch.zeros_like(total)
-    rank = torch.rand(len(images), num_patches, generator=generator).argsort(1).to(images.device)
     for number in range(NUM_MASKS):
-        turned = (rank + number * num_patches // NUM_MASKS) % num_patches
+        turned = (order + number * num_patches // NUM_MASKS) % num_patches
         hidden = turned < method.num_hidden
         _, index = split_patches(hidden, method.num_hidden)
         output = student(images, hidden, num_hidden=method.num_hidden)

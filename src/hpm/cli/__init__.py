@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from hpm.cli.ablating import ablate
 from hpm.cli.benchmarking import benchmark_peers, benchmark_step
+from hpm.cli.embedding import embed
 from hpm.cli.evaluating import (
     evaluate_detect,
     evaluate_finetune,
@@ -25,7 +26,7 @@ from hpm.cli.evaluating import (
 from hpm.cli.looking import visualize
 from hpm.cli.output import complain, say_plainly
 from hpm.cli.pretraining import demo, pretrain, recipes
-from hpm.cli.weights import convert
+from hpm.cli.weights import convert, export
 from hpm.errors import InputError, Interrupted
 
 
@@ -61,6 +62,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "benchmark peers": Command(benchmark_peers, "our MAE mode beside transformers' and lightly's"),
     "visualize": Command(visualize, "what is hard in given images, as a figure"),
+    "embed": Command(embed, "features of every image as a table, and how difficult each is"),
+    "export": Command(export, "the backbone for timm, Hugging Face, ONNX or torch.export, checked"),
     "convert": Command(convert, "published HPM and MAE checkpoints to ours and back"),
     "recipes": Command(recipes, "the named starting points for pretrain"),
 }

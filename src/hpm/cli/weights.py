@@ -1,4 +1,4 @@
-"""``hpm convert``."""
+"""``hpm convert``, ``hpm export``."""
 
 from __future__ import annotations
 
@@ -38,5 +38,32 @@ def convert(arguments: list[str]) -> None:
     else:
         print(f'\nuse:   import torch\n       state = torch.load("{result.to}", weights_only=True)["model"]')
         print("       model.load_state_dict(state)    # build it with the heads above: the file does not say them")
+    if as_json:
+        print_json(result._asdict())
+
+
+def export(arguments: list[str]) -> None:
+    """``hpm export``."""
+    from hpm.export.config import ExportConfig
+
+    config, as_json = parse_with_json(ExportConfig, "export", arguments)
+
+    from hpm.export import export as command
+
+    result = command.run(config)
+    print_table(
+        (result.out, result.format),
+        [
+            ("parameters", f"{result.parameters:,}"),
+            ("size", f"{result.bytes / 1e6:,.1f} MB"),
+            (
+                "puts out",
+                {"tokens": "all tokens", "class": "class token", "mean": "mean of the patches"}[result.output],
+            ),
+            ("checked", f"loaded back; features differ by at most {result.max_difference:.1e}"),
+            ("model card", f"{result.card}  (data and licence are yours to fill in)"),
+        ],
+    )
+    print("\nuse:   " + "\n       ".join(result.usage))
     if as_json:
         print_json(result._asdict())

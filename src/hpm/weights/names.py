@@ -138,6 +138,41 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+_TO_HUGGING_FACE = (  # pattern of a whole name of timm's ViT, and that of the hub's ViTs
+    (r"cls_token", "embeddings.cls_token"),
+    (r"pos_embed", "embeddings.position_embeddings"),
+    (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
+    (r"norm\.(\w+)", r"layernorm.\1"),
+    (r"blocks\.(\d+)\.norm1\.(\w+)", r"encoder.layer.\1.layernorm_before.\2"),
+    (r"blocks\.(\d+)\.norm2\.(\w+)", r"encoder.layer.\1.layernorm_after.\2"),
+    (r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"encoder.layer.\1.attention.attention.{part}.\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"encoder.layer.\1.attention.output.dense.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"encoder.layer.\1.intermediate.dense.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layer.\1.output.dense.\2"),
+)
+
+
+def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of an encoder (timm's names) to those of the hub's ViTs; query, key and value are split.
+
+    Raises:
+        InputError: A tensor has no counterpart there (registers, layer scale, ...).
+    """
+    renamed, unknown = {}, []
+    for name, tensor in state.items():
+        theirs = _first_match(name, _TO_HUGGING_FACE)
+        if theirs is None:
+            unknown.append(name)
+        elif "{part}" in theirs:
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
+                renamed[theirs.format(part=part)] = piece.clone()
+        else:
+            renamed[theirs] = tensor.clone()
+    if unknown:
+        raise InputError(f"a ViT of transformers has no counterpart of {handful(unknown)}")
+    return renamed
+
+
 def _first_match(name: str, patterns: Iterable[tuple[str, str]]) -> str | None:
     """The name after the first pattern that fits the whole of it."""
     for pattern, replacement in patterns:

@@ -1,0 +1,82 @@
+"""How difficult an image is, and where.
+
+Two measures, because no single one answers both questions:
+
+*Where in the image?* The teacher's predicted loss. Under the relative loss only differences within an image are trained
+(adding a number to all scores of an image changes nothing), and under the absolute loss the target is standardised
+within each image. So its mean over an image means nothing, and images must not be ranked by it.
+
+*Which image?* The student's own loss on it. Each patch is reconstructed under several masks, the same for all images,
+that hide every patch equally often; the mean over patches and masks is the image's difficulty. It has the unit of the
+run's target, so it compares images under one run, not runs of different targets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from hpm.evaluate.foreground import patch_variance
+from hpm.run_folder import LoadedRun
+from hpm.seeding import Stream, derive_seed
+from hpm.visualize import average_loss
+from hpm.vit import patch_size
+
+
+class Difficulty(NamedTuple):
+    """Of some images."""
+
+    difficulty: Float[Tensor, " b"]
+    """Mean reconstruction error."""
+    reconstruction_error: Float[Tensor, "b n"]
+    """The student's loss on each patch, averaged over masks."""
+    predicted_loss: Float[Tensor, "b n"] | None
+    """The teacher's scores; None without a loss predictor."""
+    contrast: Float[Tensor, " b"]
+    """Root mean variance of the pixels within a patch, in 0..1: what difficulty has to tell more than."""
+
+
+def mask_order(seed: int, num_patches: int) -> Int[Tensor, " n"]:
+    """The permutation of the patches that decides the masks of every image."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, Stream.FIGURES))
+    return torch.rand(num_patches, generator=generator).argsort()
+
+
+@torch.no_grad()
+def measure_difficulty(
+    run: LoadedRun, images: UInt8[Tensor, "b c h w"], order: Int[Tensor, " n"], *, bf16: bool = False
+) -> Difficulty:
+    """Measure images, each independently of the others beside it.
+
+    Args:
+        run: Student, teacher and target.
+        images: On the run's device.
+        order: Of :func:`mask_order`.
+        bf16: Autocast.
+    """
+    normalised = run.normalise(images)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        answers = run.method.ask(run.teacher, normalised)
+        target = run.method.target(normalised, answers.features)
+        error = average_loss(
+            run.student, run.method, normalised, target, order.to(images.device).expand(len(images), -1)
+        )
+    variance = patch_variance(images / 255, patch_size(run.student.encoder))
+    return Difficulty(
+        difficulty=error.mean(dim=1),
+        reconstruction_error=error,
+        predicted_loss=None if answers.scores is None else answers.scores.float(),
+        contrast=variance.mean(dim=1).sqrt(),
+    )
+
+
+def rank_agreement(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
+    """Spearman's rank correlation of two measures over images; NaN where one is constant or alone."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(spearmanr(a, b).statistic)

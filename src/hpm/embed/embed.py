@@ -1,0 +1,367 @@
+"""``hpm embed``: a table of features, and of difficulty where asked for, with a row per image of a source.
+
+Images come in the source's order, whole and unaugmented; a damaged one is named and has no row. The work is cut into
+parts (:mod:`hpm.embed.chunks`), shared by the processes of ``torchrun``, and joined by the main one at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from hpm.build import choose_attention
+from hpm.checkpoint import write_atomically
+from hpm.data.loading import Damage, ordered_batches
+from hpm.data.sources import Source, fingerprint, open_source
+from hpm.distributed import barrier, choose_device, from_main, has_bf16, process_group, rank, world_size
+from hpm.embed.chunks import Part, Parts, Rows
+from hpm.embed.config import EmbedConfig
+from hpm.embed.difficulty import mask_order, measure_difficulty, rank_agreement
+from hpm.embed.sheet import Ranked, draw_sheet, ends
+from hpm.embed.tables import Table, check_format, write_table
+from hpm.errors import InputError
+from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
+from hpm.log import say, tracked, warn
+from hpm.run_folder import LoadedRun
+from hpm.visualize import save_figure
+from hpm.vit import encode, grid_size
+
+PART_BYTES = 64 * 2**20
+"""A part of the work holds about so much, and at most so many images:"""
+PART_IMAGES = 4096
+
+
+class Embedded(NamedTuple):
+    """What was written."""
+
+    out: str
+    images: int
+    """Rows."""
+    damaged: int
+    """Images left out."""
+    columns: dict[str, tuple[int, ...]]
+    """Shape of one image's entry, by column."""
+    bytes: int
+    seconds: float
+    """Of this call; a call that went on with another's parts took so much longer."""
+    images_per_second: float
+    """Of the images of this call."""
+    contact_sheet: str | None
+    easiest: list[Ranked]
+    """Ends of the ranking; empty without difficulty."""
+    hardest: list[Ranked]
+    difficulty_contrast_correlation: float | None
+    """Spearman, over images: near 1 or -1, difficulty says no more than contrast."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is computed of each image, and in which parts."""
+
+    run: LoadedRun
+    source: Source
+    config: EmbedConfig
+    part_images: int
+    """Images of a part; a multiple of the batch."""
+
+    @property
+    def num_parts(self) -> int:
+        """All of them, the finished ones too."""
+        return -(-len(self.source) // self.part_images)
+
+    def images_of(self, part: int) -> range:
+        """Positions in the source."""
+        return range(part * self.part_images, min(len(self.source), (part + 1) * self.part_images))
+
+
+def run(config: EmbedConfig) -> Embedded:
+    """Embed a source; under ``torchrun`` every process takes a share, and all return the same.
+
+    Raises:
+        InputError: A setting or a source that is wrong, another job in the same place, or too many damaged images.
+    """
+    device = choose_device(config.device)
+    with process_group(device):
+        return _run(config, device)
+
+
+def _run(config: EmbedConfig, device: torch.device) -> Embedded:
+    started = time.monotonic()
+    out, sheet = _check(config)
+    loaded = LoadedRun(config.checkpoint, device=device)
+    data = loaded.config.data
+    if config.features in ("class", "both") and not loaded.student.encoder.has_class_token:
+        raise InputError(f"features: {config.features!r} needs a class token, and this encoder has none; use mean")
+    if config.precision == "bf16" and not has_bf16(device):
+        raise InputError(f"precision: this device ({device.type}) has no bf16; use float32")
+    source = open_source(config.data, channels=data.channels, image_size=data.size)
+    for model in (loaded.student, loaded.teacher):
+        choose_attention(model, device)
+    bytes_per_image = _bytes_per_image(loaded, config)
+    batches_per_part = max(1, min(PART_IMAGES, PART_BYTES // bytes_per_image) // config.batch_size)
+    job = Job(loaded, source, config, batches_per_part * config.batch_size)
+    parts = Parts(out.with_name(out.name + ".parts"))
+    settings = _settings(job)
+
+    def claim() -> list[int]:
+        parts.claim(settings)
+        for leftover in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it joined
+            leftover.unlink(missing_ok=True)
+        done = [number for number in range(job.num_parts) if parts.is_done(number)]
+        _check_space(out, bytes_per_image * (2 * len(source) - len(done) * job.part_images))
+        return done
+
+    if config.hardness and loaded.student.predictor is None:
+        warn("this run has no loss predictor: no column predicted_loss")
+    done = from_main(claim)
+    if done:
+        say(f"going on: {len(done)} of {job.num_parts} parts are there")
+    todo = [number for number in range(job.num_parts) if number not in set(done)]
+    _work(job, parts, todo[rank() :: world_size()])
+    barrier()
+    new_images = sum(len(job.images_of(number)) for number in todo)
+    return from_main(lambda: _join(job, parts, settings, out=out, sheet=sheet, started=started, new_images=new_images))
+
+
+def _check(config: EmbedConfig) -> tuple[Path, Path | None]:
+    """Where to write the table and the sheet, after everything that can be wrong before a checkpoint is read.
+
+    Raises:
+        InputError: A setting is out of range, or something is in the way.
+    """
+    check_max_damaged(config.max_damaged)
+    for name in ("batch_size", "sheet_images"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: must be at least 1, got {getattr(config, name)}")
+    if config.seed < 0:
+        raise InputError(f"seed: must be at least 0, got {config.seed}")
+    out = Path(config.out).expanduser()
+    check_format(out)
+    sheet = Path(config.contact_sheet).expanduser() if config.contact_sheet else None
+    if sheet is not None and not config.hardness:
+        raise InputError("contact_sheet: shows images by difficulty; add --hardness")
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise InputError(f"contact_sheet: must end in .png, got {config.contact_sheet!r}")
+    for name, path in (("out", out), ("contact_sheet", sheet)):
+        if path is not None and (path.exists() or path.is_symlink()):
+            raise InputError(f"{name}: {str(path)!r} exists; name another one, or remove it")
+    return out, sheet
+
+
+def _bytes_per_image(run: LoadedRun, config: EmbedConfig) -> int:
+    """Of its row in the table, names apart."""
+    rows, columns = grid_size(run.student.encoder)
+    vectors = {"class": 1, "mean": 1, "both": 2, "tokens": rows * columns}[config.features]
+    difficulty = 4 * (2 + 2 * rows * columns) if config.hardness else 0
+    width = int(run.student.encoder.embed_dim)
+    return 8 + vectors * width * np.dtype(config.dtype).itemsize + difficulty
+
+
+def _check_space(out: Path, needed: int) -> None:
+    """Refuse what cannot fit: parts and the joined table are there side by side for a while.
+
+    Raises:
+        InputError: The disk is too small.
+    """
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise InputError(
+            f"out: needs {needed / 1e9:.1f} GB in {str(out.parent)!r} (the parts, then the table), and "
+            f"{free / 1e9:.1f} GB are free; store less (features, dtype) or choose another place"
+        )
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Everything that decides the table: a job with another value here is another job."""
+    run, config = job.run, job.config
+    models = [run.student, run.teacher] if config.hardness else [run.student.encoder]
+    return {
+        "weights": _digest(models),
+        "step": run.step,
+        "images": fingerprint(job.source),
+        "image_size": list(run.config.data.size),
+        "features": config.features,
+        "dtype": config.dtype,
+        "precision": config.precision,
+        "hardness": config.hardness,
+        "seed": config.seed if config.hardness else None,
+        "batch_size": config.batch_size,
+        "part_images": job.part_images,
+    }
+
+
+def _digest(models: Sequence[nn.Module]) -> str:
+    """A checksum of weights."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
+    """Compute parts, one after the other, and keep each as soon as it is finished.
+
+    Raises:
+        InputError: Too many images are damaged already.
+    """
+    config = job.config
+    describe = _describer(job)
+    indices = [index for number in todo for index in job.images_of(number)]
+    batches = ordered_batches(
+        job.source, size=job.run.config.data.size, indices=indices, batch_size=config.batch_size, workers=config.workers
+    )
+    # One pass over all parts, so that data workers live through it; a part ends where its last batch does, for all but
+    # the source's last are whole numbers of batches.
+    total = -(-len(indices) // config.batch_size)
+    bar = tracked(batches, "embed", total=total, images_per_item=config.batch_size * world_size())
+    num_damaged = 0
+    for number in todo:
+        rows: list[Rows] = []
+        damaged: list[Damage] = []
+        for _ in range(-(-len(job.images_of(number)) // config.batch_size)):
+            batch = next(bar)
+            damaged += batch.damaged
+            if batch.indices:
+                rows.append(describe(batch.images.to(job.run.device), batch.indices))
+        parts.write(number, Part(_stacked(rows), damaged))
+        num_damaged += len(damaged)
+        if num_damaged > config.max_damaged * len(job.source):  # no need to read the rest
+            report_damage({"data": (damaged, 0)}, max_damaged=config.max_damaged)
+    for _ in bar:  # let the bar end
+        pass
+
+
+def _describer(job: Job) -> Callable[[UInt8[Tensor, "b c h w"], list[int]], Rows]:
+    """What turns a batch of images into rows."""
+    run, config = job.run, job.config
+    vit, grid, bf16 = run.student.encoder, grid_size(run.student.encoder), config.precision == "bf16"
+    order = mask_order(config.seed, grid[0] * grid[1])
+
+    def stored(values: Tensor) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            array: np.ndarray = values.float().cpu().numpy().astype(config.dtype)
+        if not np.isfinite(array).all():
+            raise InputError(f"dtype: a feature does not fit into {config.dtype}, or is not finite at all")
+        return array
+
+    def per_patch(values: Tensor) -> np.ndarray:
+        array: np.ndarray = values.float().unflatten(1, grid).cpu().numpy()
+        return array
+
+    @torch.no_grad()
+    def describe(images: UInt8[Tensor, "b c h w"], indices: list[int]) -> Rows:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            tokens = encode(vit, run.normalise(images)).float()
+        patches = tokens[:, vit.num_prefix_tokens :]
+        kept = config.features
+        rows = Rows(
+            position=np.array(indices, dtype=np.int64),
+            class_token=stored(tokens[:, 0]) if kept in ("class", "both") else None,
+            patch_mean=stored(patches.mean(dim=1)) if kept in ("mean", "both") else None,
+            patch_tokens=stored(patches) if kept == "tokens" else None,
+        )
+        if not config.hardness:
+            return rows
+        found = measure_difficulty(run, images, order, bf16=bf16)
+        return rows._replace(
+            difficulty=found.difficulty.float().cpu().numpy(),
+            contrast=found.contrast.float().cpu().numpy(),
+            reconstruction_error=per_patch(found.reconstruction_error),
+            predicted_loss=None if found.predicted_loss is None else per_patch(found.predicted_loss),
+        )
+
+    return describe
+
+
+def _stacked(rows: Sequence[Rows]) -> Rows:
+    """The rows of several batches; without any, only the column of no positions."""
+    if not rows:
+        return Rows(position=np.empty(0, dtype=np.int64))
+    columns = {name: [part.columns()[name] for part in rows] for name in rows[0].columns()}
+    return Rows(**{name: np.concatenate(parts) for name, parts in columns.items()})
+
+
+def _join(
+    job: Job,
+    parts: Parts,
+    settings: dict[str, Any],
+    *,
+    out: Path,
+    sheet: Path | None,
+    started: float,
+    new_images: int,
+) -> Embedded:
+    """All parts to one file, the sheet, and the parts' end.
+
+    Raises:
+        InputError: Too many damaged images, or something cannot be written.
+    """
+    source, config = job.source, job.config
+    numbers = range(job.num_parts)
+    damaged = [item for number in numbers for item in parts.damaged(number)]
+    if len(damaged) == len(source):
+        raise none_readable(damaged)
+    num_damaged = report_damage({"data": (damaged, len(source))}, max_damaged=config.max_damaged)
+
+    names = [source.name(index) for index in range(len(source))]
+    about = {"checkpoint": config.checkpoint, "data": config.data, **settings}
+    filled = [number for number in numbers if len(parts.column(number, "position"))]
+    table = Table(parts, filled, len(source) - len(damaged), names, source.labels, about)
+    easiest, hardest, agreement = _rank(job, table, sheet)
+    write_atomically(out, lambda temporary: write_table(table, temporary, kind=out.suffix))
+    first = parts.read(filled[0]).rows
+    with suppress(OSError):
+        parts.remove()
+    seconds = time.monotonic() - started
+    return Embedded(
+        out=config.out,
+        images=table.num_rows,
+        damaged=num_damaged,
+        columns={name: column.shape[1:] for name, column in first.columns().items() if name != "position"},
+        bytes=out.stat().st_size,
+        seconds=seconds,
+        images_per_second=new_images / seconds,
+        contact_sheet=config.contact_sheet or None,
+        easiest=easiest,
+        hardest=hardest,
+        difficulty_contrast_correlation=agreement,
+    )
+
+
+def _rank(job: Job, table: Table, sheet: Path | None) -> tuple[list[Ranked], list[Ranked], float | None]:
+    """Both ends of the ranking, its agreement with contrast, and the sheet where it is asked for."""
+    if not job.config.hardness:
+        return [], [], None
+    difficulty = table.column("difficulty")
+    easiest, hardest = ends(difficulty, table.column("position").tolist(), table.names, job.config.sheet_images)
+    agreement = rank_agreement(difficulty, table.column("contrast"))
+    if sheet is not None:
+        config, name = job.run.config, Path(job.config.checkpoint).name
+        title = f"{len(difficulty):,} images by difficulty; {name}, target {config.method.target}"
+        figure = draw_sheet(job.source, easiest, hardest, difficulty, size=config.data.size, title=title)
+        try:
+            save_figure(figure, sheet)
+        except OSError as error:
+            raise InputError(f"contact_sheet: cannot write {str(sheet)!r}: {error.strerror}") from error
+    return easiest, hardest, agreement
+
+
+def as_json(result: Embedded) -> dict[str, Any]:
+    """The result as plain values."""
+    plain = result._asdict()
+    for name in ("easiest", "hardest"):
+        plain[name] = [item._asdict() for item in getattr(result, name)]
+    return plain

@@ -1,0 +1,116 @@
+"""Finished parts to one file, part by part: never more than one of them in memory."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpm.embed.chunks import Parts, Rows
+from hpm.errors import InputError
+
+
+class Table(NamedTuple):
+    """What is joined."""
+
+    parts: Parts
+    """Where the rows are."""
+    numbers: Sequence[int]
+    """The parts that have any, in order."""
+    num_rows: int
+    names: Sequence[str]
+    """What the source calls each image, by position."""
+    labels: Sequence[str] | None
+    """Its class, by position, where the source knows."""
+    about: dict[str, Any]
+    """Kept in the file: where the features come from."""
+
+    def column(self, name: str) -> np.ndarray:
+        """A column as a whole: for the small ones."""
+        return np.concatenate([self.parts.column(number, name) for number in self.numbers])
+
+
+def check_format(path: Path) -> None:
+    """Can this kind of table be written here?
+
+    Raises:
+        InputError: Another ending, or pyarrow is missing.
+    """
+    if path.suffix not in (".parquet", ".npz"):
+        raise InputError(f"out: must end in .parquet or .npz, got {str(path)!r}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise InputError("out: writing .parquet needs pyarrow; pip install 'hpm[parquet]', or use .npz") from None
+
+
+def write_table(table: Table, to: Path, *, kind: str) -> None:
+    """Join the parts.
+
+    Args:
+        table: What to write.
+        to: The file.
+        kind: ``.parquet`` or ``.npz``.
+    """
+    (_write_parquet if kind == ".parquet" else _write_npz)(table, to)
+
+
+def _write_npz(table: Table, to: Path) -> None:
+    """A zip of ``.npy``, each column streamed; ``numpy.load`` reads it without pickle."""
+    first = table.parts.read(table.numbers[0]).rows
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_STORED) as archive:
+
+        def put(name: str, array: np.ndarray) -> None:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+        positions = table.column("position")
+        put("position", positions)
+        put("path", np.array([table.names[i] for i in positions]))
+        if table.labels is not None:
+            put("label", np.array([table.labels[i] for i in positions]))
+        for name, column in first.columns().items():
+            if name == "position":
+                continue
+            header = {
+                "descr": np.lib.format.dtype_to_descr(column.dtype),
+                "fortran_order": False,
+                "shape": (table.num_rows, *column.shape[1:]),
+            }
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_2_0(file, header)
+                for number in table.numbers:
+                    file.write(np.ascontiguousarray(table.parts.column(number, name)).data)
+        put("about", np.array(json.dumps(table.about)))
+
+
+def _write_parquet(table: Table, to: Path) -> None:
+    """A row group per part; arrays as lists of fixed size, nested where they have rows and columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    def column(array: np.ndarray) -> Any:
+        flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+        for size in reversed(array.shape[1:]):
+            flat = pa.FixedSizeListArray.from_arrays(flat, size)
+        return flat
+
+    def batch(rows: Rows) -> Any:
+        columns = {
+            "position": pa.array(rows.position),
+            "path": pa.array([table.names[i] for i in rows.position], pa.string()),
+        }
+        if table.labels is not None:
+            columns["label"] = pa.array([table.labels[i] for i in rows.position], pa.string())
+        columns |= {name: column(array) for name, array in rows.columns().items() if name != "position"}
+        return pa.table(columns)
+
+    schema = batch(table.parts.read(table.numbers[0]).rows).schema.with_metadata({"hpm": json.dumps(table.about)})
+    with parquet.ParquetWriter(to, schema) as writer:
+        for number in table.numbers:
+            writer.write_table(batch(table.parts.read(number).rows).replace_schema_metadata(schema.metadata))
