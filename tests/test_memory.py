@@ -69,7 +69,7 @@ def test_parameters_are_counted_and_divided():
 
 
 def test_a_block_keeps_36_bytes_per_token_and_channel():
-    """bf16: two float32 residuals (8), inputs of four linear layers (2 + 2 + 2 + 8), queries, keys, values (6), GELU (8)."""
+    """bf16: two float32 residuals (8), inputs of the linear layers (2 + 2 + 2 + 8), query, key, value (6), GELU (8)."""
     memory = step_memory(recipe("hpm"))
     assert memory.gradients == 4 * 137_269_760, "85.6 M of ViT-B/16 without its fixed positions, and two decoders"
     formula = 36 * (12 * 50 * 768 + 16 * 197 * 512)
