@@ -330,6 +330,7 @@ def ours(path, **changes):
     ({"encoder": "vit_small_patch14_dinov2"}, "no counterpart of encoder.blocks.0.ls1.gamma"),
     ({"encoder": "vit_base_patch16_clip_quickgelu_224"}, "computes with QuickGELU"),
     ({"encoder": "vit_base_patch16_clip_224"}, "computes with GELU.*eps=1e-05"),
+    ({"decoder": "cross"}, "decoders are of self-attention"),
     ({"method": {"target": "hog"}}, "its reconstructor's target is 'hog', not pixels"),
 ])  # fmt: skip
 def test_what_has_no_published_counterpart_is_refused(tmp_path, changes, message):

@@ -252,6 +252,8 @@ def as_published(weights: Weights, config: Config) -> dict[str, Any]:
             f"{refuse}{config.model.encoder!r} has {encoder.num_prefix_tokens} prefix tokens, not one class token with "
             "a place in the position table"
         )
+    if config.model.decoder != "self":
+        raise InputError(f"{refuse}its decoders are of self-attention, and these of decoder {config.model.decoder!r}")
     block = encoder.blocks[0]
     if type(block.mlp.act) is not nn.GELU or block.norm1.eps != LAYER_NORM_EPS:
         raise InputError(f"{refuse}{config.model.encoder!r} computes with {block.mlp.act} and {block.norm1}")
