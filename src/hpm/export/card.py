@@ -16,7 +16,7 @@ from hpm.config import decisions
 from hpm.export.backbone import Backbone
 from hpm.run_folder import RunFolder, versions
 
-_TOO_FINE = ("by_group", "per_class", "confusion", "top1_by_k", "about")
+_TOO_FINE = ("by_group", "per_class", "confusion", "top1_by_k", "held_out_top1", "chosen", "about")
 """Parts of an evaluation that a card leaves out."""
 
 
