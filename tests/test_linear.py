@@ -151,7 +151,7 @@ def test_few_labels_are_those_that_every_evaluation_draws(runs, monkeypatch):
     real = linear.probe
 
     def spy(features, labels, *given, **rest):
-        seen.append((features, rest["seed"]))
+        seen.append((features, labels, rest["seed"]))
         return real(features, labels, *given, **rest)
 
     monkeypatch.setattr(linear, "probe", spy)
@@ -159,13 +159,15 @@ def test_few_labels_are_those_that_every_evaluation_draws(runs, monkeypatch):
     assert [(item.labels_per_class, item.name) for item in result.few_labels] == [
         (2, "this run"), (4, "this run"), (2, "untrained"), (4, "untrained"),
     ]  # fmt: skip
-    whole = seen[0][0]
+    whole, all_labels, _ = seen[0]
     assert len(whole) == 80
     labels = open_source(TRAIN, image_size=(32, 32)).labels
     for number, (count, draw) in enumerate((c, d) for c in (2, 4) for d in range(3)):
-        features, seed = seen[1 + number]
+        features, their_labels, seed = seen[1 + number]
+        chosen = choose_per_class(labels, count, seed=7 + draw)
         assert seed == 7 + draw
-        assert torch.equal(features, whole[choose_per_class(labels, count, seed=7 + draw)])
+        assert torch.equal(features, whole[chosen])
+        assert torch.equal(their_labels, all_labels[chosen])
     for item in result.few_labels:
         assert len(item.draws) == 3
         assert item.top1 == pytest.approx(np.mean(item.draws))
