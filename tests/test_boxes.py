@@ -188,7 +188,8 @@ def test_foreground_with_boxes_leaves_out_images_without_one(tmp_path, capsys):
     generator = np.random.default_rng(0)
     for number in range(6):
         picture = np.full((32, 32, 3), 90, np.uint8)
-        picture[8:24, 16:32] = generator.integers(0, 255, (16, 16, 3))  # a noisy object, patches 8 wide
+        left = 0 if number in (1, 4) else 16  # elsewhere in those that have no box
+        picture[8:24, left : left + 16] = generator.integers(0, 255, (16, 16, 3))  # a noisy object, patches 8 wide
         Image.fromarray(picture).save(tmp_path / f"images/{number}.png")
     (tmp_path / "images/5.png").write_bytes(b"scratched")
     (tmp_path / "boxes.csv").write_text(HEADER + "".join(f"{number}.png,16,8,31,23\n" for number in (0, 2, 3, 5)))

@@ -69,9 +69,8 @@ def pool(tokens: Float[Tensor, "b t d"], vit: VisionTransformer, pooling: Poolin
     Raises:
         ValueError: The class token is asked of an encoder that has none.
     """
-    mean: Tensor = vit.fc_norm(
-        tokens[:, vit.num_prefix_tokens :].mean(dim=1)
-    )  # identity, but in models that normalise last
+    # fc_norm is an identity, but in models that normalise after pooling.
+    mean: Tensor = vit.fc_norm(tokens[:, vit.num_prefix_tokens :].mean(dim=1))
     if pooling == "mean":
         return mean
     if not vit.has_class_token:
