@@ -35,8 +35,9 @@ def parallel(student: Student, device: torch.device) -> Callable[..., StudentOut
     """The student as the step calls it: itself, or DDP around it where there are several processes and no shards."""
     if distributed.world_size() == 1 or isinstance(student, FSDPModule):
         return student
-    # Not static_graph: it learns the graph from a first step that exchanges, and accumulation begins with one that
-    # does not; what it would save, the search for unused parameters, is off anyway.
+    # Not static_graph: it learns the graph from its first backward pass, which must exchange (torch 2.14 stops with an
+    # internal assertion otherwise), and accumulation begins with one that does not. The search for unused parameters,
+    # which it would save, is off anyway.
     return DistributedDataParallel(
         student,
         device_ids=[device.index] if device.type == "cuda" else None,
