@@ -56,9 +56,7 @@ def student() -> Student:
     return made
 
 
-def gradients(
-    model: Callable[..., StudentOutput], *, autocast: bool, micro_batches: int = 1
-) -> dict[str, Tensor]:  # fmt: skip
+def gradients(model: Callable[..., StudentOutput], *, autocast: bool) -> dict[str, Tensor]:
     """Of one step over all processes, whole."""
     method = build_method(with_fields(Config(), SMALL), student())
     generator = torch.Generator().manual_seed(dist.get_rank())

@@ -84,8 +84,8 @@ def shard(student: Student, teacher: Teacher, device: torch.device) -> None:
     for block in (*blocks(student), *(block for block in blocks(teacher.model) if block is not last_block(teacher))):
         fully_shard(block, mesh=mesh)
     fully_shard(student, mesh=mesh)
-    # Resharded at once, unlike a student that goes on with its backward pass: EMA changes the shares, and what was
-    # gathered before would be stale.
+    # Resharded at once, unlike a student, which goes on with its backward pass: nothing that was gathered may outlive
+    # the EMA's change of the shares.
     fully_shard(teacher, mesh=mesh, reshard_after_forward=True)
     for method in ("encode", "score", "encode_with_attention"):
         register_fsdp_forward_method(teacher, method)
