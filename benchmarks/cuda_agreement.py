@@ -126,7 +126,7 @@ def train(device: torch.device, *, fused_attention: bool, bf16: bool, masks: lis
             hidden = method.mask_policy(scores, noise, num_hidden=method.num_hidden, num_hard=num_hard)
             given = hidden if masks is None else masks[step].to(device)
             output = student(images, given, num_hidden=method.num_hidden, full_features=teacher.encode(images))
-            losses: Losses = method.losses(output, images, given, scores)
+            losses: Losses = method.losses(output, images, method.choose_decoded(given, noise), scores)
         ordered = scores.float().sort(dim=1, descending=True).values
         gap = float((ordered[:, num_hard - 1] - ordered[:, num_hard]).min())
         losses.total.backward()
