@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
+from hpm.data.decode import Decoder
 from hpm.data.sources import open_source
 from hpm.errors import InputError
 from hpm.evaluate.accuracy import (
@@ -90,7 +91,7 @@ def folder_of(path, names, **kinds):
 
 
 def opened(train, val, channels=3):
-    return open_labelled(train, val, channels=channels, image_size=(8, 8))
+    return open_labelled(train, val, decoder=Decoder(channels), image_size=(8, 8))
 
 
 def test_labels_differ_only_where_the_classes_do(tmp_path):

@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from dense_run import save
 from hpm.data.coco import CocoImages, draw_mask, find_damage, instances_from_masks, open_instances
+from hpm.data.decode import Decoder
 from hpm.errors import InputError
 
 CONTENT = {
@@ -37,7 +38,9 @@ def folder(tmp_path):
 
 def opened(folder, content, **options):
     (folder / "file.json").write_text(json.dumps(content))
-    return open_instances(str(folder / "file.json"), str(folder / "images"), channels=3, field="train", **options)
+    return open_instances(
+        str(folder / "file.json"), str(folder / "images"), decoder=Decoder(), field="train", **options
+    )
 
 
 def test_boxes_labels_and_masks(folder):
@@ -121,9 +124,9 @@ def test_empty_boxes_may_be_left_out(folder):
 def test_a_file_that_is_no_json(folder):
     (folder / "file.json").write_text("{")
     with pytest.raises(InputError, match="train_annotations: cannot read"):
-        open_instances(str(folder / "file.json"), str(folder / "images"), channels=3, field="train")
+        open_instances(str(folder / "file.json"), str(folder / "images"), decoder=Decoder(), field="train")
     with pytest.raises(InputError, match="train_images: must be a folder"):
-        open_instances(str(folder / "file.json"), str(folder / "nothing"), channels=3, field="train")
+        open_instances(str(folder / "file.json"), str(folder / "nothing"), decoder=Decoder(), field="train")
 
 
 def test_an_image_of_another_size_and_one_that_is_damaged(folder):
@@ -146,13 +149,13 @@ def test_instances_are_connected_components(tmp_path):
     mask[11, 0:9] = 100  # dark
     save(tmp_path / "images" / "one.jpg", np.zeros((12, 16, 3), dtype=np.uint8))
     save(tmp_path / "masks" / "one.png", mask)
-    content = instances_from_masks(tmp_path / "images", tmp_path / "masks", channels=3, min_pixels=4)
+    content = instances_from_masks(tmp_path / "images", tmp_path / "masks", decoder=Decoder(), min_pixels=4)
     assert content["images"] == [{"id": 1, "file_name": "one.jpg", "height": 12, "width": 16}]
     found = {tuple(item["bbox"]): item for item in content["annotations"]}
     assert set(found) == {(1, 1, 5, 3), (6, 4, 2, 2), (10, 9, 6, 2)}
     assert found[1, 1, 5, 3]["area"] == 15
     json.dumps(content)
-    images = CocoImages(content, tmp_path / "images", channels=3)
+    images = CocoImages(content, tmp_path / "images", decoder=Decoder())
     masks = images.read(0).masks
     assert masks.sum(dim=(1, 2)).tolist() == [15, 4, 12]
     together = masks.any(dim=0).numpy()
@@ -165,10 +168,10 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
     save(tmp_path / "masks" / "one.png", np.zeros((16, 12), dtype=np.uint8))
     spec = f"from-masks:{tmp_path / 'masks'}"
     with pytest.raises(InputError, match=r"val_annotations: .*one.png is 16x12 pixels and its image 12x16"):
-        open_instances(spec, str(tmp_path / "images"), channels=3, field="val")
+        open_instances(spec, str(tmp_path / "images"), decoder=Decoder(), field="val")
     save(tmp_path / "masks" / "one.png", np.zeros((12, 16), dtype=np.uint8))
     with pytest.raises(InputError, match="val_annotations: has no instance"):
-        open_instances(spec, str(tmp_path / "images"), channels=3, field="val")
+        open_instances(spec, str(tmp_path / "images"), decoder=Decoder(), field="val")
     (tmp_path / "masks" / "one.png").unlink()
     with pytest.raises(InputError, match=r"val_annotations: .* has no mask for the image"):
-        open_instances(spec, str(tmp_path / "images"), channels=3, field="val")
+        open_instances(spec, str(tmp_path / "images"), decoder=Decoder(), field="val")

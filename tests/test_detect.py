@@ -12,6 +12,7 @@ from torchvision.ops import masks_to_boxes, roi_align
 from dense_run import write_blobs, write_run
 from hpm.cli import main
 from hpm.data.coco import CocoImages, instances_from_masks
+from hpm.data.decode import Decoder
 from hpm.errors import InputError
 from hpm.evaluate.dense import detect
 from hpm.evaluate.dense.config import DetectConfig
@@ -192,7 +193,7 @@ def blobs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(blobs):
-    return CocoImages(instances_from_masks(*blobs, channels=3), blobs[0], channels=3)
+    return CocoImages(instances_from_masks(*blobs, decoder=Decoder()), blobs[0], decoder=Decoder())
 
 
 def crops(images, **changes):
@@ -264,7 +265,7 @@ def test_bright_squares_are_found(capsys, run_folder, blobs):
 
 
 def test_boxes_alone_and_the_untrained_encoder(run_folder, blobs, tmp_path):
-    content = instances_from_masks(*blobs, channels=3)
+    content = instances_from_masks(*blobs, decoder=Decoder())
     for item in content["annotations"]:
         del item["segmentation"]
     (tmp_path / "boxes.json").write_text(json.dumps(content))
@@ -308,7 +309,7 @@ def test_images_of_another_channel_count(run_folder, tmp_path):
 
 
 def test_a_category_that_training_does_not_know(run_folder, blobs, tmp_path):
-    content = instances_from_masks(*blobs, channels=3)
+    content = instances_from_masks(*blobs, decoder=Decoder())
     content["categories"][0]["name"] = "horse"
     (tmp_path / "val.json").write_text(json.dumps(content))
     config = DetectConfig(

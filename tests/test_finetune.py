@@ -23,9 +23,9 @@ import hpm
 from hpm.build import build_encoder, build_normalise, build_student
 from hpm.checkpoint import CheckpointFolder
 from hpm.cli import main
-from hpm.data.decode import DecodeError
+from hpm.data.decode import DecodeError, Sample
 from hpm.data.loading import Normalise, ordered_batches
-from hpm.data.sources import Sample, Source, open_source
+from hpm.data.sources import Source, open_source
 from hpm.errors import InputError, Interrupted
 from hpm.evaluate import finetune, finetune_loop
 from hpm.evaluate.augment import FinetuneImages, Mixing, RandAugment, posterize, stack

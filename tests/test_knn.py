@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from hpm.data.decode import DecodeError
+from hpm.data.decode import DecodeError, Sample
 from hpm.data.loading import Normalise
-from hpm.data.sources import Sample, Source
+from hpm.data.sources import Source
 from hpm.errors import InputError
 from hpm.evaluate.accuracy import top_k_accuracy
 from hpm.evaluate.features import LabelledSplit, extract_features, pool

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.data.decode import DecodeError
+from hpm.data.decode import DecodeError, Sample
 from hpm.data.loading import (
     Cover,
     Normalise,
@@ -19,7 +19,7 @@ from hpm.data.loading import (
     read_or_next,
     training_batches,
 )
-from hpm.data.sources import Sample, Source, open_source
+from hpm.data.sources import Source, open_source
 from hpm.errors import InputError
 from hpm.stopping import SIGNALS, signals_held
 

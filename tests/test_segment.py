@@ -16,6 +16,7 @@ from torch import nn
 from dense_run import save, write_blobs, write_run
 from hpm.cli import main
 from hpm.data.class_masks import IGNORED, MaskedImage, MaskedImages, MaskRules, match_by_stem
+from hpm.data.decode import Decoder
 from hpm.data.sources import open_source
 from hpm.errors import InputError, Interrupted
 from hpm.evaluate.controls import open_contenders
@@ -377,7 +378,7 @@ def test_the_confusion_matrix_equals_scikit_learns(run_folder, blobs, tmp_path):
         checkpoint=str(run_folder), images=str(tmp_path / "images"), masks=str(tmp_path / "masks"),
         val_images=str(tmp_path / "images"), batch_size=2, epochs=1, out=str(tmp_path / "out"), device="cpu",
     )  # fmt: skip
-    data = open_data(config, channels=3, size=(32, 32))
+    data = open_data(config, decoder=Decoder(), size=(32, 32))
     loaded = segment.LoadedRun(config.checkpoint)
     bench = segment.Bench(config, data, (32, 32), tmp_path, torch.device("cpu"))
     model = bench.measure(open_contenders(loaded, [])[0])
@@ -471,10 +472,10 @@ def test_classes_of_both_sides_must_fit(blobs, tmp_path, value, train, message):
     config = SegmentConfig(checkpoint="", images=str(images), masks=str(masks), val_images=str(val_images),
                            val_masks=str(val_masks), **train)  # fmt: skip
     if message is None:
-        assert open_data(config, channels=3, size=(32, 32)).names == ["class 0", "class 1", "class 2"]
+        assert open_data(config, decoder=Decoder(), size=(32, 32)).names == ["class 0", "class 1", "class 2"]
     else:
         with pytest.raises(InputError, match=message):
-            open_data(config, channels=3, size=(32, 32))
+            open_data(config, decoder=Decoder(), size=(32, 32))
 
 
 def test_images_of_another_channel_count(tmp_path):

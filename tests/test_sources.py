@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hpm.data.decode import Decoder
 from hpm.data.sources import class_indices, fingerprint, open_source
 from hpm.errors import InputError
 
@@ -256,7 +257,7 @@ def test_sources_that_are_not_read_say_so(spec):
 def test_empty_spec_empty_set_and_wrong_channels_are_refused():
     assert "got nothing" in refusal("", field="train")
     assert "at least one" in refusal("shapes:0")
-    assert "channels=1" in refusal("shapes:5", channels=1)
+    assert "channels=1" in refusal("shapes:5", decoder=Decoder(1))
 
 
 def test_missing_empty_and_unreadable_folders_are_refused(tmp_path, monkeypatch):

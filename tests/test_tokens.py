@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from hpm.build import build_target
 from hpm.config import Config, with_fields
+from hpm.data.decode import Sample
 from hpm.data.loading import Normalise, TrainingImages
-from hpm.data.sources import Sample, Source
+from hpm.data.sources import Source
 from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics
 from hpm.pretrain import pretrain

@@ -10,7 +10,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from hpm.config import Config, OptimisationConfig
+from hpm.config import Config, DataConfig, OptimisationConfig
+from hpm.data.decode import Decoder
 from hpm.data.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from hpm.errors import InputError
 from hpm.frozen import TimmFeatureTarget, load_frozen
@@ -233,6 +234,12 @@ def statistics(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def build_normalise(config: Config) -> Normalise:
     """Normalisation by the run's statistics."""
     return Normalise(*statistics(config))
+
+
+def build_decoder(data: DataConfig) -> Decoder:
+    """How the images of a run are read."""
+    low_and_high = (data.value_range[0], data.value_range[1]) if data.value_range else None
+    return Decoder(data.channels, low_and_high, data.no_data)
 
 
 def build_optimizer(config: OptimisationConfig, student: Student) -> torch.optim.AdamW:

@@ -45,6 +45,12 @@ class DataConfig:
     """Height and width of the crops, pixels (one number: square); the patch size must divide both."""
     channels: Positive = 3
     """Channels of the images."""
+    value_range: tuple[float, ...] = ()
+    """Lowest and highest value of images that are not 8-bit: what becomes 0 and 1 (nothing is clipped); empty: found
+    in the data. 8-bit values are always 0 to 255."""
+    no_data: float | None = None
+    """Value of pixels without data, as stored in the files (in all bands); their patches are left out of loss, ranking
+    and mask choice, as fully transparent ones are. NaN never counts as data."""
     crop_scale: tuple[Share, Share] = (0.2, 1.0)
     """Area of the random resized crop, share of the image (1 1: no crop, only resize)."""
     flip: bool = True

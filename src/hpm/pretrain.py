@@ -25,6 +25,7 @@ from hpm import distributed
 from hpm.budget import keep_to_budget
 from hpm.build import (
     Stage,
+    build_decoder,
     build_normalise,
     build_optimizer,
     build_stages,
@@ -143,7 +144,9 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
         InputError: Names the field, the rule and the value.
     """
     config = keep_to_budget(config)
-    source = open_source(config.data.data, channels=config.data.channels, image_size=config.data.size, field="data")
+    source = open_source(
+        config.data.data, decoder=build_decoder(config.data), image_size=config.data.size, field="data"
+    )
     schedule = resolve_schedule(config.optimisation, len(source))
     position = _position(config)
     if not config.data.mean and config.data.channels != 3:

@@ -161,7 +161,7 @@ def sample_patches(
     generator = torch.Generator().manual_seed(derive_seed(seed, Stream.TOKENS))
     sampled = []
     for crop in tracked(crops, "codebook", total=len(crops)):
-        image, _ = images[crop]
+        image = images[crop].image
         patches = pixels(normalise(image.unsqueeze(0)))[0]
         chosen = torch.randperm(len(patches), generator=generator)[: MAX_PATCHES // len(crops)]
         sampled.append(patches[chosen])

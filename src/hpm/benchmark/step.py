@@ -174,7 +174,7 @@ def run(config: StepConfig) -> dict[str, Any]:
     source = None
     if config.data:
         first = next(iter(configs.values()))
-        source = open_source(config.data, channels=3, image_size=first.data.size, field="data")
+        source = open_source(config.data, image_size=first.data.size, field="data")
         if len(source) < batch_size:
             raise InputError(f"data: needs at least batch_size ({batch_size}) images, got {len(source)}")
     bf16, compiled = is_bf16(config, device), is_compiled(config, device)

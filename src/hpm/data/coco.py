@@ -21,7 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from hpm.data.class_masks import MaskRules, match_by_stem, read_class_mask
-from hpm.data.decode import DecodeError, decode
+from hpm.data.decode import DecodeError, Decoder
 from hpm.data.loading import Damage
 from hpm.data.sources import open_source
 from hpm.errors import InputError
@@ -50,13 +50,13 @@ class CocoImages:
     Args:
         content: A COCO object that :func:`check_content` has passed.
         folder: Where the images are.
-        channels: To decode to.
+        decoder: How the images are read.
     """
 
-    def __init__(self, content: dict[str, Any], folder: Path, *, channels: int) -> None:
+    def __init__(self, content: dict[str, Any], folder: Path, *, decoder: Decoder) -> None:
         self.content = content
         self.folder = folder
-        self.channels = channels
+        self.decoder = decoder
         self.images: list[dict[str, Any]] = content["images"]
         self.categories = sorted(content["categories"], key=lambda category: int(category["id"]))
         self._label = {category["id"]: number for number, category in enumerate(self.categories, 1)}
@@ -83,7 +83,7 @@ class CocoImages:
             InputError: It is of another size than the annotations say.
         """
         about = self.images[index]
-        image = decode(Path(self.name(index)).read_bytes(), self.channels)
+        image = self.decoder(Path(self.name(index)).read_bytes()).image
         size = (int(about["height"]), int(about["width"]))
         if tuple(image.shape[1:]) != size:
             raise InputError(f"annotations: {self.name(index)} is {image.shape[1]}x{image.shape[2]} pixels (height x "
@@ -103,7 +103,7 @@ class CocoImages:
         ids = {image["id"] for image in images}
         annotations = [item for item in self.content["annotations"] if item["image_id"] in ids]
         content = {**self.content, "images": images, "annotations": annotations}
-        return CocoImages(content, self.folder, channels=self.channels)
+        return CocoImages(content, self.folder, decoder=self.decoder)
 
 
 def _corners(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -130,14 +130,14 @@ def draw_mask(segmentation: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h w
 
 
 def open_instances(
-    annotations: str, images: str, *, channels: int, field: str, min_pixels: int = 4, drop_empty_boxes: bool = False
+    annotations: str, images: str, *, decoder: Decoder, field: str, min_pixels: int = 4, drop_empty_boxes: bool = False
 ) -> CocoImages:
     """Images of a folder with their instances.
 
     Args:
         annotations: A COCO file, or ``from-masks:DIR``.
         images: The folder.
-        channels: To decode to.
+        decoder: How the images are read.
         field: What to call the arguments in a message: train or val.
         min_pixels: From masks: smaller parts are left out.
         drop_empty_boxes: Leave out annotations whose box has no area.
@@ -151,7 +151,7 @@ def open_instances(
     if annotations.startswith(FROM_MASKS):
         masks = Path(annotations.removeprefix(FROM_MASKS)).expanduser()
         content = instances_from_masks(
-            folder, masks, channels=channels, min_pixels=min_pixels, field=f"{field}_annotations"
+            folder, masks, decoder=decoder, min_pixels=min_pixels, field=f"{field}_annotations"
         )
     else:
         content = _read_json(Path(annotations).expanduser(), f"{field}_annotations")
@@ -159,7 +159,7 @@ def open_instances(
         kept = [item for item in content["annotations"] if not _is_empty(item)]
         content = {**content, "annotations": kept}
     check_content(content, folder, field=f"{field}_annotations")
-    return CocoImages(content, folder, channels=channels)
+    return CocoImages(content, folder, decoder=decoder)
 
 
 def _read_json(path: Path, field: str) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _check_box(item: dict[str, Any], size: tuple[int, int], where: str) -> None:
 
 
 def instances_from_masks(
-    images: Path, masks: Path, *, channels: int, min_pixels: int = 4, field: str = "masks"
+    images: Path, masks: Path, *, decoder: Decoder, min_pixels: int = 4, field: str = "masks"
 ) -> dict[str, Any]:
     """A COCO object whose instances are the connected parts of bright pixels in black and white masks.
 
@@ -246,7 +246,7 @@ def instances_from_masks(
     Args:
         images: Folder of images.
         masks: Folder of masks, one per image with the same name up to the ending; above 127 is foreground.
-        channels: Of the images.
+        decoder: How the images are read.
         min_pixels: Smaller parts are left out.
         field: What to call the masks in a message.
 
@@ -255,7 +255,7 @@ def instances_from_masks(
     """
     from pycocotools import mask as coco_mask
 
-    source = open_source(str(images), channels=channels, field="images")
+    source = open_source(str(images), decoder=decoder, field="images")
     files = match_by_stem(source, masks, field=field)
     listed: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -264,7 +264,7 @@ def instances_from_masks(
             mask = read_class_mask(file.read_bytes(), MaskRules(binary=True)).numpy() > 0
         except (DecodeError, OSError) as error:
             raise InputError(f"{field}: cannot read {file}: {error}") from error
-        size = _image_size(Path(source.name(index)), channels) or mask.shape
+        size = _image_size(Path(source.name(index)), decoder) or mask.shape
         if mask.shape != size:
             raise InputError(f"{field}: {file} is {mask.shape[0]}x{mask.shape[1]} pixels and its image "
                              f"{size[0]}x{size[1]}; they must be of the same size")  # fmt: skip
@@ -289,10 +289,10 @@ def instances_from_masks(
     return {"images": listed, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
 
 
-def _image_size(path: Path, channels: int) -> tuple[int, int] | None:
+def _image_size(path: Path, decoder: Decoder) -> tuple[int, int] | None:
     """Height and width; None where it cannot be decoded, which is reported where all images are looked at."""
     try:
-        height, width = decode(path.read_bytes(), channels).shape[1:]
+        height, width = decoder(path.read_bytes()).image.shape[1:]
     except (DecodeError, OSError):
         return None
     return int(height), int(width)

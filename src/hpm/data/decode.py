@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -29,6 +31,44 @@ _PILLOW_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa
 
 class DecodeError(Exception):
     """The bytes are no image that can be decoded faithfully; the message is the reason."""
+
+
+class Sample(NamedTuple):
+    """One image."""
+
+    image: Shaped[Tensor, "c h w"]
+    """uint8, or float32 in the same units: 0..255 spans the value range."""
+    mask: Bool[Tensor, "h w"] | None = None
+    """True = foreground, where the source knows."""
+    valid: Bool[Tensor, "h w"] | None = None
+    """False = no data; None: all pixels are data."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How the files of a source are read.
+
+    Args:
+        channels: Channels of every image.
+        value_range: Of values that are not 8-bit: what becomes 0 and what becomes 255. None: the range of the type.
+        no_data: Value of pixels without data, as stored.
+    """
+
+    channels: int = 3
+    value_range: tuple[float, float] | None = None
+    no_data: float | None = None
+
+    def __call__(self, content: bytes) -> Sample:
+        """Decode the bytes of one file.
+
+        Raises:
+            DecodeError: Damaged, too large, or of a kind that would not come out faithfully.
+        """
+        return Sample(decode(content, self.channels))
+
+
+RGB = Decoder()
+"""Of 8-bit colour images."""
 
 
 def decode(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from hpm.data.decode import DecodeError
-from hpm.data.sources import Sample, Source
+from hpm.data.decode import DecodeError, Sample
+from hpm.data.sources import Source
 from hpm.errors import InputError
 from hpm.seeding import Stream, derive_seed
 from hpm.stopping import ignore_in_worker, signals_held
@@ -40,8 +41,21 @@ class Damage(NamedTuple):
 class Batch(NamedTuple):
     """Images of one batch, and what was found damaged on the way."""
 
-    images: UInt8[Tensor, "b c h w"]
+    images: Shaped[Tensor, "b c h w"]
+    """uint8, or float32 in the same units where one of them is not 8-bit."""
     damaged: list[Damage]
+    valid: Bool[Tensor, "b h w"] | None = None
+    """False = no data; None: all pixels are data."""
+
+
+class Crop(NamedTuple):
+    """An image as it is learnt from."""
+
+    image: Shaped[Tensor, "c h w"]
+    damaged: list[Damage]
+    """Images that were to be here and could not be read."""
+    valid: Bool[Tensor, "h w"] | None = None
+    """False = no data; None: all pixels are data."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
         return (self.total_steps - self.first_step) * self.position.num_micro_batches
 
 
-class TrainingImages(Dataset[tuple[UInt8[Tensor, "c h w"], list[Damage]]]):
+class TrainingImages(Dataset[Crop]):
     """Randomly cropped images of a source, each crop a function of (seed, epoch, index).
 
     A damaged image is reported and the next readable one of the source takes its place.
@@ -126,12 +140,15 @@ class TrainingImages(Dataset[tuple[UInt8[Tensor, "c h w"], list[Damage]]]):
             steps.append(v2.RandomHorizontalFlip())
         self.augment = v2.Compose(steps)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[UInt8[Tensor, "c h w"], list[Damage]]:
+    def __getitem__(self, key: tuple[int, int]) -> Crop:
         epoch, index = key
         sample, damaged = read_or_next(self.source, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, Stream.AUGMENTATION, epoch, index))
-            return self.augment(sample.image), damaged
+            if sample.valid is None:
+                return Crop(self.augment(sample.image), damaged)
+            image, valid = self.augment(tv_tensors.Image(sample.image), tv_tensors.Mask(sample.valid))
+            return Crop(image.as_subclass(Tensor), damaged, valid.as_subclass(Tensor))
 
 
 def read_or_next(source: Source, index: int, *, patience: int = 100) -> tuple[Sample, list[Damage]]:
@@ -151,15 +168,15 @@ def read_or_next(source: Source, index: int, *, patience: int = 100) -> tuple[Sa
     raise InputError(f"data: {len(damaged)} images in a row cannot be read; the first: {first.name}: {first.reason}")
 
 
-class Cover(nn.Module):
+class Cover(v2.Transform):  # type: ignore[misc]  # torchvision is not typed
     """Resize so that the image just covers ``size``, then cut out the centre: how every evaluation sees an image."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
         self.size = size
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Resize and cut (..., H, W)."""
+    def transform(self, image: Tensor, params: dict[str, Any]) -> Tensor:
+        """Resize and cut (..., H, W); bool by the nearest pixel."""
         height, width = image.shape[-2:]
         if (height, width) == self.size:
             return image
@@ -167,7 +184,7 @@ class Cover(nn.Module):
         resized = v2.functional.resize(
             image,
             [max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))],
-            interpolation=InterpolationMode.BICUBIC if image.dtype == torch.uint8 else InterpolationMode.NEAREST,
+            interpolation=InterpolationMode.NEAREST if image.dtype == torch.bool else InterpolationMode.BICUBIC,
             antialias=True,
         )
         cut: Tensor = v2.functional.center_crop(resized, list(self.size))
@@ -175,14 +192,14 @@ class Cover(nn.Module):
 
 
 class Normalise(nn.Module):
-    """uint8 images to normalised float images, on whatever device they are."""
+    """Images of values in 0..255 to normalised float images, on whatever device they are."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.mean = nn.Buffer(torch.tensor(mean).view(-1, 1, 1) * 255)
         self.std = nn.Buffer(torch.tensor(std).view(-1, 1, 1) * 255)
 
-    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """(x - mean) / std."""
         return (images.float() - self.mean) / self.std
 
@@ -195,7 +212,10 @@ def measure_statistics(source: Source, *, max_images: int = 1000) -> tuple[tuple
     """Mean and standard deviation per channel in 0..1, over at most ``max_images`` images spread over the source."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for index in torch.linspace(0, len(source) - 1, min(len(source), max_images)).long().tolist():
-        pixels = read_or_next(source, index)[0].image.double().flatten(1) / 255
+        sample = read_or_next(source, index)[0]
+        pixels = sample.image.double().flatten(1) / 255
+        if sample.valid is not None:
+            pixels = pixels[:, sample.valid.flatten()]
         count, total = count + pixels.shape[1], total + pixels.sum(1)
         squares = squares + pixels.square().sum(1)
     mean = total / count
@@ -210,8 +230,20 @@ def default_workers() -> int:
     return max(0, min(8, cores // local_processes - 1))
 
 
-def _stack(items: list[tuple[Tensor, list[Damage]]]) -> Batch:
-    return Batch(torch.stack([image for image, _ in items]), [damage for _, found in items for damage in found])
+def _stack(items: list[Crop]) -> Batch:
+    damaged = [damage for item in items for damage in item.damaged]
+    if all(item.valid is None for item in items):
+        return Batch(stack_images([item.image for item in items]), damaged)
+    size = items[0].image.shape[-2:]
+    valid = [torch.ones(size, dtype=torch.bool) if item.valid is None else item.valid for item in items]
+    return Batch(stack_images([item.image for item in items]), damaged, torch.stack(valid))
+
+
+def stack_images(images: list[Tensor]) -> Shaped[Tensor, "b c h w"]:
+    """One tensor of images; float32 as soon as one of them is."""
+    if any(image.is_floating_point() for image in images):
+        images = [image.float() for image in images]
+    return torch.stack(images)
 
 
 def training_batches(
@@ -258,7 +290,8 @@ def batches_in_order(
 class OrderedBatch(NamedTuple):
     """Images of a source in its own order, without augmentation."""
 
-    images: UInt8[Tensor, "b c h w"]
+    images: Shaped[Tensor, "b c h w"]
+    """uint8, or float32 in the same units where one of them is not 8-bit."""
     indices: list[int]
     """Positions in the source."""
     masks: Bool[Tensor, "b h w"] | None
@@ -290,7 +323,7 @@ def _stack_ordered(items: list[tuple[int, Tensor, Tensor | None, Damage | None]]
     good = [(index, image, mask) for index, image, mask, damage in items if damage is None]
     masks = [mask for _, _, mask in good if mask is not None]
     return OrderedBatch(
-        images=torch.stack([image for _, image, _ in good]) if good else torch.empty(0, 1, 1, 1, dtype=torch.uint8),
+        images=stack_images([image for _, image, _ in good]) if good else torch.empty(0, 1, 1, 1, dtype=torch.uint8),
         indices=[index for index, _, _ in good],
         masks=torch.stack(masks) if masks and len(masks) == len(good) else None,
         damaged=[damage for *_, damage in items if damage is not None],

@@ -22,20 +22,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from braceexpand import braceexpand
-from jaxtyping import Bool, UInt8
-from torch import Tensor
 
-from hpm.data.decode import EXTENSIONS, decode
+from hpm.data.decode import EXTENSIONS, RGB, Decoder, Sample
 from hpm.data.shapes import CLASSES, LEVELS, make_shape
 from hpm.errors import InputError
-
-
-class Sample(NamedTuple):
-    """One image of a source."""
-
-    image: UInt8[Tensor, "c h w"]
-    mask: Bool[Tensor, "h w"] | None = None
-    """True = foreground, where the source knows."""
 
 
 class Source(ABC):
@@ -81,13 +71,13 @@ class FileSource(Source):
 
     Args:
         paths: The files.
-        channels: Channels to decode to.
+        decoder: How the files are read.
         labels: Class of every file, if known.
     """
 
-    def __init__(self, paths: Sequence[Path], *, channels: int, labels: Sequence[str] | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], *, decoder: Decoder, labels: Sequence[str] | None = None) -> None:
         self.paths = paths
-        self.channels = channels
+        self.decoder = decoder
         self._labels = labels
 
     def __len__(self) -> int:
@@ -95,7 +85,7 @@ class FileSource(Source):
 
     def read(self, index: int) -> Sample:
         """Read and decode one file."""
-        return Sample(decode(self.content(index), self.channels))
+        return self.decoder(self.content(index))
 
     def content(self, index: int) -> bytes:
         """The file's bytes."""
@@ -123,12 +113,12 @@ class ShardSource(Source):
 
     Args:
         shards: Paths of ``.tar`` or ``.tar.gz`` files.
-        channels: Channels to decode to.
+        decoder: How the files are read.
     """
 
-    def __init__(self, shards: Sequence[Path], *, channels: int) -> None:
+    def __init__(self, shards: Sequence[Path], *, decoder: Decoder) -> None:
         self.shards = shards
-        self.channels = channels
+        self.decoder = decoder
         self._members: list[_Member] = []
         self._unpacked: dict[int, bytes] = {}
         labels: dict[int, str] = {}
@@ -176,7 +166,7 @@ class ShardSource(Source):
 
     def read(self, index: int) -> Sample:
         """Read and decode one member."""
-        return Sample(decode(self.content(index), self.channels))
+        return self.decoder(self.content(index))
 
     def content(self, index: int) -> bytes:
         """The member's bytes."""
@@ -254,14 +244,14 @@ def _level(index: int) -> str:
 
 
 def open_source(
-    spec: str, *, channels: int = 3, image_size: tuple[int, int] = (224, 224), field: str = "data"
+    spec: str, *, decoder: Decoder = RGB, image_size: tuple[int, int] = (224, 224), field: str = "data"
 ) -> Source:
     """Open what ``--data`` names.
 
     Args:
         spec: A folder, ``list.txt``, ``table.csv``, ``table.parquet``, tar shards (braces and stars are expanded), or
             ``shapes:N`` (``shapes:N@seed`` for another set of the same kind).
-        channels: Channels to decode to.
+        decoder: How the files are read.
         image_size: Size at which ``shapes`` are made.
         field: What to call the argument in a message.
 
@@ -271,8 +261,8 @@ def open_source(
     if not spec:
         raise InputError(f"{field}: needs a folder, a list, a table, tar shards or shapes:N, got nothing")
     if match := re.fullmatch(r"shapes:(\d+)(?:@(\d+))?", spec):
-        if channels != 3:
-            raise InputError(f"{field}: shapes have 3 channels, got channels={channels}")
+        if decoder.channels != 3:
+            raise InputError(f"{field}: shapes have 3 channels, got channels={decoder.channels}")
         if int(match[1]) == 0:
             raise InputError(f"{field}: needs at least one image, got {spec!r}")
         return ShapesSource(int(match[1]), size=image_size, seed=int(match[2] or 0))
@@ -280,7 +270,7 @@ def open_source(
         raise InputError(f"{field}: {spec!r} is not a source that this version reads; "
                          "give a folder, a list, a table, local tar shards or shapes:N")  # fmt: skip
     if re.search(r"\.(tar|tar\.gz|tgz)$", spec):
-        return _found(ShardSource(_expand(spec, field), channels=channels), spec, field)
+        return _found(ShardSource(_expand(spec, field), decoder=decoder), spec, field)
     try:
         path = Path(spec).expanduser()
         path.exists()
@@ -293,11 +283,11 @@ def open_source(
         folders = [p.relative_to(path).parts for p in paths]
         labelled = all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) > 1
         labels = [parts[0] for parts in folders] if labelled else None
-        return _found(FileSource(paths, channels=channels, labels=labels), spec, field)
+        return _found(FileSource(paths, decoder=decoder, labels=labels), spec, field)
     if not path.exists():
         raise InputError(f"{field}: {spec!r} does not exist")
     if path.suffix.lower() in (".txt", ".csv", ".parquet"):
-        return _found(_read_table(path, channels, field), spec, field)
+        return _found(_read_table(path, decoder, field), spec, field)
     raise InputError(f"{field}: must be a folder, .txt, .csv, .parquet or .tar, got the file {spec!r}")
 
 
@@ -347,7 +337,7 @@ def _expand(spec: str, field: str) -> list[Path]:
     return shards
 
 
-def _read_table(path: Path, channels: int, field: str) -> Source:
+def _read_table(path: Path, decoder: Decoder, field: str) -> Source:
     """A list of paths, or a table with columns ``path`` and optionally ``label``, relative to the table's folder."""
     try:
         if path.suffix.lower() == ".txt":
@@ -366,11 +356,11 @@ def _read_table(path: Path, channels: int, field: str) -> Source:
     if missing := next((p for p in paths if not p.is_file()), None):
         raise InputError(f"{field}: {path} lists a file that does not exist: {missing}")
     if not rows or "label" not in rows[0]:
-        return FileSource(paths, channels=channels)
+        return FileSource(paths, decoder=decoder)
     labels = ["" if row["label"] is None else str(row["label"]) for row in rows]
     if "" in labels:
         raise InputError(f"{field}: {path} has a column 'label' but no label in row {labels.index('') + 1}")
-    return FileSource(paths, channels=channels, labels=labels)
+    return FileSource(paths, decoder=decoder, labels=labels)
 
 
 def _read_parquet(path: Path, field: str) -> list[dict[str, str]]:

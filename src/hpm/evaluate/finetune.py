@@ -28,7 +28,7 @@ import yaml
 from timm.models.vision_transformer import VisionTransformer
 
 from hpm import distributed
-from hpm.build import build_encoder
+from hpm.build import build_decoder, build_encoder
 from hpm.checkpoint import CheckpointFolder, write_atomically, write_text_atomically
 from hpm.config import Config
 from hpm.data.sources import class_indices
@@ -162,7 +162,7 @@ def prepare_images(config: FinetuneConfig, run_config: Config) -> tuple[Labelled
         InputError: Names the field, the rule and the value.
     """
     data = run_config.data
-    images = open_labelled(config.train, config.val, channels=data.channels, image_size=data.size)
+    images = open_labelled(config.train, config.val, decoder=build_decoder(data), image_size=data.size)
     if config.labels_per_class is not None:
         chosen = choose_per_class(images.train.labels or (), config.labels_per_class, seed=config.seed)
         images = images._replace(train=Subset(images.train, chosen))

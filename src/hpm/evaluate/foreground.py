@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from hpm.build import choose_attention
+from hpm.build import build_decoder, choose_attention
 from hpm.data.decode import EXTENSIONS, DecodeError, decode
 from hpm.data.loading import Cover, Damage, Normalise, ordered_batches
 from hpm.data.sources import Source, open_source
@@ -284,7 +284,7 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     device = choose_device(config.device)
     loaded = LoadedRun(config.checkpoint, device=device)
     data = loaded.config.data
-    source = open_source(config.images, channels=data.channels, image_size=data.size, field="images")
+    source = open_source(config.images, decoder=build_decoder(data), image_size=data.size, field="images")
     if config.masks and config.boxes:
         raise InputError("boxes: give masks or boxes, not both")
     masks = _read_masks(Path(config.masks).expanduser(), source, data.size) if config.masks else None

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from hpm.build import build_decoder
 from hpm.data.loading import Normalise
 from hpm.distributed import choose_device, has_bf16, process_group
 from hpm.errors import InputError
@@ -154,7 +155,7 @@ def _run(config: KnnConfig, device: torch.device) -> KnnResult:
         raise InputError(f"temperature: must be above 0, got {config.temperature}")
     loaded = LoadedRun(config.checkpoint, device=device)
     images = open_labelled(
-        config.train, config.val, channels=loaded.config.data.channels, image_size=loaded.config.data.size
+        config.train, config.val, decoder=build_decoder(loaded.config.data), image_size=loaded.config.data.size
     )
     if not config.k or not all(1 <= k <= len(images.train) for k in config.k):
         raise InputError(

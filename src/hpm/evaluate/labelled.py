@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from hpm.data.decode import DecodeError
-from hpm.data.sources import Sample, Source, class_indices, fingerprint, open_source
+from hpm.data.decode import DecodeError, Decoder, Sample
+from hpm.data.sources import Source, class_indices, fingerprint, open_source
 from hpm.errors import InputError
 from hpm.seeding import Stream, derive_seed
 
@@ -63,13 +63,13 @@ class LabelledImages(NamedTuple):
     """Those of the training images, sorted."""
 
 
-def open_labelled(train: str, val: str, *, channels: int, image_size: tuple[int, int]) -> LabelledImages:
+def open_labelled(train: str, val: str, *, decoder: Decoder, image_size: tuple[int, int]) -> LabelledImages:
     """Open both sources and check them before any work.
 
     Args:
         train: Source of the training images.
         val: Source of the validation images.
-        channels: Channels that the checkpoint's encoder takes.
+        decoder: How the checkpoint's images are read.
         image_size: Its height and width.
 
     Raises:
@@ -78,10 +78,10 @@ def open_labelled(train: str, val: str, *, channels: int, image_size: tuple[int,
     """
     sources = []
     for field, spec in (("train", train), ("val", val)):
-        source = open_source(spec, channels=channels, image_size=image_size, field=field)
+        source = open_source(spec, decoder=decoder, image_size=image_size, field=field)
         if source.labels is None:
             raise InputError(f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)")
-        _check_readable(source, field=field, channels=channels)
+        _check_readable(source, field=field, channels=decoder.channels)
         sources.append(source)
     classes = sorted(set(sources[0].labels or ()), key=_natural)
     if len(classes) < 2:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from hpm import distributed
+from hpm.build import build_decoder
 from hpm.data.coco import CocoImages, find_damage, open_instances
+from hpm.data.decode import Decoder
 from hpm.errors import InputError
 from hpm.evaluate.controls import Contender, open_contenders
 from hpm.evaluate.dense.config import DetectConfig
@@ -152,7 +154,7 @@ def _run(config: DetectConfig, device: torch.device) -> DetectResult:
         if size < 1 or size != fitting_size(size, patch):
             raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
     folder = output_folder(config, "detect" + ("-frozen" if config.freeze else ""))
-    data = open_data(config, channels=data_config.channels)
+    data = open_data(config, decoder=build_decoder(data_config))
     bench = Bench(config, data, size, folder, device)
     measured = [bench.measure(contender) for contender in contenders]
     found = measured[0]
@@ -203,7 +205,7 @@ def _check(config: DetectConfig) -> None:
         raise InputError(f"{missing}: val_images and val_annotations belong together; name both or neither")
 
 
-def open_data(config: DetectConfig, *, channels: int) -> Data:
+def open_data(config: DetectConfig, *, decoder: Decoder) -> Data:
     """Open both sides and look at every image once.
 
     Raises:
@@ -212,7 +214,7 @@ def open_data(config: DetectConfig, *, channels: int) -> Data:
 
     def side(annotations: str, images: str, field: str) -> CocoImages:
         return open_instances(
-            annotations, images, channels=channels, field=field, min_pixels=config.min_pixels,
+            annotations, images, decoder=decoder, field=field, min_pixels=config.min_pixels,
             drop_empty_boxes=config.drop_empty_boxes,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hpm import distributed
+from hpm.build import build_decoder
 from hpm.data.class_masks import IGNORED
 from hpm.errors import InputError
 from hpm.evaluate.controls import Contender, open_contenders
@@ -124,7 +125,7 @@ def _run(config: SegmentConfig, device: torch.device) -> SegmentResult:
         check_size(crop, contender.encoder, field="crop_size")
         choose_depths(config.depths, len(contender.encoder.blocks))
     folder = output_folder(config, _name(config))
-    data = open_data(config, channels=loaded.config.data.channels, size=loaded.config.data.size)
+    data = open_data(config, decoder=build_decoder(loaded.config.data), size=loaded.config.data.size)
     bench = Bench(config, data, crop, folder, device)
     measured = [bench.measure(contender) for contender in contenders]
     scores, confusion = measured[0].scores, measured[0].confusion

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpm.data.class_masks import MaskedImages, MaskRules, Survey, match_by_stem, survey
+from hpm.data.decode import Decoder
 from hpm.data.sources import ShapesSource, open_source
 from hpm.errors import InputError
 from hpm.evaluate.dense.config import SegmentConfig
@@ -24,12 +25,12 @@ class Data(NamedTuple):
     damaged: int
 
 
-def open_data(config: SegmentConfig, *, channels: int, size: tuple[int, int]) -> Data:
+def open_data(config: SegmentConfig, *, decoder: Decoder, size: tuple[int, int]) -> Data:
     """Open both sides and look at every image and mask once.
 
     Args:
         config: Names them.
-        channels: Of the run's images.
+        decoder: How the images are read.
         size: At which shapes are made.
 
     Raises:
@@ -37,9 +38,9 @@ def open_data(config: SegmentConfig, *, channels: int, size: tuple[int, int]) ->
     """
     rules = MaskRules(config.binary, config.ignore_index, config.reduce_zero_label)
     names = _Names.of(config)
-    train = _open(names.images, names.masks, "", rules, channels, size)
+    train = _open(names.images, names.masks, "", rules, decoder, size)
     if names.val_images:
-        val = _open(names.val_images, names.val_masks, "val_", rules, channels, size)
+        val = _open(names.val_images, names.val_masks, "val_", rules, decoder, size)
     else:
         kept, drawn = held_back(len(train), config.val_share, config.seed)
         train, val = train.only(kept), train.only(drawn)
@@ -79,8 +80,10 @@ class _Names(NamedTuple):
         return cls(images, masks, val_images, val_masks)
 
 
-def _open(images: str, masks: str, prefix: str, rules: MaskRules, channels: int, size: tuple[int, int]) -> MaskedImages:
-    source = open_source(images, channels=channels, image_size=size, field=f"{prefix}images")
+def _open(
+    images: str, masks: str, prefix: str, rules: MaskRules, decoder: Decoder, size: tuple[int, int]
+) -> MaskedImages:
+    source = open_source(images, decoder=decoder, image_size=size, field=f"{prefix}images")
     if isinstance(source, ShapesSource):
         return MaskedImages(source, None, rules)
     if not masks:
