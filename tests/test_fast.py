@@ -9,7 +9,7 @@ import torch
 from hpm.budget import CHOICES, keep_to_budget, teacher_share
 from hpm.build import build_method, build_stages, build_student, build_target
 from hpm.config import Config, with_fields
-from hpm.data.loading import Normalise
+from hpm.data.loading import Batch, Normalise
 from hpm.errors import InputError
 from hpm.feeding import Feed, resize
 from hpm.flops import step_cost
@@ -122,7 +122,7 @@ def test_a_kept_batch_is_fetched_and_judged_once():
 
     def fetch():
         fetched.append(torch.full((2, 3, 32, 32), len(fetched), dtype=torch.uint8))
-        return fetched[-1]
+        return Batch(fetched[-1], [])
 
     def ask(stage, images):
         asked.append(images)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hpm.build import Stage
-from hpm.data.loading import Normalise
+from hpm.data.loading import Batch, Normalise
 from hpm.method import Answers
+from hpm.vit import patchify
 
 
 class Meal(NamedTuple):
@@ -21,6 +22,8 @@ class Meal(NamedTuple):
     """Normalised, of the stage's size."""
     answers: Answers | None
     """What the teacher said of them; None: it is asked anew in every step."""
+    valid: Bool[Tensor, "b n"] | None = None
+    """Patches of pixels that are all data; None: all are."""
 
 
 class Feed:
@@ -50,19 +53,21 @@ class Feed:
         self.num_micro_batches = num_micro_batches
         self._kept: list[Meal] = []
 
-    def meals(self, step: int, stage: Stage, fetch: Callable[[], Tensor]) -> Iterator[Meal]:
-        """The micro-batches of a step, in order; ``fetch`` gives uint8 images where new ones are needed."""
+    def meals(self, step: int, stage: Stage, fetch: Callable[[], Batch]) -> Iterator[Meal]:
+        """The micro-batches of a step, in order; ``fetch`` gives a batch on the device where a new one is needed."""
         if step % self.steps_per_batch:
             yield from self._kept
             return
         self._kept = []
         size = stage.grid[0] * self.patch[0], stage.grid[1] * self.patch[1]
         for _ in range(self.num_micro_batches):
-            images = resize(self.normalise(fetch()), size)
+            batch = fetch()
+            images = resize(self.normalise(batch.images), size)
+            valid = None if batch.valid is None else whole_patches(batch.valid, size, self.patch)
             if self.steps_per_batch == 1:
-                yield Meal(images, None)
+                yield Meal(images, None, valid)
             else:
-                self._kept.append(Meal(images, None if self.ask is None else self.ask(stage, images)))
+                self._kept.append(Meal(images, None if self.ask is None else self.ask(stage, images), valid))
                 yield self._kept[-1]
 
 
@@ -71,3 +76,15 @@ def resize(images: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Ten
     if images.shape[-2:] == size:
         return images
     return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def whole_patches(valid: Bool[Tensor, "b h w"], size: tuple[int, int], patch: tuple[int, int]) -> Bool[Tensor, "b n"]:
+    """Which patches of the images, brought to ``size``, are made of valid pixels only.
+
+    Args:
+        valid: Of the pixels.
+        size: Height and width of the images as they are learnt from.
+        patch: Height and width of a patch.
+    """
+    shares = resize(valid.unsqueeze(1).float(), size)
+    return patchify(shares, patch).amin(dim=-1) > 1 - 1e-4  # of a shrunk image: rounding of the weights

@@ -5,6 +5,8 @@ patches are to be the hardest ones, without a loop over images and without a hos
 
     policy(scores (B, N), noise (B, N), num_hidden=M, num_hard=int(M * a_t)) -> hidden (B, N) bool, exactly M True
 
+Patches without data (``valid`` False) are hidden or visible by chance, never by score.
+
 What the scores are is the mask's ``guide``: the predicted loss (HPM), the teacher's attention (AttMask), or nothing.
 The table of all masks, :data:`MASKS`, stands at the end; those that follow a spatial pattern are in
 :mod:`hpm.patterns`.
@@ -37,6 +39,7 @@ class MaskPolicy(Protocol):
         *,
         num_hidden: int,
         num_hard: int | Int[Tensor, ""],
+        valid: Bool[Tensor, "b n"] | None = None,
     ) -> Bool[Tensor, "b n"]:
         """Hide exactly ``num_hidden`` patches per image; True = hidden."""
         ...
@@ -59,6 +62,7 @@ def hide_random(
     *,
     num_hidden: int,
     num_hard: int | Int[Tensor, ""],
+    valid: Bool[Tensor, "b n"] | None = None,
 ) -> Bool[Tensor, "b n"]:
     """MAE's masks: uniformly random; ``scores`` and ``num_hard`` are ignored."""
     return hide_top(noise, num_hidden)
@@ -70,6 +74,7 @@ def hide_hard(
     *,
     num_hidden: int,
     num_hard: int | Int[Tensor, ""],
+    valid: Bool[Tensor, "b n"] | None = None,
 ) -> Bool[Tensor, "b n"]:
     """HPM's masks: the ``num_hard`` patches of highest predicted loss, the rest uniform.
 
@@ -80,6 +85,8 @@ def hide_hard(
         noise: Uniform in [0, 1).
         num_hidden: M.
         num_hard: ``int(M * a_t)``. A tensor keeps a compiled step free of recompilation while the share grows.
+        valid: Patches with data; None: all. The others are never chosen by score, and an image with fewer patches of
+            data has as many fewer chosen, so that some of them stay visible.
 
     Returns:
         True = hidden, exactly M per image; with ``num_hard == 0`` the masks are purely random.
@@ -89,6 +96,9 @@ def hide_hard(
     """
     if scores is None:
         raise ValueError("a guided mask needs predicted losses or attention, got scores=None")
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+        num_hard = num_hard * valid.sum(dim=1, keepdim=True) // valid.shape[1]
     difficulty_rank = scores.argsort(dim=1, descending=True).argsort(dim=1)  # 0 = hardest
     return hide_top(torch.where(difficulty_rank < num_hard, noise + 1, noise), num_hidden)
 
@@ -99,12 +109,13 @@ def hide_easy(
     *,
     num_hidden: int,
     num_hard: int | Int[Tensor, ""],
+    valid: Bool[Tensor, "b n"] | None = None,
 ) -> Bool[Tensor, "b n"]:
     """The opposite of :func:`hide_hard`: the ``num_hard`` patches of *lowest* predicted loss, the rest uniform.
 
     Source: the argmin row of the paper's table of mask strategies.
     """
-    return hide_hard(None if scores is None else -scores, noise, num_hidden=num_hidden, num_hard=num_hard)
+    return hide_hard(None if scores is None else -scores, noise, num_hidden=num_hidden, num_hard=num_hard, valid=valid)
 
 
 def hide_proportional(
@@ -113,6 +124,7 @@ def hide_proportional(
     *,
     num_hidden: int,
     num_hard: int | Int[Tensor, ""],
+    valid: Bool[Tensor, "b n"] | None = None,
 ) -> Bool[Tensor, "b n"]:
     """``num_hard`` patches drawn in proportion to how hard they are, without replacement; the rest uniform.
 
@@ -130,7 +142,7 @@ def hide_proportional(
     if scores is not None:
         uniform = more_noise(noise, noise.shape[1])
         scores = scores.float() - (-uniform.log()).log()
-    return hide_hard(scores, noise, num_hidden=num_hidden, num_hard=num_hard)
+    return hide_hard(scores, noise, num_hidden=num_hidden, num_hard=num_hard, valid=valid)
 
 
 def hide_pattern(priority: Callable[[Float[Tensor, "b n"], int], Float[Tensor, "b n"]]) -> MaskPolicy:
@@ -142,6 +154,7 @@ def hide_pattern(priority: Callable[[Float[Tensor, "b n"], int], Float[Tensor, "
         *,
         num_hidden: int,
         num_hard: int | Int[Tensor, ""],
+        valid: Bool[Tensor, "b n"] | None = None,
     ) -> Bool[Tensor, "b n"]:
         return hide_top(priority(noise, num_hidden), num_hidden)
 

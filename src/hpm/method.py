@@ -62,8 +62,8 @@ DecoderKind = Literal["self", "cross"]
 """How both decoders work: ``self``-attention over visible and mask tokens (MAE, HPM), or ``cross``-attention from mask
 tokens to visible ones (CrossMAE)."""
 
-PredictedLoss = Callable[[Tensor, Tensor], Tensor]
-"""(scores (B, M), patch loss (B, M)) -> L_pred, a scalar."""
+PredictedLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(scores (B, M), patch loss (B, M), valid (B, M) or None) -> L_pred, a scalar."""
 
 
 class StudentOutput(NamedTuple):
@@ -301,7 +301,9 @@ def _share_here(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def relative_loss(scores: Float[Tensor, "b m"], patch_loss: Float[Tensor, "b m"]) -> Float[Tensor, ""]:
+def relative_loss(
+    scores: Float[Tensor, "b m"], patch_loss: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"] | None = None
+) -> Float[Tensor, ""]:
     """Relative predicted loss: which of two patches of an image is harder? Binary cross-entropy over all pairs.
 
     Over ordered pairs with different losses, the cross-entropy of sigmoid(s_i - s_j) against [l_i > l_j]. Both orders
@@ -311,23 +313,35 @@ def relative_loss(scores: Float[Tensor, "b m"], patch_loss: Float[Tensor, "b m"]
     Args:
         scores: Predicted loss s.
         patch_loss: True loss l; no gradient flows into it.
+        valid: Patches that take part; None: all.
     """
     patch_loss = patch_loss.detach()
     harder = patch_loss.unsqueeze(2) > patch_loss.unsqueeze(1)  # (B, M, M): is i harder than j?
+    if valid is not None:
+        harder = harder & valid.unsqueeze(2) & valid.unsqueeze(1)
     margin = scores.float().unsqueeze(2) - scores.float().unsqueeze(1)
     cross_entropy = -(torch.sigmoid(margin) + 1e-6).log()
     return (cross_entropy * harder).sum() / harder.sum().clamp(min=1)
 
 
-def absolute_loss(scores: Float[Tensor, "b m"], patch_loss: Float[Tensor, "b m"]) -> Float[Tensor, ""]:
+def absolute_loss(
+    scores: Float[Tensor, "b m"], patch_loss: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"] | None = None
+) -> Float[Tensor, ""]:
     """Absolute predicted loss: mean squared error against the true loss, standardised within each image.
 
     Args:
         scores: Predicted loss.
         patch_loss: True loss; no gradient flows into it.
+        valid: Patches that take part; None: all.
     """
-    variance, mean = torch.var_mean(patch_loss.detach(), dim=1, keepdim=True)
-    return F.mse_loss(scores.float(), (patch_loss.detach() - mean) / (variance + 1e-6).sqrt())
+    patch_loss = patch_loss.detach()
+    if valid is None:
+        variance, mean = torch.var_mean(patch_loss, dim=1, keepdim=True)
+        return F.mse_loss(scores.float(), (patch_loss - mean) / (variance + 1e-6).sqrt())
+    count = valid.sum(dim=1, keepdim=True)
+    mean = (patch_loss * valid).sum(dim=1, keepdim=True) / count.clamp(min=1)
+    variance = ((patch_loss - mean).square() * valid).sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    return mean_over((scores.float() - (patch_loss - mean) / (variance + 1e-6).sqrt()).square(), valid)
 
 
 PREDICTED_LOSSES: dict[str, PredictedLoss | None] = {
@@ -337,11 +351,30 @@ PREDICTED_LOSSES: dict[str, PredictedLoss | None] = {
 }
 
 
-def rank_correlation(a: Float[Tensor, "b m"], b: Float[Tensor, "b m"]) -> Float[Tensor, " b"]:
-    """Spearman's rank correlation of each row; ties are ranked in the order in which they stand."""
-    ranks = torch.stack([a, b]).argsort(dim=-1, stable=True).argsort(dim=-1).float()
-    ranks = ranks - ranks.mean(dim=-1, keepdim=True)
+def rank_correlation(
+    a: Float[Tensor, "b m"], b: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"] | None = None
+) -> Float[Tensor, " b"]:
+    """Spearman's rank correlation of each row; ties are ranked in the order in which they stand.
+
+    Args:
+        a: Any values.
+        b: Others.
+        valid: Entries that take part; None: all. A row of fewer than two is 0.
+    """
+    both = torch.stack([a, b])
+    if valid is not None:
+        both = both.masked_fill(~valid, torch.inf)  # last, so that the others keep the ranks among themselves
+    ranks = both.argsort(dim=-1, stable=True).argsort(dim=-1).float()
+    if valid is None:
+        ranks = ranks - ranks.mean(dim=-1, keepdim=True)
+    else:
+        ranks = (ranks - (valid.sum(dim=-1, keepdim=True) - 1) / 2) * valid
     return (ranks[0] * ranks[1]).sum(-1) / (ranks.square().sum(-1).prod(0).sqrt() + 1e-12)
+
+
+def mean_over(values: Float[Tensor, "b m"], valid: Bool[Tensor, "b m"] | None) -> Float[Tensor, ""]:
+    """Mean of the values that take part, 0 of none; ``valid`` None: all do."""
+    return values.mean() if valid is None else (values * valid).sum() / valid.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -395,6 +428,7 @@ class Method:
         *,
         num_hard: int | Int[Tensor, ""],
         answers: Answers | None = None,
+        valid: Bool[Tensor, "b n"] | None = None,
     ) -> Losses:
         """One forward pass in the paper's order; the caller differentiates, optimises and updates the teacher.
 
@@ -406,14 +440,17 @@ class Method:
                 image gets several masks (data2vec 2.0), and the teacher's one pass serves them all.
             num_hard: ``int(M * a_t)`` patches are hidden by predicted loss.
             answers: What the teacher said of these images at an earlier step, if it is not to be asked again.
+            valid: Patches of pixels that are all data; None: all. The others are never chosen by predicted loss, and
+                count in no loss.
         """
         # Step 1. The teacher sets the exercise.
         if answers is None and teacher is not None:
             answers = self.ask(teacher, images)
         features, scores, guide = (None, None, None) if answers is None else answers
         guide = None if guide is None else per_view(guide, len(noise))
-        hidden = self.mask_policy(guide, noise, num_hidden=self.num_hidden, num_hard=num_hard)
-        decoded = self.choose_decoded(hidden, noise)
+        valid = None if valid is None else per_view(valid, len(noise))
+        hidden = self.mask_policy(guide, noise, num_hidden=self.num_hidden, num_hard=num_hard, valid=valid)
+        decoded = self.choose_decoded(hidden, noise, valid)
         # Step 2. The student solves it.
         output = student(
             images,
@@ -423,14 +460,19 @@ class Method:
             full_features=features,
             predict=self.predicted_loss is not None,
         )
-        return self.losses(output, images, decoded, scores, features)
+        return self.losses(output, images, decoded, scores, features, valid)
 
-    def choose_decoded(self, hidden: Bool[Tensor, "v n"], noise: Float[Tensor, "v n"]) -> Int[Tensor, "v q"]:
-        """The hidden patches that are decoded, in image order: all, or ``num_decoded`` of them at random."""
+    def choose_decoded(
+        self, hidden: Bool[Tensor, "v n"], noise: Float[Tensor, "v n"], valid: Bool[Tensor, "v n"] | None = None
+    ) -> Int[Tensor, "v q"]:
+        """The hidden patches that are decoded, in image order: all, or ``num_decoded`` of them at random, of those with
+        data first."""
         _, index = split_patches(hidden, self.num_hidden)
         if self.num_decoded is None or self.num_decoded == self.num_hidden:
             return index
         lot = more_noise(noise, self.num_hidden, purpose=1)
+        if valid is not None:
+            lot = lot + valid.gather(1, index)
         return index.gather(1, lot.topk(self.num_decoded, dim=1).indices.sort(dim=1).values)
 
     def losses(
@@ -440,21 +482,23 @@ class Method:
         decoded: Int[Tensor, "v q"],
         teacher_scores: Float[Tensor, "b n"] | None,
         teacher_features: Float[Tensor, "b t d"] | None = None,
+        valid: Bool[Tensor, "v n"] | None = None,
     ) -> Losses:
         """Step 3. How well the student reconstructed, and how well it knew."""
+        counted = None if valid is None else valid.gather(1, decoded)
         with torch.no_grad():
             target = take(self.target(images, teacher_features), decoded)
         patch_loss = self.target.patch_loss(output.prediction, target)
-        reconstruction = patch_loss.mean()
+        reconstruction = mean_over(patch_loss, counted)
         prediction = reconstruction.new_zeros(())
         for scores in (output.scores, output.full_scores):
             if self.predicted_loss is not None and scores is not None:
-                prediction = prediction + self.predicted_loss(scores, patch_loss)
+                prediction = prediction + self.predicted_loss(scores, patch_loss, counted)
         correlation = reconstruction.new_full((), torch.nan)
         if teacher_scores is not None:
             with torch.no_grad():
                 expected = per_view(teacher_scores, len(decoded)).gather(1, decoded)
-                correlation = rank_correlation(expected, patch_loss).mean()
+                correlation = rank_correlation(expected, patch_loss, counted).mean()
         return Losses(
             reconstruction=reconstruction,
             prediction=prediction,

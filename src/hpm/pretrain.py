@@ -283,10 +283,11 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     slices = run.position.slices(config.optimisation.batch_size)
     with reporting(run) as report, closing(_batches(run)) as batches:  # closing: workers leave before the process does
 
-        def fetch() -> torch.Tensor:
+        def fetch() -> Batch:
             batch, damaged = meter.next_batch(batches)
             report.damaged(damaged)
-            return batch.images.to(device, non_blocking=True)
+            valid = None if batch.valid is None else batch.valid.to(device, non_blocking=True)
+            return batch._replace(images=batch.images.to(device, non_blocking=True), valid=valid)
 
         feed = Feed(
             partial(_ask, run) if run.method.needs_teacher else None,
@@ -345,7 +346,9 @@ def _forward(run: Run, model: Callable[..., StudentOutput], meal: Meal, noise: t
         teacher = run.state.teacher if run.method.needs_teacher else None
         num_hard = run.state.gate.admit(run.num_hard(step))
         method = run.stage(step).method
-        return method.step(model, teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers)
+        return method.step(
+            model, teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers, valid=meal.valid
+        )
 
 
 def _announce(run: Run) -> None:

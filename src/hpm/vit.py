@@ -12,7 +12,7 @@ from functools import partial
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Num, Shaped
 from timm.layers import Attention, Mlp, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -149,7 +149,7 @@ def take(tokens: Num[Tensor, "b n d"], index: Int[Tensor, "v k"]) -> Num[Tensor,
     return taken.reshape(*index.shape, tokens.shape[-1])
 
 
-def per_view(values: Num[Tensor, "b ..."], num_views: int) -> Num[Tensor, "v ..."]:
+def per_view(values: Shaped[Tensor, "b ..."], num_views: int) -> Shaped[Tensor, "v ..."]:
     """Repeat what belongs to an image for each of its views, V = ``num_views`` in all."""
     return values if len(values) == num_views else values.repeat_interleave(num_views // len(values), dim=0)
 

@@ -26,6 +26,7 @@ from hpm.build import (
     compile_blocks,
 )
 from hpm.config import Config, with_fields
+from hpm.data.loading import Batch
 from hpm.data.sources import open_source
 from hpm.errors import InputError
 from hpm.feeding import Feed
@@ -108,7 +109,7 @@ class OurStep:
         )
         num_hard = int(stage.method.num_hidden * HARD_SHARE)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            (meal,) = self.feed.meals(self.steps_done, stage, fetch)
+            (meal,) = self.feed.meals(self.steps_done, stage, lambda: Batch(fetch(), []))
             losses = stage.method.step(
                 self.student, self.teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers
             )
