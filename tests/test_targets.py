@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpm.build import build_method, build_student, build_target, embedded_codebook
 from hpm.config import Config, with_fields
+from hpm.display import Display
 from hpm.log import read_metrics
 from hpm.method import Teacher
 from hpm.pretrain import pretrain
@@ -241,7 +242,7 @@ def test_only_pixels_are_shown_as_reconstruction(tmp_path, target, columns):
     hardness = measure_hardness(
         loaded.student, loaded.teacher, loaded.method, images, share=0.5, generator=torch.Generator().manual_seed(0)
     )
-    figure = draw_hardness(images, hardness, loaded.normalise, (4, 4), "title")
+    figure = draw_hardness(images, hardness, Display(loaded.normalise), (4, 4), "title")
     assert (hardness.reconstruction is not None) == (target == "norm_pix")
     assert len(figure.axes) == 2 * columns
     assert [axis.get_title() for axis in figure.axes[:columns]][-1] == (

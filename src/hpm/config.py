@@ -239,6 +239,9 @@ class RunConfig:
     """Draw hardness figures at every checkpoint and the report at the end."""
     num_figure_images: Positive = 6
     """Images in the hardness figures."""
+    display_channels: tuple[NotNegative, ...] = ()
+    """Channels shown as red, green and blue in figures, counted from 0 (one: grey); empty: grey and colour as they are,
+    of more channels the first three principal components."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +332,11 @@ def _check_together(config: Config) -> None:
         raise InputError(
             f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
         )
+    shown = config.run.display_channels
+    if len(shown) not in (0, 1, 3) or any(channel >= data.channels for channel in shown):
+        raise InputError(f"display_channels: must be one or three of channels 0 to {data.channels - 1}, got {shown}")
+    if data.value_range and (len(data.value_range) != 2 or not data.value_range[0] < data.value_range[1]):
+        raise InputError(f"value_range: must be a lower and a higher number, got {data.value_range}")
     if method.predicted_loss == "none" and _guide(method.mask) == "predicted_loss":
         raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
     if method.mining_threshold and method.predicted_loss == "none":

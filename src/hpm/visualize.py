@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num, Shaped
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from hpm.build import build_decoder, choose_attention
 from hpm.checkpoint import write_atomically
-from hpm.data.loading import Cover, Normalise, read_or_next
+from hpm.data.loading import Cover, read_or_next, stack_images
 from hpm.data.sources import Source, open_source
+from hpm.display import Display, build_display
 from hpm.errors import InputError
 from hpm.masking import split_patches
 from hpm.method import Method, Student, Teacher, rank_correlation
@@ -131,16 +132,10 @@ def _fill_in(
     return unpatchify(torch.where(hidden.unsqueeze(-1), pixels, patches), patch, grid)
 
 
-def displayable(images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w k"]:
-    """Images in 0..1 as RGB or grey for display; of more than three channels the first three are shown."""
-    shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    return np.asarray((shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-
-
 def draw_hardness(
     images: Float[Tensor, "b c h w"],
     hardness: Hardness,
-    normalise: Normalise,
+    display: Display,
     grid: tuple[int, int],
     title: str,
 ) -> Figure:
@@ -149,22 +144,21 @@ def draw_hardness(
     Args:
         images: Normalised images.
         hardness: What :func:`measure_hardness` says of them.
-        normalise: The run's normalisation, to undo.
+        display: How the run's images are shown.
         grid: Rows and columns of patches.
         title: Line above the figure.
     """
     patch = (images.shape[2] // grid[0], images.shape[3] // grid[1])
-    covered = hardness.hidden.reshape(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
-    shown = normalise.to_display(images)
-    masked = torch.where(covered, torch.full_like(shown, 0.5), shown)
+    covered = hardness.hidden.reshape(-1, *grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
+    shown = display(images)
     pictures: dict[str, Any] = {
-        "image": displayable(shown),
+        "image": shown,
         f"loss, {NUM_MASKS} masks": hardness.true_loss,
         "predicted loss": hardness.predicted_loss,
-        "hidden": displayable(masked),
+        "hidden": np.where(covered.cpu().numpy()[..., None], np.uint8(128), shown),
     }
     if hardness.reconstruction is not None:
-        pictures["reconstruction"] = displayable(normalise.to_display(hardness.reconstruction))
+        pictures["reconstruction"] = display(hardness.reconstruction)
     columns = {name: content for name, content in pictures.items() if content is not None}
     height = 1.5 * images.shape[2] / images.shape[3]
     figure = Figure(figsize=(1.5 * len(columns), height * len(images) + 0.6), layout="constrained")
@@ -225,14 +219,16 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     loaded = LoadedRun(checkpoint)
     config = loaded.config
     source = open_source(images, decoder=build_decoder(config.data), image_size=config.data.size, field="images")
-    shown = loaded.normalise(spread_images(source, count, config.data.size))
+    pixels = spread_images(source, count, config.data.size)
+    shown = loaded.normalise(pixels)
     choose_attention(loaded.student, loaded.device)
     hardness = measure_hardness(
         loaded.student, loaded.teacher, loaded.method, shown, share=config.method.largest_hard_share,
         generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)),
     )  # fmt: skip
     title = f"{checkpoint}, step {loaded.step}" + told_correlation(hardness)
-    figure = draw_hardness(shown, hardness, loaded.normalise, grid_size(loaded.student.encoder), title)
+    display = build_display(config, pixels)
+    figure = draw_hardness(shown, hardness, display, grid_size(loaded.student.encoder), title)
     try:
         save_figure(figure, out)
     except OSError as error:
@@ -240,8 +236,8 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     return hardness.rank_correlation
 
 
-def spread_images(source: Source, count: int, size: tuple[int, int]) -> UInt8[Tensor, "b c h w"]:
+def spread_images(source: Source, count: int, size: tuple[int, int]) -> Shaped[Tensor, "b c h w"]:
     """``count`` images spread evenly over a source, as every evaluation sees them."""
     cover = Cover(size)
     positions = torch.linspace(0, len(source) - 1, min(count, len(source))).long().tolist()
-    return torch.stack([cover(read_or_next(source, position)[0].image) for position in positions])
+    return stack_images([cover(read_or_next(source, position)[0].image) for position in positions])

@@ -9,6 +9,7 @@ from hpm.build import build_decoder, build_normalise
 from hpm.config import Config
 from hpm.data.loading import default_workers
 from hpm.data.sources import Source, class_indices, open_source
+from hpm.display import build_display
 from hpm.errors import InputError
 from hpm.evaluate.features import LabelledSplit
 from hpm.evaluate.foreground import predicted_loss_auroc
@@ -108,7 +109,7 @@ class Watcher:
             generator=torch.Generator().manual_seed(derive_seed(run.config.optimisation.seed, Stream.FIGURES)),
         )  # fmt: skip
         figure = draw_hardness(
-            images, hardness, self.normalise, grid_size(student.encoder),
+            images, hardness, build_display(run.config, self.images), grid_size(student.encoder),
             f"step {step}" + told_correlation(hardness),
         )  # fmt: skip
         try:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from hpm.build import build_decoder, choose_attention
 from hpm.checkpoint import write_atomically
-from hpm.data.loading import Damage, ordered_batches
+from hpm.data.loading import Cover, Damage, ordered_batches
 from hpm.data.sources import Source, fingerprint, open_source
+from hpm.display import build_display
 from hpm.distributed import barrier, choose_device, from_main, has_bf16, process_group, rank, world_size
 from hpm.embed.chunks import Part, Parts, Rows
 from hpm.embed.config import EmbedConfig
@@ -351,7 +352,12 @@ def _rank(job: Job, table: Table, sheet: Path | None) -> tuple[list[Ranked], lis
     if sheet is not None:
         config, name = job.run.config, Path(job.config.checkpoint).name
         title = f"{len(difficulty):,} images by difficulty; {name}, target {config.method.target}"
-        figure = draw_sheet(job.source, easiest, hardest, difficulty, size=config.data.size, title=title)
+        cover = Cover(config.data.size)
+        some = [cover(job.source.read(item.position).image) for end in (easiest, hardest) for item in end[:8]]
+        figure = draw_sheet(
+            job.source, easiest, hardest, difficulty,
+            display=build_display(config, some), size=config.data.size, title=title,
+        )  # fmt: skip
         try:
             save_figure(figure, sheet)
         except OSError as error:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from hpm.data.loading import Cover
 from hpm.data.sources import Source
-from hpm.visualize import displayable
+from hpm.display import Display
 
 _COLUMNS = 8
 _TILE, _GAP, _CAPTION, _HEADING, _HISTOGRAM = 1.2, 0.06, 0.3, 0.34, 1.1
@@ -53,6 +53,7 @@ def draw_sheet(
     hardest: Sequence[Ranked],
     difficulty: Float[np.ndarray, " n"],
     *,
+    display: Display,
     size: tuple[int, int],
     title: str,
 ) -> Figure:
@@ -63,6 +64,7 @@ def draw_sheet(
         easiest: Easiest first.
         hardest: Hardest first.
         difficulty: Of every image, for the histogram.
+        display: How the run's images are shown.
         size: Height and width at which images are shown.
         title: Line above.
     """
@@ -86,7 +88,7 @@ def draw_sheet(
             row, column = divmod(number, _COLUMNS)
             left = _GAP + column * (_TILE + _GAP)
             axis = axis_at(left, top + row * (tile_height + _CAPTION), _TILE, tile_height)
-            axis.imshow(_picture(source, item.position, size), interpolation="nearest", aspect="auto")
+            axis.imshow(_picture(source, item.position, display, size), interpolation="nearest", aspect="auto")
             axis.axis("off")
             below = 1 - (top + row * (tile_height + _CAPTION) + tile_height + 0.02) / height
             caption = f"{item.difficulty:.3g}  #{item.position}\n{_short(item.path)}"
@@ -110,10 +112,9 @@ def _histogram(
     axis.legend(fontsize=7, frameon=False)
 
 
-def _picture(source: Source, position: int, size: tuple[int, int]) -> UInt8[np.ndarray, "h w k"]:
+def _picture(source: Source, position: int, display: Display, size: tuple[int, int]) -> UInt8[np.ndarray, "h w k"]:
     """An image as the encoder sees it."""
-    image = Cover(size)(source.read(position).image)
-    picture: np.ndarray = displayable((image / 255).unsqueeze(0))[0]
+    picture: np.ndarray = display.pixels(Cover(size)(source.read(position).image).unsqueeze(0))[0]
     return picture
 
 

@@ -22,8 +22,10 @@ from torchvision.models.detection import FasterRCNN
 
 from hpm import distributed
 from hpm.build import build_decoder
+from hpm.config import Config
 from hpm.data.coco import CocoImages, find_damage, open_instances
 from hpm.data.decode import Decoder
+from hpm.display import build_display
 from hpm.errors import InputError
 from hpm.evaluate.controls import Contender, open_contenders
 from hpm.evaluate.dense.config import DetectConfig
@@ -160,7 +162,7 @@ def _run(config: DetectConfig, device: torch.device) -> DetectResult:
     found = measured[0]
     untrained = next((m for m in measured if m.contender.kind == "untrained"), None)
     models = {m.contender.name: m.model for m in measured}
-    figure = bench.draw(models, folder / "detections.png") if config.num_pictures else None
+    figure = bench.draw(models, folder / "detections.png", loaded.config) if config.num_pictures else None
     instances = [item for item in data.val.content["annotations"] if not item.get("iscrowd")]
     return DetectResult(
         ap=found.boxes.ap,
@@ -359,7 +361,7 @@ class Bench:
         image = self.data.val.read(index).image.to(self.device).float() / 255
         return {name: value.cpu() for name, value in model([image])[0].items()}
 
-    def draw(self, models: dict[str, FasterRCNN], path: Path) -> Path:
+    def draw(self, models: dict[str, FasterRCNN], path: Path, run_config: Config) -> Path:
         """Pictures of some validation images; the main process alone writes."""
         if distributed.is_main():
             names = [str(category["name"]) for category in self.data.train.categories]
@@ -372,7 +374,8 @@ class Bench:
                 for title, model in models.items():
                     columns[f"{title}, score above {SHOWN_SCORE:g}"] = self._drawable(model, index, names)
                 rows.append((image, columns))
-            save_figure(draw_detections(rows, f"{self.config.checkpoint}: detection"), path)
+            display = build_display(run_config, [image for image, _ in rows])
+            save_figure(draw_detections(rows, display, f"{self.config.checkpoint}: detection"), path)
         return path
 
     def _drawable(self, model: FasterRCNN, index: int, names: list[str]) -> Detected:

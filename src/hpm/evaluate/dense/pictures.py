@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from hpm.data.class_masks import IGNORED
-from hpm.visualize import displayable
+from hpm.display import Display
 
 STRENGTH = 0.55
 """Of a colour over the image."""
@@ -34,7 +34,7 @@ def class_colours(num_classes: int) -> Float[np.ndarray, "k 3"]:
 class Segmented(NamedTuple):
     """An image with its classes, given and found."""
 
-    image: UInt8[Tensor, "c h w"]
+    image: Shaped[Tensor, "c h w"]
     truth: Integer[np.ndarray, "h w"]
     found: dict[str, Integer[np.ndarray, "h w"]]
     """By the title of the column."""
@@ -52,14 +52,14 @@ def overlay(
     return np.asarray((mixed * 255).round().astype(np.uint8))
 
 
-def draw_segmentations(items: Sequence[Segmented], names: Sequence[str], title: str) -> Figure:
+def draw_segmentations(items: Sequence[Segmented], names: Sequence[str], display: Display, title: str) -> Figure:
     """A row per image: itself, the given classes, and what was found."""
     colours = class_colours(len(names))
     columns = ["image", "truth", *items[0].found]
     figure, axes = _grid(len(items), columns, items[0].image, title)
     seen: set[int] = set()
     for row, item in enumerate(items):
-        image = displayable(item.image[None].float() / 255)[0]
+        image = display.pixels(item.image[None])[0]
         axes[row, 0].imshow(image)
         for column, classes in enumerate((item.truth, *item.found.values()), 1):
             axes[row, column].imshow(overlay(image, classes, colours), interpolation="nearest")
@@ -82,12 +82,14 @@ class Detected(NamedTuple):
     masks: Bool[np.ndarray, "n h w"] | None
 
 
-def draw_detections(rows: Sequence[tuple[UInt8[Tensor, "c h w"], dict[str, Detected]]], title: str) -> Figure:
+def draw_detections(
+    rows: Sequence[tuple[Shaped[Tensor, "c h w"], dict[str, Detected]]], display: Display, title: str
+) -> Figure:
     """A row per image: itself, then its instances by column; every instance has a colour of its own."""
     columns = ["image", *rows[0][1]]
     figure, axes = _grid(len(rows), columns, rows[0][0], title)
     for row, (picture, found) in enumerate(rows):
-        image = displayable(picture[None].float() / 255)[0]
+        image = display.pixels(picture[None])[0]
         axes[row, 0].imshow(image)
         for column, detected in enumerate(found.values(), 1):
             _draw_instances(axes[row, column], image, detected)
@@ -108,7 +110,7 @@ def _draw_instances(axis: Axes, image: UInt8[np.ndarray, "h w 3"], detected: Det
                       bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6})  # fmt: skip
 
 
-def _grid(rows: int, columns: Sequence[str], first: UInt8[Tensor, "c h w"], title: str) -> tuple[Figure, np.ndarray]:
+def _grid(rows: int, columns: Sequence[str], first: Shaped[Tensor, "c h w"], title: str) -> tuple[Figure, np.ndarray]:
     """Empty axes without frames, with titles above the first row."""
     height = 2.0 * min(2.0, first.shape[1] / first.shape[2])
     figure = Figure(figsize=(2.0 * len(columns), height * rows + 0.8), layout="constrained")

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from hpm import distributed
 from hpm.build import build_decoder
+from hpm.config import Config
 from hpm.data.class_masks import IGNORED
+from hpm.display import build_display
 from hpm.errors import InputError
 from hpm.evaluate.controls import Contender, open_contenders
 from hpm.evaluate.dense.config import SegmentConfig
@@ -130,7 +132,7 @@ def _run(config: SegmentConfig, device: torch.device) -> SegmentResult:
     measured = [bench.measure(contender) for contender in contenders]
     scores, confusion = measured[0].scores, measured[0].confusion
     untrained = next((found for found in measured if found.contender.kind == "untrained"), None)
-    figure = bench.draw(measured, folder / "segmentations.png") if config.num_pictures else None
+    figure = bench.draw(measured, folder / "segmentations.png", loaded.config) if config.num_pictures else None
     others = untrained.scores.iou if untrained else [None] * len(data.names)
     return SegmentResult(
         miou=100 * scores.miou,
@@ -324,7 +326,7 @@ class Bench:
         )
         return most_likely(logits, (height, width))
 
-    def draw(self, measured: list[Measured], path: Path) -> Path:
+    def draw(self, measured: list[Measured], path: Path, run_config: Config) -> Path:
         """Overlays of some validation images; the main process alone writes."""
         if distributed.is_main():
             count = min(self.config.num_pictures, len(self.data.val))
@@ -334,7 +336,8 @@ class Bench:
                 found = {m.contender.name: self.predict(m.model, m.contender, image).cpu().numpy() for m in measured}
                 rows.append(Segmented(image, np.asarray(mask.numpy()), found))
             title = f"{self.config.checkpoint}: {self.config.head}" + (", fine-tuned" if self.config.finetune else "")
-            save_figure(draw_segmentations(rows, self.data.names, title), path)
+            display = build_display(run_config, [row.image for row in rows])
+            save_figure(draw_segmentations(rows, self.data.names, display, title), path)
         return path
 
 

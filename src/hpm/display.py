@@ -1,0 +1,78 @@
+"""Images of any number of channels and any depth as colours that a figure can show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+from hpm.build import build_normalise
+from hpm.config import Config
+from hpm.data.loading import Normalise
+
+DEVIATIONS = 2.0
+"""Where colours are stretched, black and white are so many standard deviations below and above the mean."""
+
+
+@dataclass(frozen=True)
+class Display:
+    """How a run's images are shown.
+
+    Args:
+        normalise: The run's normalisation.
+        projection: Normalised channels to red, green and blue, each about standard normal; None: 8-bit grey or colour,
+            shown as it is.
+    """
+
+    normalise: Normalise
+    projection: Float[Tensor, "3 c"] | None = None
+
+    def __call__(self, images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w k"]:
+        """Normalised images as RGB."""
+        images = images.float().cpu()
+        if self.projection is None:
+            shown = self.normalise.to_display(images)
+            shown = shown.expand(-1, 3, -1, -1)
+        else:
+            colours = torch.einsum("kc,bchw->bkhw", self.projection, images)
+            shown = (0.5 + colours / (2 * DEVIATIONS)).clamp(0, 1)
+        return np.asarray((shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+    def pixels(self, images: Shaped[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w k"]:
+        """Images as they are read as RGB."""
+        return self(self.normalise(images.cpu()))
+
+
+def build_display(config: Config, images: Iterable[Shaped[Tensor, "c h w"]]) -> Display:
+    """8-bit grey and colour as they are; other depths stretched by the run's statistics; of more channels those that
+    the run names (``display_channels``), else the first three principal components.
+
+    Args:
+        config: Of the run.
+        images: Some images as they are read, to find principal components of; they may differ in size.
+    """
+    normalise = build_normalise(config)
+    channels, chosen = config.data.channels, config.run.display_channels
+    if not chosen and channels in (1, 3):
+        if not config.data.value_range:
+            return Display(normalise)
+        chosen = tuple(range(channels))
+    if chosen:
+        rows = torch.eye(channels)[list(chosen)]
+        return Display(normalise, rows if len(rows) == 3 else rows[:1].expand(3, -1))
+    return Display(normalise, _principal_components([normalise(image.cpu().unsqueeze(0))[0] for image in images]))
+
+
+def _principal_components(images: Sequence[Tensor]) -> Float[Tensor, "3 c"]:
+    """The three directions of the largest variance over all pixels, each scaled to unit variance; of two channels the
+    third is nothing. Signs are fixed so that bright stays bright."""
+    pixels = torch.cat([image.flatten(1) for image in images], dim=1)
+    variances, directions = torch.linalg.eigh(torch.cov(pixels))
+    variances, directions = variances.flip(0)[:3], directions.flip(1)[:, :3].T
+    sums = directions.sum(dim=1, keepdim=True)
+    rows = directions * torch.where(sums < 0, -1.0, 1.0) / variances.clamp(min=1e-12).sqrt().unsqueeze(1)
+    return torch.cat([rows, rows.new_zeros(3 - len(rows), rows.shape[1])])
