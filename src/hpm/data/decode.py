@@ -1,36 +1,44 @@
 """From bytes to pixels, by written rules; what cannot be decoded faithfully is refused with a reason.
 
-Rules for RGB (3 channels): grey is repeated, palettes are looked up, CMYK is converted, transparent pixels are laid
-on black, EXIF orientation is applied, of animations the first frame is taken. For 1 channel the luminance is taken.
-``.npy`` files hold (H, W), (H, W, C) or (C, H, W) arrays of uint8 with any number of channels. 16-bit grey, float, Lab
-and multi-band images are refused for now: Pillow would clip or drop values without a word. Of 16-bit colour PNGs
-Pillow keeps the upper 8 bits, and so do we.
+**Depth.** Files of 8 bits a value and fewer give uint8; 1 bit and bool become 0 and 255. All others give float32 in the
+same units: ``value_range`` (low, high), as stored, becomes (0, 255), and what lies outside goes beyond, nothing is
+clipped. Without a range it is that of the type: 0 to the highest value of integers (of 12 bits, if a file says 12),
+0 to 1 of floats.
+
+**Channels.** A file of C bands is read as ``channels`` C. Grey becomes 3 channels by repetition, colour 1 channel by
+its luminance. Palettes are looked up, CMYK and Lab are converted to RGB and have 3 bands. Any other number is refused.
+
+**Transparency.** An alpha band is no channel: pixels are laid on black by it, and where it is 0 they are not ``valid``.
+But if ``channels`` is one more than the bands, alpha is read as the last channel like any other.
+
+**No data.** Pixels that equal ``no_data`` in all bands (or what the file itself names: GDAL's tag, DICOM's padding), or
+that are NaN or infinite in any, are not ``valid``; they get their channel's mean. An image without any other pixel is
+refused. Where nothing is missing, ``valid`` is None.
+
+**Orientation** (EXIF, TIFF's tag, XMP) is applied. Of animations and of files with several pages the first is read.
+
+**Refused**: more than :data:`~hpm.data.stored.MAX_PIXELS` or MAX_BYTES (before decoding), cut off, or damaged where the
+format can tell. A JPEG, WebP, GIF or BMP has no checksum: a changed byte in it may come out as another picture.
+
+How each format is read stands in :mod:`hpm.data.formats`.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Shaped, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Bool, Shaped
+from PIL import Image
 from torch import Tensor
 
-MAX_PIXELS = 64_000_000
-"""Larger images are refused before they are decoded."""
+from hpm.data.formats import EXTENSIONS, describe, read_stored
+from hpm.data.stored import DecodeError, Description, Stored
+from hpm.errors import InputError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy"})
-"""Endings of files that are taken for images; the content decides how they are read."""
-
-_PILLOW_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
-
-
-class DecodeError(Exception):
-    """The bytes are no image that can be decoded faithfully; the message is the reason."""
+__all__ = ["EXTENSIONS", "RGB", "DecodeError", "Decoder", "Description", "Sample", "decode", "describe"]
 
 
 class Sample(NamedTuple):
@@ -51,12 +59,16 @@ class Decoder:
     Args:
         channels: Channels of every image.
         value_range: Of values that are not 8-bit: what becomes 0 and what becomes 255. None: the range of the type.
-        no_data: Value of pixels without data, as stored.
+        no_data: Value of pixels without data, as stored. None: what the file itself names.
     """
 
     channels: int = 3
     value_range: tuple[float, float] | None = None
     no_data: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.value_range and not self.value_range[0] < self.value_range[1]:
+            raise InputError(f"value_range: the first value must be below the second, got {self.value_range}")
 
     def __call__(self, content: bytes) -> Sample:
         """Decode the bytes of one file.
@@ -64,14 +76,14 @@ class Decoder:
         Raises:
             DecodeError: Damaged, too large, or of a kind that would not come out faithfully.
         """
-        return Sample(decode(content, self.channels))
+        return _sample(read_stored(content, channels=self.channels), self)
 
 
 RGB = Decoder()
 """Of 8-bit colour images."""
 
 
-def decode(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
+def decode(content: bytes, channels: int) -> Shaped[Tensor, "c h w"]:
     """Decode one image.
 
     Args:
@@ -81,63 +93,120 @@ def decode(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
     Raises:
         DecodeError: Damaged, too large, or of a kind that would not come out faithfully.
     """
-    if not content:
-        raise DecodeError("empty file")
-    try:
-        if content.startswith(b"\x93NUMPY"):
-            return _decode_array(content, channels)
-        return _decode_picture(content, channels)
-    except DecodeError:
-        raise
-    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, TypeError, ... on damaged files
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
+    return Decoder(channels)(content).image
 
 
-def _decode_array(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
-    array = np.load(io.BytesIO(content), allow_pickle=False)
-    if array.dtype != np.uint8:
-        raise DecodeError(f"array of type {array.dtype}; only uint8 is read for now")
-    if array.ndim == 2:
-        array = array[None]
-    elif array.ndim == 3 and array.shape[-1] == channels:
-        array = array.transpose(2, 0, 1)
-    if array.ndim != 3 or array.shape[0] != channels:
-        raise DecodeError(f"array of shape {array.shape} does not hold {channels} channels")
-    if array.size == 0:
-        raise DecodeError("image without pixels")
-    if array[0].size > MAX_PIXELS:
-        raise DecodeError(f"{array.shape[2]}x{array.shape[1]} pixels are more than {MAX_PIXELS:,}")
-    return torch.from_numpy(np.ascontiguousarray(array))
+def _sample(stored: Stored, decoder: Decoder) -> Sample:
+    """Apply the rules above."""
+    stored = _with_alpha_as_channel(stored, decoder.channels)
+    missing = find_missing(stored, decoder.no_data)
+    pixels = stored.pixels
+    if stored.is_deep:
+        pixels = _scaled(pixels, decoder.value_range or stored.range)
+        unusable = ~np.isfinite(pixels).all(axis=2)
+        if unusable.any():
+            missing = unusable if missing is None else missing | unusable
+    if stored.inverted:
+        pixels = 255 - pixels
+    if missing is not None and missing.all():
+        raise DecodeError("no pixel holds data")
+    pixels = _converted(pixels, stored, decoder.channels)
+    valid = None if missing is None else ~missing
+    if stored.alpha is not None:
+        pixels = _on_black(pixels, stored)
+        if (clear := stored.alpha == 0).any():
+            valid = ~clear if valid is None else valid & ~clear
+    if missing is not None:
+        pixels = _filled(pixels, missing, valid)
+    image = torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+    if image.shape[0] != decoder.channels:
+        image = image.expand(decoder.channels, -1, -1).contiguous()
+    return Sample(image, valid=None if valid is None else torch.from_numpy(np.ascontiguousarray(valid)))
 
 
-def _decode_picture(content: bytes, channels: int) -> UInt8[Tensor, "c h w"]:
-    if channels not in (1, 3):
-        raise DecodeError(f"a picture file cannot be read as {channels} channels; use .npy arrays")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged EXIF and large-image warnings: both are handled here
-        with Image.open(io.BytesIO(content)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DecodeError(f"{picture.width}x{picture.height} pixels are more than {MAX_PIXELS:,}")
-            bits = _bits_per_sample(picture)
-            if picture.mode not in _PILLOW_MODES or any(bit > 8 for bit in bits):
-                raise DecodeError(f"mode {picture.mode} with {max(bits, default=8)} bits per sample is not read yet")
-            if len(bits) > 4:
-                raise DecodeError(f"{len(bits)} bands; Pillow reads only the first")
-            if 0 in getattr(picture, "tag_v2", {}).get(338, ()):  # ExtraSamples: neither colour nor alpha
-                raise DecodeError(f"{len(bits)} bands; Pillow would drop those that are neither colour nor alpha")
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
-            has_alpha = "A" in upright.mode or "a" in upright.mode or "transparency" in upright.info
-            if has_alpha:
-                over = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
-            array = np.array(upright.convert("RGB" if channels == 3 else "L"))
-    if array.size == 0:
-        raise DecodeError("image without pixels")
-    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
+def _with_alpha_as_channel(stored: Stored, channels: int) -> Stored:
+    """Where just one more channel than there are bands is asked for."""
+    if stored.alpha is None or stored.pixels.shape[2] != channels - 1:
+        return stored
+    together = np.concatenate([stored.pixels, stored.alpha[..., None]], axis=2)
+    return stored._replace(pixels=together, colour="bands", alpha=None)
 
 
-def _bits_per_sample(picture: Image.Image) -> tuple[int, ...]:
-    """TIFF says how deep its samples are; of a 16-bit colour PNG Pillow would only keep 8 bits, as documented."""
-    tags = getattr(picture, "tag_v2", None)
-    return tuple(tags.get(258, (8,))) if tags is not None else ()
+def find_missing(stored: Stored, no_data: float | None) -> Bool[np.ndarray, "h w"] | None:
+    """Pixels that hold no data by their value or their absence; None where there are none.
+
+    Args:
+        stored: The image.
+        no_data: Value that stands for it in every band; None: what the file itself names.
+    """
+    missing = None if stored.present is None else ~stored.present
+    value = stored.no_data if no_data is None else no_data
+    dtype = stored.pixels.dtype
+    if value is not None and _fits(value, dtype):
+        empty = (stored.pixels == dtype.type(value)).all(axis=2)
+        if empty.any():
+            missing = empty if missing is None else missing | empty
+    return missing
+
+
+def _fits(value: float, dtype: np.dtype) -> bool:
+    """Can the type hold the value? (NaN is found anyway.)"""
+    if dtype.kind == "f":
+        return not np.isnan(value)
+    info = np.iinfo(dtype)
+    return float(value).is_integer() and info.min <= value <= info.max
+
+
+def _scaled(pixels: Shaped[np.ndarray, "h w k"], value_range: tuple[float, float]) -> Shaped[np.ndarray, "h w k"]:
+    """As float32, with the range at 0..255."""
+    low, high = value_range
+    scaled = np.empty(pixels.shape, np.float32)
+    with np.errstate(all="ignore"):  # what becomes infinite counts as missing
+        for band in range(pixels.shape[2]):  # one by one, as doubles take room
+            scaled[..., band] = (pixels[..., band].astype(np.float64) - low) * (255 / (high - low))
+    return scaled
+
+
+def _converted(pixels: Shaped[np.ndarray, "h w k"], stored: Stored, channels: int) -> Shaped[np.ndarray, "h w _"]:
+    """As many channels as are wanted, or one that is to be repeated.
+
+    Raises:
+        DecodeError: The file has another number of bands.
+    """
+    bands = pixels.shape[2]
+    if bands == channels or (stored.colour == "grey" and channels == 3):
+        return pixels
+    if stored.colour == "rgb" and channels == 1:
+        if pixels.dtype == np.uint8:
+            return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
+        return np.asarray(
+            pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
+        )  # as Pillow weights them: ITU-R 601
+    alpha = " and alpha" if stored.alpha is not None else ""
+    raise DecodeError(f"the file has {bands} bands{alpha}, which cannot be read as {channels} channels")
+
+
+def _on_black(pixels: Shaped[np.ndarray, "h w k"], stored: Stored) -> Shaped[np.ndarray, "h w k"]:
+    """Laid on black by alpha."""
+    alpha = stored.alpha
+    assert alpha is not None
+    if stored.premultiplied or (alpha == _opaque(alpha.dtype)).all():
+        return pixels
+    if pixels.dtype == np.uint8:
+        return np.asarray((pixels.astype(np.uint16) * alpha[..., None] + 127) // 255, np.uint8)
+    return np.asarray(pixels * (alpha.astype(np.float32) / _opaque(alpha.dtype))[..., None])
+
+
+def _opaque(dtype: np.dtype) -> float:
+    return 1.0 if dtype.kind == "f" else float(np.iinfo(dtype).max)
+
+
+def _filled(
+    pixels: Shaped[np.ndarray, "h w k"], missing: Bool[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"] | None
+) -> Shaped[np.ndarray, "h w k"]:
+    """With the mean of every channel where nothing is."""
+    there = pixels[valid]
+    mean = there.mean(axis=0, dtype=np.float64) if len(there) else np.zeros(pixels.shape[2])
+    pixels = pixels.copy()
+    pixels[missing] = mean.round() if pixels.dtype == np.uint8 else mean
+    return pixels

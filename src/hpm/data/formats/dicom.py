@@ -1,0 +1,114 @@
+"""DICOM: the first frame, rescaled to the units that the file names (Hounsfield for CT).
+
+Needs ``pip install 'hpm[dicom]'``. The window for display is not applied. Values that are all padding count as no data.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+
+from hpm.data.stored import DecodeError, Description, Kind, Stored, check_size, type_range
+
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+
+
+def describe(content: bytes) -> Description:
+    """From the tags."""
+    header = _header(content)
+    bits = int(header.BitsStored)
+    palette = header.PhotometricInterpretation == "PALETTE COLOR"
+    bands = 3 if palette else int(header.SamplesPerPixel)
+    mode = "palette" if palette else "grey" if bands == 1 else "rgb"
+    kind: Kind = "signed" if header.PixelRepresentation else "unsigned"
+    if _is_rescaled(header):
+        bits, kind = max(bits, 16), "float"
+    width, height = int(header.Columns), int(header.Rows)
+    return Description("DICOM", width, height, bands, False, mode, bits, kind, frames=_frames(header))
+
+
+def read(content: bytes, channels: int | None) -> Stored:
+    """The first frame."""
+    header = _header(content)
+    pydicom = _pydicom()
+    data = pydicom.dcmread(io.BytesIO(content))
+    pixels = pydicom.pixels.pixel_array(data, index=0)
+    if pixels.ndim not in (2, 3):
+        raise DecodeError(f"DICOM frame of shape {pixels.shape}")
+    inverted = header.PhotometricInterpretation == "MONOCHROME1"
+    low, high = _stored_range(header, pixels.dtype)
+    padding = data.get("PixelPaddingValue")
+    no_data = None if padding is None else float(padding)
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        pixels, no_data = pydicom.pixels.apply_color_lut(pixels, data), None
+        low, high = type_range(pixels.dtype)
+    present = None
+    if _is_rescaled(header):
+        if no_data is not None:
+            present = pixels != no_data
+            present, no_data = (None if present.all() else present), None
+        if "ModalityLUTSequence" in data:
+            pixels = pydicom.pixels.apply_modality_lut(pixels, data)
+            low, high = type_range(pixels.dtype)
+        else:
+            slope, intercept = float(header.RescaleSlope), float(header.RescaleIntercept)
+            pixels = (pixels * np.float64(slope) + intercept).astype(np.float32)
+            low, high = sorted((low * slope + intercept, high * slope + intercept))
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    return Stored(
+        pixels, "grey" if pixels.shape[2] == 1 else "rgb", (low, high),
+        inverted=inverted, no_data=no_data, present=present,
+    )  # fmt: skip
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.pixels
+    except ImportError:
+        raise DecodeError("reading DICOM needs pydicom; pip install 'hpm[dicom]'") from None
+    return pydicom
+
+
+def _header(content: bytes) -> Any:
+    """The tags before the pixels, checked."""
+    pydicom = _pydicom()
+    meta = pydicom.filereader.read_file_meta_info(io.BytesIO(content))
+    if meta.get("TransferSyntaxUID") == _DEFLATED:
+        raise DecodeError("deflated DICOM is not read")  # what it inflates to is unknown until it is done
+    header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
+    for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PhotometricInterpretation"):
+        if header.get(name) is None:
+            raise DecodeError(f"DICOM without {name}: it holds no picture")
+    if "PixelRepresentation" not in header:
+        header.PixelRepresentation = 0
+    check_size(
+        int(header.Columns),
+        int(header.Rows),
+        bytes_per_pixel=int(header.SamplesPerPixel) * math.ceil(int(header.BitsAllocated) / 8),
+    )
+    return header
+
+
+def _frames(header: Any) -> int:
+    return int(header.get("NumberOfFrames") or 1)
+
+
+def _is_rescaled(header: Any) -> bool:
+    if "ModalityLUTSequence" in header:
+        return True
+    if header.get("RescaleSlope") is None or header.get("RescaleIntercept") is None:
+        return False
+    return (float(header.RescaleSlope), float(header.RescaleIntercept)) != (1.0, 0.0)
+
+
+def _stored_range(header: Any, dtype: np.dtype) -> tuple[float, float]:
+    """Of the bits that are in use."""
+    if dtype.kind == "f":
+        return 0.0, 1.0
+    bits = int(header.BitsStored)
+    return 0.0, float(2 ** (bits - 1) - 1 if header.PixelRepresentation else 2**bits - 1)
