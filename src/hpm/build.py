@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 
 from hpm.config import Config, DataConfig, OptimisationConfig
 from hpm.data.decode import Decoder
-from hpm.data.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from hpm.data.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise, measure_statistics, read_or_next
+from hpm.data.sources import Source, open_source
+from hpm.data.value_range import find_value_range
 from hpm.errors import InputError
 from hpm.frozen import TimmFeatureTarget, load_frozen
 from hpm.masking import MASKS, num_hidden_patches
@@ -22,6 +25,9 @@ from hpm.seeding import Stream, derive_seed
 from hpm.targets import EmaFeatureTarget, HogTarget, PixelTarget, Target
 from hpm.tokens import KMeansTokenizer, TokenTarget, load_tokenizer
 from hpm.vit import CrossAttention, CrossBlock, create_encoder, grid_size, has_class_attention, patch_size
+
+LOOK_AT = 256
+"""Images of which the range of values is found, spread over the source."""
 
 
 def timm_arguments(config: Config) -> dict[str, Any]:
@@ -240,6 +246,27 @@ def build_decoder(data: DataConfig) -> Decoder:
     """How the images of a run are read."""
     low_and_high = (data.value_range[0], data.value_range[1]) if data.value_range else None
     return Decoder(data.channels, low_and_high, data.no_data)
+
+
+def open_images(config: Config) -> tuple[Config, Source]:
+    """Open the images to learn from, and fill in what is found in them: range of values, mean and deviation.
+
+    Raises:
+        InputError: Nothing there, or nothing that can be read.
+    """
+
+    def opened() -> Source:
+        return open_source(config.data.data, decoder=build_decoder(config.data), image_size=config.data.size)
+
+    source, data = opened(), config.data
+    read_or_next(source, 0)  # a source of which nothing can be read is refused before it is looked through
+    if not data.value_range and (found := find_value_range(source, max_images=LOOK_AT, no_data=data.no_data)):
+        config = replace(config, data=replace(data, value_range=found))
+        source, data = opened(), config.data
+    if not data.mean and (data.channels != 3 or data.value_range):
+        mean, std = measure_statistics(source)
+        config = replace(config, data=replace(data, mean=mean, std=std))
+    return config, source
 
 
 def build_optimizer(config: OptimisationConfig, student: Student) -> torch.optim.AdamW:

@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from hpm import distributed
 from hpm.budget import keep_to_budget
 from hpm.build import (
     Stage,
-    build_decoder,
     build_normalise,
     build_optimizer,
     build_stages,
@@ -34,6 +32,7 @@ from hpm.build import (
     choose_attention,
     compile_blocks,
     embedded_codebook,
+    open_images,
     recompute_blocks,
 )
 from hpm.checkpoint import CheckpointFolder, write_text_atomically
@@ -44,11 +43,9 @@ from hpm.data.loading import (
     TrainingImages,
     TrainingOrder,
     default_workers,
-    measure_statistics,
-    read_or_next,
     training_batches,
 )
-from hpm.data.sources import Source, fingerprint, open_source
+from hpm.data.sources import Source, fingerprint
 from hpm.errors import InputError, Interrupted
 from hpm.feeding import Feed, Meal
 from hpm.log import read_metrics, say, warn
@@ -144,15 +141,9 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
         InputError: Names the field, the rule and the value.
     """
     config = keep_to_budget(config)
-    source = open_source(
-        config.data.data, decoder=build_decoder(config.data), image_size=config.data.size, field="data"
-    )
+    config, source = open_images(config)
     schedule = resolve_schedule(config.optimisation, len(source))
     position = _position(config)
-    if not config.data.mean and config.data.channels != 3:
-        mean, std = measure_statistics(source)
-        config = replace(config, data=replace(config.data, mean=mean, std=std))
-    read_or_next(source, 0)  # a source of which nothing can be read is refused before anything is made
     target = build_target(config)
     student = build_student(config, target_dim=target.dim)
     stages = build_stages(config, student, target)

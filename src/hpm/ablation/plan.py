@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hpm.ablation.suites import SUITES, AblateConfig, Suite
-from hpm.build import build_decoder
+from hpm.build import open_images
 from hpm.config import Config, decisions, resolve_schedule, suggest, with_fields
-from hpm.data.loading import measure_statistics
-from hpm.data.sources import fingerprint, open_source
+from hpm.data.sources import fingerprint
 from hpm.errors import InputError
 from hpm.flops import training_flops
 from hpm.log import warn
@@ -85,9 +84,8 @@ def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> t
     # The ablation measures at the end, the same for all: looks during training would only take time.
     same = {"figures": False, "knn": False, **fields, "val": ""}
     first = with_fields(next(iter(configs.values())), same)
-    source = open_source(first.data.data, decoder=build_decoder(first.data), image_size=first.data.size, field="data")
-    if not first.data.mean and first.data.channels != 3:
-        same["mean"], same["std"] = measure_statistics(source)
+    looked_at, source = open_images(first)
+    same |= {name: getattr(looked_at.data, name) for name in ("value_range", "mean", "std")}
     different: dict[str, Config] = {}
     for row, base in configs.items():
         chosen = with_fields(base, same)

@@ -150,8 +150,8 @@ class FinetuneConfig:
     flip: bool | None = None
     """Mirror half of the images; none: as in pre-training."""
     rand_augment: str | None = None
-    """timm's RandAugment; none: rand-m9-mstd0.5-inc1 for 3 channels, and nothing for others, which it cannot handle.
-    An empty string switches it off."""
+    """timm's RandAugment; none: rand-m9-mstd0.5-inc1 for 3 channels of 8 bits, and nothing for others, which it
+    cannot handle. An empty string switches it off."""
     erasing: Share = 0.25
     """Share of the images in which a rectangle becomes noise."""
     mixup: Annotated[float, Field(ge=0)] = 0.8

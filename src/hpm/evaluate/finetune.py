@@ -167,7 +167,7 @@ def prepare_images(config: FinetuneConfig, run_config: Config) -> tuple[Labelled
         chosen = choose_per_class(images.train.labels or (), config.labels_per_class, seed=config.seed)
         images = images._replace(train=Subset(images.train, chosen))
     return images, resolve_recipe(
-        config, num_images=len(images.train), size=data.size, channels=data.channels,
+        config, num_images=len(images.train), size=data.size, channels=data.channels, deep=bool(data.value_range),
         width=_encoder_width(run_config), flip=data.flip, num_processes=distributed.world_size(),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ The published constants belong to 1.28 million images of 224 x 224 pixels in bat
     epochs          100, or 50 for encoders of at least ViT-L's width; not adapted
     mixed_share     all batches get mixup or CutMix; in a run of fewer epochs than published, the share of them that the
                     run is of the published one: a short run has no time to learn by heart, and mixing costs it steps
-    rand_augment    rand-m9-mstd0.5-inc1 for 3 channels, none for others
+    rand_augment    rand-m9-mstd0.5-inc1 for 3 channels, of 8 bits, none for others
 
 Source: HPM and MAE (appendix A.1, table 9), for ViT-B and ViT-L; everything else keeps the published value.
 """
@@ -115,6 +115,7 @@ def resolve_recipe(
     num_images: int,
     size: tuple[int, int],
     channels: int,
+    deep: bool = False,
     width: int,
     flip: bool,
     num_processes: int = 1,
@@ -126,6 +127,7 @@ def resolve_recipe(
         num_images: Training images.
         size: Height and width that the encoder takes.
         channels: Of the images.
+        deep: Are their values more than 8 bits deep?
         width: Of the encoder's tokens.
         flip: Did pre-training mirror images?
         num_processes: Among which a batch is split.
@@ -172,19 +174,21 @@ def resolve_recipe(
         "crop_scale": crop,
         "mixed_share": min(1.0, epochs / published_epochs) if config.mixed_share is None else config.mixed_share,
         "flip": flip if config.flip is None else config.flip,
-        "rand_augment": _rand_augment(config.rand_augment, channels),
+        "rand_augment": _rand_augment(config.rand_augment, channels, deep=deep),
         "steps_per_epoch": num_images // batch,
     })  # fmt: skip
 
 
-def _rand_augment(given: str | None, channels: int) -> str:
+def _rand_augment(given: str | None, channels: int, *, deep: bool) -> str:
     """The policy's name.
 
     Raises:
         InputError: timm does not know it, or the images have not 3 channels.
     """
     if given is None:
-        return RAND_AUGMENT if channels == 3 else ""
+        return RAND_AUGMENT if channels == 3 and not deep else ""
+    if given and deep:
+        raise InputError(f"rand_augment: works on 8-bit images only, and these are deeper; got {given!r}")
     if given and channels != 3:
         raise InputError(f"rand_augment: works on 3 channels only, and the images have {channels}; got {given!r}")
     if given:

@@ -1,0 +1,92 @@
+"""Runs on images that are not 8-bit: ranges are found, pixels without data are left out, results are kept."""
+
+import json
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from tiny import tiny_config
+
+from hpm.build import open_images
+from hpm.data.loading import TrainingImages
+from hpm.errors import InputError
+from hpm.pretrain import train
+from hpm.run_folder import LoadedRun
+
+NOTHING = -999
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Sixteen 5-band 16-bit scenes whose left third is no data."""
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(16):
+        bands = random.integers(100, 3000, (5, 48, 60), dtype=np.int16)
+        bands[4] //= 1000
+        bands[:, :, :20] = NOTHING
+        tifffile.imwrite(folder / f"{number}.tif", bands, planarconfig="separate", photometric="minisblack")
+    return folder
+
+
+def told(scenes, **fields):
+    return tiny_config(data=str(scenes), channels=5, mean=(), std=(), no_data=NOTHING, val="", knn=False, **fields)
+
+
+def test_range_and_statistics_are_found_without_the_pixels_that_are_no_data(scenes):
+    config, source = open_images(told(scenes))
+    assert config.data.value_range[0] in (0, 100)
+    assert 2990 <= config.data.value_range[1] < 3000
+    assert all(0 <= mean <= 1 for mean in config.data.mean)
+    sample = source.read(3)
+    assert sample.image.dtype == torch.float32
+    assert not sample.valid[:, :20].any()
+    assert sample.valid[:, 20:].all()
+    whole = torch.cat([(source.read(i).image / 255)[:, source.read(i).valid] for i in range(16)], dim=1)
+    torch.testing.assert_close(whole.mean(1), torch.tensor(config.data.mean), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole.std(1), torch.tensor(config.data.std), atol=1e-4, rtol=1e-3)
+
+
+def test_crops_carry_what_is_no_data(scenes):
+    config, source = open_images(told(scenes))
+    images = TrainingImages(source, size=(32, 32), crop_scale=(0.5, 1.0), flip=False, seed=0)
+    shares = [float(images[0, i].valid.float().mean()) for i in range(16)]
+    assert 0.3 < np.mean(shares) < 0.95
+
+
+@pytest.mark.parametrize("method", [{}, {"masks_per_image": 2}, {"steps_per_batch": 2}, {"progressive_start": 0.5},
+                                    {"decoded_share": 0.5, "predictor_view": "both"}])  # fmt: skip
+def test_a_run_on_scenes_with_borders_learns_and_keeps_what_it_found(scenes, tmp_path, method):
+    config = told(scenes, image_size=(32, 32), target="norm_pix", epochs=4, figures=not method, **method)
+    result = train(config, tmp_path / "run")
+    assert np.isfinite(result["reconstruction_loss"])
+    saved = LoadedRun(tmp_path / "run").config.data
+    assert saved.value_range == open_images(config)[0].data.value_range
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(r["loss"]) for r in records if "loss" in r)
+    assert method or list((tmp_path / "run/figures").glob("*.png"))
+    again = train(config, tmp_path / "run")
+    assert again["steps"] == result["steps"], "the same command goes on with the same ranges"
+
+
+def test_a_file_may_name_its_no_data_itself(scenes, tmp_path):
+    """As GDAL writes it: the same run as with the flag."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in scenes.iterdir():
+        bands = tifffile.imread(file)
+        tifffile.imwrite(other / file.name, bands, planarconfig="separate", photometric="minisblack",
+                         extratags=[(42113, "s", 0, str(NOTHING), True)])  # fmt: skip
+    given, named = told(scenes, image_size=(32, 32), epochs=2), told(other, image_size=(32, 32), epochs=2)
+    named = tiny_config(**{**vars(named.data), **vars(named.model), **vars(named.method), **vars(named.optimisation),
+                           **vars(named.run), "no_data": None})  # fmt: skip
+    first, second = train(given, tmp_path / "a"), train(named, tmp_path / "b")
+    assert first["reconstruction_loss"] == second["reconstruction_loss"]
+
+
+@pytest.mark.parametrize("wrong", [(1.0,), (2.0, 1.0), (1.0, 2.0, 3.0)])
+def test_a_range_that_is_none_is_refused(scenes, wrong):
+    with pytest.raises(InputError, match="value_range: must be a lower and a higher number"):
+        told(scenes, value_range=wrong)
