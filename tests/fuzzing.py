@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -198,7 +199,7 @@ def main(cases, first):
     """Decode ``cases`` damaged files and print what was found as JSON."""
     import torch
 
-    from hpm.data.decode import DecodeError, Decoder
+    from hpm.data.decode import Decoder
 
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -206,8 +207,7 @@ def main(cases, first):
     whole = {name: Decoder(channels_of(name))(content) for name, content in originals.items()}
     for name in originals:  # all libraries are loaded before memory is counted
         assert torch.isfinite(whole[name].image).all()
-    with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 30), taken + (2 << 30)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     faults, outcomes, slowest = [], {}, (0.0, "")

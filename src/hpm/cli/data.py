@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from hpm.cli.flags import parse_with_json
 from hpm.cli.output import print_json, print_table
@@ -29,7 +29,7 @@ def data_check(arguments: list[str]) -> None:
 
     from hpm.data.check import check
 
-    result = check.run(config)
+    result, data = check.run(config), config.data
     print_table(("", "files"), _counts(result))
     for title, counts in (
         ("format", result.formats),
@@ -51,16 +51,18 @@ def data_check(arguments: list[str]) -> None:
         print(f"\nvalues of images that are not 8-bit: {low:g} to {high:g}")
     if result.damaged:
         print()
-        print_table(("damaged", "reason"), [(name, _short(reason)) for name, reason in result.damaged[:_SHOWN]])
+        print_table(
+            ("damaged", "reason"), [(_below(data, name), _short(reason)) for name, reason in result.damaged[:_SHOWN]]
+        )
         _more(result.damaged)
-    _print_groups("the same bytes", result.duplicates)
-    _print_groups("look the same", result.near_duplicates)
+    _print_groups("the same bytes", result.duplicates, data)
+    _print_groups("look the same", result.near_duplicates, data)
     if result.skipped:
         print()
-        print_table(("skipped: no ending of an image",), [(name,) for name in result.skipped[:_SHOWN]])
+        print_table(("skipped: no ending of an image",), [(_below(data, name),) for name in result.skipped[:_SHOWN]])
         _more(result.skipped)
     print()
-    for line in _next_steps(config.data, result):
+    for line in _next_steps(data, result):
         print(line)
     if as_json:
         print_json(check.as_json(result))
@@ -90,11 +92,21 @@ def _counts(result) -> list[tuple[str, str]]:  # type: ignore[no-untyped-def]  #
     ]
 
 
-def _print_groups(title: str, groups: Sequence[Sequence[str]]) -> None:
+def _print_groups(title: str, groups: Sequence[Sequence[str]], data: str) -> None:
     if groups:
+        rows = []
+        for group in groups[:_SHOWN]:
+            first, *others = (_below(data, name) for name in group[:4])
+            more = f" and {len(group) - 4:,} more" if len(group) > 4 else ""
+            rows.append((f"{len(group):,}", first, ", ".join(others) + more))
         print()
-        print_table((title, "and"), [(first, ", ".join(others)) for first, *others in groups[:_SHOWN]])
+        print_table((title, "first", "others"), rows)
         _more(groups)
+
+
+def _below(data: str, name: str) -> str:
+    """A file's name below the folder that was given."""
+    return name.removeprefix(data.rstrip("/") + "/")
 
 
 def _more(items: Sequence[object]) -> None:
@@ -121,19 +133,13 @@ def _next_steps(data: str, result) -> list[str]:  # type: ignore[no-untyped-def]
         lines.append(f"{good} lists the files that load, one of each kind of copy")
     if not result.loaded:
         return [*lines, "nothing can be learnt from: no file could be read"]
-    flags = _flags(result.channels, result.value_range)
-    if len(result.channels) > 1:
+    if len(set(result.depths) - {"1-bit", "2-bit", "4-bit", "8-bit"}) > 1:
+        lines.append("images of several depths would share one value range: better make a run of each")
+    channels = {int(name): count for name, count in result.channels.items()}
+    most = 3 if set(channels) <= {1, 3} else max(channels, key=lambda number: (channels[number], number))
+    flags = "" if most == 3 else f"--channels {most} "
+    if not set(channels) <= {1, 3} and len(channels) > 1:
         lines.append(f"the images have different numbers of channels ({', '.join(result.channels)}); "
                      "a run reads them all as --channels, and leaves those out that do not fit")  # fmt: skip
     lines.append(f"next:  hpm pretrain --data {shlex.quote(data)} {flags}--out runs/first")
     return lines
-
-
-def _flags(channels: Mapping[str, int], value_range: tuple[float, float] | None) -> str:
-    counts = {int(name): count for name, count in channels.items()}
-    most = max(counts, key=lambda number: counts[number])
-    wanted = 3 if set(counts) <= {1, 3} else most
-    flags = "" if wanted == 3 else f"--channels {wanted} "
-    if value_range:
-        flags += f"--value-range {value_range[0]:g} {value_range[1]:g} "
-    return flags
