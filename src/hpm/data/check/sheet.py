@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ from hpm.data.check.look import Look
 from hpm.data.decode import Decoder, Sample
 from hpm.data.sources import Source
 from hpm.data.stored import DecodeError
+from hpm.display import principal_components
 
 _COLUMNS = 8
 _TILE, _GAP, _CAPTION, _HEADING, _LINE = 1.2, 0.08, 0.34, 0.36, 0.15
@@ -147,26 +148,15 @@ def displayed(sample: Sample, *, side: int = _SIDE) -> UInt8[np.ndarray, "h w 3"
     small = F.interpolate(image[None], size, mode="bilinear", antialias=scale < 1)[0] if scale < 1 else (
         F.interpolate(image[None], size, mode="nearest")[0]
     )  # fmt: skip
-    if len(small) not in (1, 3):
-        small = _principal(small)
-    if sample.image.is_floating_point() or len(sample.image) not in (1, 3):
-        low, high = torch.quantile(small.flatten(), torch.tensor([0.01, 0.99])).tolist()
-        small = (small - low) * (255 / max(high - low, 1e-12))
+    bands = len(small) not in (1, 3)
+    if bands:
+        small = torch.einsum("kc,chw->khw", principal_components([small]), small)
+    if bands or sample.image.is_floating_point():
+        values = small.flatten(1) if bands else small.reshape(1, -1)  # components each for itself, colours together
+        low, high = torch.quantile(values, torch.tensor([0.01, 0.99]), dim=1)[..., None, None]
+        small = (small - low) * (255 / (high - low).clamp(min=1e-12))
     shown = small.clamp(0, 255).round().to(torch.uint8).expand(3, -1, -1)
     return np.asarray(shown.permute(1, 2, 0).numpy())
-
-
-def _principal(image: Float[torch.Tensor, "c h w"]) -> Float[torch.Tensor, "3 h w"]:
-    """The three directions in which the bands vary most, each with the same spread; two bands get an empty third."""
-    flat = image.flatten(1)
-    centred = flat - flat.mean(1, keepdim=True)
-    directions = torch.linalg.svd(centred @ centred.T)[0][:, :3]
-    directions = directions * torch.sign(directions.sum(0)).where(directions.sum(0) != 0, torch.ones(()))
-    parts = directions.T @ centred
-    parts = parts / parts.std(1, keepdim=True).clamp(min=1e-12)
-    whole = torch.zeros(3, flat.shape[1])
-    whole[: len(parts)] = parts
-    return whole.reshape(3, *image.shape[1:])
 
 
 def _short(path: str, most: int) -> str:
