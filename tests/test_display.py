@@ -49,7 +49,7 @@ def test_chosen_channels_are_shown_in_their_order():
     assert (grey[..., 0] == grey[..., 2]).all()
 
 
-def test_of_many_channels_the_principal_components_are_shown():
+def test_of_many_channels_theprincipal_components_are_shown():
     """Thirteen channels that are mixtures of three signals: the colours span the signals, at unit variance."""
     generator = torch.Generator().manual_seed(1)
     signals = torch.randn(4, 3, 16, 16, generator=generator)

@@ -64,10 +64,10 @@ def build_display(config: Config, images: Iterable[Shaped[Tensor, "c h w"]]) -> 
     if chosen:
         rows = torch.eye(channels)[list(chosen)]
         return Display(normalise, rows if len(rows) == 3 else rows[:1].expand(3, -1))
-    return Display(normalise, _principal_components([normalise(image.cpu().unsqueeze(0))[0] for image in images]))
+    return Display(normalise, principal_components([normalise(image.cpu().unsqueeze(0))[0] for image in images]))
 
 
-def _principal_components(images: Sequence[Tensor]) -> Float[Tensor, "3 c"]:
+def principal_components(images: Sequence[Tensor]) -> Float[Tensor, "3 c"]:
     """The three directions of the largest variance over all pixels, each scaled to unit variance; of two channels the
     third is nothing. Signs are fixed so that bright stays bright."""
     pixels = torch.cat([image.flatten(1) for image in images], dim=1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from hpm import distributed
+from hpm.data.loading import Damage
 from hpm.errors import DivergedError, InputError
 from hpm.log import RunLog, read_metrics, say, warn
 from hpm.meter import Meter
@@ -34,6 +34,8 @@ class Reporter:
         self._last_save = time.monotonic()
         self._since = time.monotonic()
         self._mining = run.state.gate.is_open()
+        self._told = run.folder.read_damaged()
+        """Damaged images that were named already, also before a resume, and why they are."""
 
     def start(self) -> None:
         """Look at the model where that was not done yet."""
@@ -58,10 +60,20 @@ class Reporter:
             f"backward, measured now); the teacher's pass is {overhead.teacher_share:.0%} of it"
         )
 
-    def damaged(self, news: list[Any]) -> None:
-        """Name every damaged image once."""
-        for item in news:
-            warn(f"damaged image left out: {item.name}: {item.reason}")
+    def damaged(self, news: list[Damage]) -> None:
+        """Name every damaged image once: now, or of several processes by the main one at the next record."""
+        if distributed.world_size() == 1:
+            self._tell_damage(dict(news))
+
+    def _tell_damage(self, damaged: dict[str, str]) -> None:
+        """Name those that were not named yet, and keep all of them in the run folder."""
+        news = {name: reason for name, reason in damaged.items() if name not in self._told}
+        if not news or self.log is None:
+            return
+        for name, reason in news.items():
+            warn(f"damaged image left out: {name}: {reason}")
+        self._told |= news
+        self.run.folder.save_damaged(self._told)
 
     def after_step(self, meter: Meter) -> None:
         """Record and save when it is time to.
@@ -130,15 +142,20 @@ class Reporter:
         if (bad := meter.first_bad_step()) is not None:
             self._diverged(bad)
         limit = self.run.config.run.max_damaged
-        everywhere = distributed.gather_objects(meter.damaged)
+        everywhere = distributed.gather_objects(self._told | meter.damaged)
         damaged = {name: reason for found in everywhere for name, reason in found.items()}
+        self._tell_damage(damaged)
         images = len(self.run.source)
         if len(damaged) > limit * images:
             name, reason = next(iter(damaged.items()))
             raise InputError(
                 f"max_damaged: at most {limit:.1%} of the {images} images may be damaged, and {len(damaged)} are, of "
-                f"those read so far; the first: {name}: {reason}. Remove them, or allow more with --max-damaged"
+                f"those read so far; the first: {name}: {reason}. All are in {self.run.folder.damaged_file}; remove "
+                "them (hpm data check --out lists the good ones), or allow more with --max-damaged"
             )
+        if damaged and self.log and self.run.state.step == self.run.schedule.total_steps:
+            say(f"{len(damaged)} of {images} images ({len(damaged) / images:.2%}) were damaged and left out: "
+                f"{self.run.folder.damaged_file}")  # fmt: skip
 
     def _diverged(self, step: int) -> None:
         saved = self.run.checkpoints.steps()

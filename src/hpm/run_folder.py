@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import json
 import os
 import shlex
@@ -44,6 +46,7 @@ class RunFolder:
         self.figures = self.path / "figures"
         self.result_file = self.path / "result.json"
         self.report_file = self.path / "report.html"
+        self.damaged_file = self.path / "damaged.csv"
         self.evaluations = self.path / "evaluate"
         self._claim: IO[str] | None = None
 
@@ -105,9 +108,22 @@ class RunFolder:
             before = replace(before, data=replace(before.data, data=config.data.data))
         return differences(before, config)
 
+    def save_damaged(self, damaged: dict[str, str]) -> None:
+        """Keep the names of damaged images and what is wrong with them."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *damaged.items()])
+        write_text_atomically(self.damaged_file, text.getvalue())
+
+    def read_damaged(self) -> dict[str, str]:
+        """What :meth:`save_damaged` has kept."""
+        if not self.damaged_file.is_file():
+            return {}
+        with self.damaged_file.open(newline="") as file:
+            return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+
     def clear(self) -> None:
         """Forget the run that is in this folder, so that another can start: checkpoints, metrics, result."""
-        stale = [self.path / "metrics.jsonl", self.result_file, self.report_file]
+        stale = [self.path / "metrics.jsonl", self.result_file, self.report_file, self.damaged_file]
         for pattern in (
             "checkpoints/step_*.pt*",
             "checkpoints/last",

@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from hpm.cli.ablating import ablate
 from hpm.cli.benchmarking import benchmark_peers, benchmark_step
+from hpm.cli.data import data_check
 from hpm.cli.embedding import embed
 from hpm.cli.evaluating import (
     evaluate_detect,
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate detect": Command(evaluate_detect, "detection and instance masks: COCO AP of Mask R-CNN on the encoder"),
     "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs and at equal compute"),
+    "data check": Command(data_check, "what is in a source: sizes, channels, depths, damage, duplicates"),
     "benchmark step": Command(
         benchmark_step, "images per second: the published step, ours, the fast presets, MAE, in turns"
     ),
@@ -69,7 +71,7 @@ COMMANDS: dict[str, Command] = {
 }
 """By name, in the order of the list that ``hpm`` prints."""
 
-GROUPS = {"evaluate": "evaluation", "benchmark": "benchmark"}
+GROUPS = {"evaluate": "evaluation", "data": "command for data", "benchmark": "benchmark"}
 """First words that need a second one, and what that names."""
 
 

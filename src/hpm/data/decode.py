@@ -38,7 +38,7 @@ from hpm.data.formats import EXTENSIONS, describe, read_stored
 from hpm.data.stored import DecodeError, Description, Stored
 from hpm.errors import InputError
 
-__all__ = ["EXTENSIONS", "RGB", "DecodeError", "Decoder", "Description", "Sample", "decode", "describe"]
+__all__ = ["EXTENSIONS", "RGB", "DecodeError", "Decoder", "Description", "Sample", "decode", "describe", "to_sample"]
 
 
 class Sample(NamedTuple):
@@ -76,7 +76,7 @@ class Decoder:
         Raises:
             DecodeError: Damaged, too large, or of a kind that would not come out faithfully.
         """
-        return _sample(read_stored(content, channels=self.channels), self)
+        return to_sample(read_stored(content, channels=self.channels), self)
 
 
 RGB = Decoder()
@@ -96,8 +96,12 @@ def decode(content: bytes, channels: int) -> Shaped[Tensor, "c h w"]:
     return Decoder(channels)(content).image
 
 
-def _sample(stored: Stored, decoder: Decoder) -> Sample:
-    """Apply the rules above."""
+def to_sample(stored: Stored, decoder: Decoder) -> Sample:
+    """Apply the rules above.
+
+    Raises:
+        DecodeError: The file has another number of bands, or no pixel with data.
+    """
     stored = _with_alpha_as_channel(stored, decoder.channels)
     missing = find_missing(stored, decoder.no_data)
     pixels = stored.pixels
@@ -118,7 +122,10 @@ def _sample(stored: Stored, decoder: Decoder) -> Sample:
             valid = ~clear if valid is None else valid & ~clear
     if missing is not None:
         pixels = _filled(pixels, missing, valid)
-    image = torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+    planes = pixels.transpose(2, 0, 1)
+    if not (planes.flags.c_contiguous and planes.flags.writeable):
+        planes = np.array(planes, order="C")
+    image = torch.from_numpy(planes)
     if image.shape[0] != decoder.channels:
         image = image.expand(decoder.channels, -1, -1).contiguous()
     return Sample(image, valid=None if valid is None else torch.from_numpy(np.ascontiguousarray(valid)))
@@ -160,11 +167,14 @@ def _fits(value: float, dtype: np.dtype) -> bool:
 def _scaled(pixels: Shaped[np.ndarray, "h w k"], value_range: tuple[float, float]) -> Shaped[np.ndarray, "h w k"]:
     """As float32, with the range at 0..255."""
     low, high = value_range
-    scaled = np.empty(pixels.shape, np.float32)
+    height, width, bands = pixels.shape
+    scaled = np.empty((bands, height, width), np.float32)
+    rows = max(1, 1_000_000 // (width * bands))  # part by part, as doubles take room
     with np.errstate(all="ignore"):  # what becomes infinite counts as missing
-        for band in range(pixels.shape[2]):  # one by one, as doubles take room
-            scaled[..., band] = (pixels[..., band].astype(np.float64) - low) * (255 / (high - low))
-    return scaled
+        for top in range(0, height, rows):
+            part = (pixels[top : top + rows].astype(np.float64) - low) * (255 / (high - low))
+            scaled[:, top : top + rows] = part.transpose(2, 0, 1)
+    return scaled.transpose(1, 2, 0)
 
 
 def _converted(pixels: Shaped[np.ndarray, "h w k"], stored: Stored, channels: int) -> Shaped[np.ndarray, "h w _"]:
@@ -192,9 +202,13 @@ def _on_black(pixels: Shaped[np.ndarray, "h w k"], stored: Stored) -> Shaped[np.
     assert alpha is not None
     if stored.premultiplied or (alpha == _opaque(alpha.dtype)).all():
         return pixels
-    if pixels.dtype == np.uint8:
-        return np.asarray((pixels.astype(np.uint16) * alpha[..., None] + 127) // 255, np.uint8)
-    return np.asarray(pixels * (alpha.astype(np.float32) / _opaque(alpha.dtype))[..., None])
+    over = np.empty_like(pixels)
+    for band in range(pixels.shape[2]):
+        if pixels.dtype == np.uint8:
+            over[..., band] = (pixels[..., band].astype(np.uint16) * alpha + 127) // 255
+        else:
+            over[..., band] = pixels[..., band] * (alpha.astype(np.float32) / _opaque(alpha.dtype))
+    return over
 
 
 def _opaque(dtype: np.dtype) -> float:

@@ -19,6 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from hpm.data.decode import DecodeError, Sample
+from hpm.data.last_read import LastRead
 from hpm.data.sources import Source
 from hpm.errors import InputError
 from hpm.seeding import Stream, derive_seed
@@ -268,10 +269,11 @@ def batches_in_order(
     """Micro-batches of any images that are asked for by (pass, index); the workers live through the whole run.
 
     Raises:
-        InputError: Too many images in a row cannot be read.
+        InputError: Too many images in a row cannot be read, or a worker died; it is named with what it was reading.
     """
+    noted = LastRead(images, workers)
     loader = DataLoader(
-        images,
+        noted,
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
@@ -285,6 +287,8 @@ def batches_in_order(
         yield from batches
     except InputError as error:  # a worker's comes with its traceback in front
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+    except RuntimeError as error:
+        raise noted.explained(error) from error
 
 
 class OrderedBatch(NamedTuple):

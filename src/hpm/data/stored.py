@@ -11,8 +11,8 @@ from jaxtyping import Bool, Shaped
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded."""
 
-MAX_BYTES = 8 * MAX_PIXELS
-"""So are images that take more memory, by many bands or deep values: 512 MB."""
+MAX_BYTES = 4 * MAX_PIXELS
+"""So are images that take more memory, by many bands or deep values: 256 MB."""
 
 Kind = Literal["unsigned", "signed", "float"]
 """Of numbers."""

@@ -7,7 +7,7 @@ import numpy as np
 from hpm.data.decode import find_missing
 from hpm.data.formats import describe, read_stored
 from hpm.data.sources import Source
-from hpm.data.stored import DecodeError
+from hpm.data.stored import DecodeError, Stored
 
 
 def find_value_range(
@@ -28,7 +28,7 @@ def find_value_range(
             content = source.content(index)
             if not describe(content).is_deep:
                 continue
-            ends = value_ends(content, no_data=no_data)
+            ends = stored_ends(read_stored(content), no_data=no_data)
         except (DecodeError, OSError):
             continue
         if ends is not None:
@@ -38,13 +38,8 @@ def find_value_range(
     return lowest, (highest if highest > lowest else lowest + 1.0)  # of one single value any range will do
 
 
-def value_ends(content: bytes, *, no_data: float | None = None) -> tuple[float, float] | None:
-    """Lowest and highest stored value of one image; None where no pixel holds data.
-
-    Raises:
-        DecodeError: It cannot be read.
-    """
-    stored = read_stored(content)
+def stored_ends(stored: Stored, *, no_data: float | None = None) -> tuple[float, float] | None:
+    """Lowest and highest stored value of one image; None where no pixel holds data."""
     pixels = stored.pixels
     missing = find_missing(stored, no_data)
     if missing is not None:

@@ -70,4 +70,5 @@ class _reasons:  # noqa: N801  (reads as a statement)
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Pillow alone raises OSError, ValueError, SyntaxError, TypeError, struct.error, ... on damaged files.
         if isinstance(error, Exception) and not isinstance(error, DecodeError):
-            raise DecodeError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise DecodeError(f"cannot be decoded: {what}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import IO
+from typing import cast
 
 import numpy as np
 from numpy.lib import format as npy
@@ -48,17 +48,17 @@ def read(content: bytes, channels: int | None) -> Stored:
     return Stored(array, _colour(array.shape[2]), type_range(array.dtype))
 
 
-def _open(content: bytes) -> tuple[IO[bytes], str]:
+def _open(content: bytes) -> tuple[io.BufferedIOBase, str]:
     if not content.startswith(b"PK"):
         return io.BytesIO(content), "NPY"
     archive = zipfile.ZipFile(io.BytesIO(content))
     names = archive.namelist()
     if len(names) != 1 or not names[0].endswith(".npy"):
         raise DecodeError(f"an .npz file must hold one array, this holds {names[:5]}")
-    return archive.open(names[0]), "NPZ"
+    return cast(io.BufferedIOBase, archive.open(names[0])), "NPZ"
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, order and type, checked."""
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -68,6 +68,8 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if dtype.kind not in "buif" or dtype.itemsize > 8:
         raise DecodeError(f"array of type {dtype}, which holds no plain numbers")
     height, width, bands = _layout(shape, None)[1]
+    if not product(shape):
+        raise DecodeError("image without pixels")
     check_size(width, height, bytes_per_pixel=bands * dtype.itemsize)
     return shape, in_fortran_order, dtype
 

@@ -160,8 +160,8 @@ def _check_png(content: bytes, *, whole: bool) -> int:
     """
     if len(content) < 33 or content[12:16] != b"IHDR":
         raise DecodeError("PNG without a header")
-    width, height, bits = struct.unpack_from(">IIB", content, 16)
-    check_size(width, height, bytes_per_pixel=8 if bits == 16 else 1)
+    width, height, bits, colour = struct.unpack_from(">IIBB", content, 16)
+    check_size(width, height, bytes_per_pixel=2 * {0: 2, 2: 4}.get(colour, 4) if bits == 16 else 4)
     position = len(_PNG)
     while whole:
         if position + 12 > len(content):

@@ -88,7 +88,7 @@ def read(content: bytes, channels: int | None) -> Stored:
     alpha, premultiplied = None, False
     if layout.alpha is not None:
         alpha = pixels[..., layout.alpha]
-        premultiplied = extras[layout.alpha - len(extras)] == 1
+        premultiplied = extras[layout.alpha - pixels.shape[2]] == 1
         pixels = np.delete(pixels, layout.alpha, axis=2)
     return Stored(
         pixels,

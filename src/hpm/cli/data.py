@@ -1,0 +1,145 @@
+"""``hpm data check``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hpm.cli.flags import parse_with_json
+from hpm.cli.output import print_json, print_table
+
+_SHOWN = 20
+"""Lines of a long list that are printed."""
+
+
+def source_first(arguments: list[str]) -> list[str]:
+    """``--data SRC`` may be written for the positional SRC."""
+    for number, word in enumerate(arguments):
+        if word == "--data" and number + 1 < len(arguments):
+            return [arguments[number + 1], *arguments[:number], *arguments[number + 2 :]]
+        if word.startswith("--data="):
+            return [word.removeprefix("--data="), *arguments[:number], *arguments[number + 1 :]]
+    return arguments
+
+
+def data_check(arguments: list[str]) -> None:
+    """``hpm data check``."""
+    from hpm.data.check.config import CheckConfig
+
+    config, as_json = parse_with_json(CheckConfig, "data check", source_first(arguments))
+
+    from hpm.data.check import check
+
+    result, data = check.run(config), config.data
+    print_table(("", "files"), _counts(result))
+    for title, counts in (
+        ("format", result.formats),
+        ("channels", result.channels),
+        ("depth", result.depths),
+        ("width to height", result.aspect_ratios),
+        ("size", dict(list(result.sizes.items())[:10])),
+    ):
+        if counts:
+            print()
+            print_table((title, "images"), [(name, f"{count:,}") for name, count in counts.items()])
+    if result.loaded:
+        print()
+        rows = [(name, *(f"{value:,.0f}" for value in spread)) for name, spread in
+                (("width", result.width), ("height", result.height))]  # fmt: skip
+        print_table(("pixels", "lowest", "median", "highest"), rows)
+    if result.value_range:
+        low, high = result.value_range
+        print(f"\nvalues of images that are not 8-bit: {low:g} to {high:g}")
+    if result.damaged:
+        print()
+        print_table(
+            ("damaged", "reason"), [(_below(data, name), _short(reason)) for name, reason in result.damaged[:_SHOWN]]
+        )
+        _more(result.damaged)
+    _print_groups("the same bytes", result.duplicates, data)
+    _print_groups("look the same", result.near_duplicates, data)
+    if result.skipped:
+        print()
+        print_table(("skipped: no ending of an image",), [(_below(data, name),) for name in result.skipped[:_SHOWN]])
+        _more(result.skipped)
+    print()
+    for line in _next_steps(data, result):
+        print(line)
+    if as_json:
+        print_json(check.as_json(result))
+
+
+def _counts(result) -> list[tuple[str, str]]:  # type: ignore[no-untyped-def]  # importing its type imports torch
+    """The figures on top."""
+    share = f" ({len(result.damaged) / max(1, result.loaded + len(result.damaged)):.1%})" if result.damaged else ""
+    counts = {
+        "all": result.files,
+        "loaded": result.loaded,
+        "damaged": f"{len(result.damaged):,}{share}",
+        "skipped": len(result.skipped),
+        "with alpha": result.alpha,
+        "with pixels without data": result.without_data,
+        "set upright": result.turned,
+        "first frame or page only": result.animated,
+        "of one value all over": len(result.constant),
+        "copies of another file": sum(len(group) - 1 for group in result.duplicates),
+        "near duplicates": sum(len(group) - 1 for group in result.near_duplicates),
+    }
+    always = ("all", "loaded", "damaged", "skipped", "copies of another file", "near duplicates")
+    return [
+        (name, f"{count:,}" if isinstance(count, int) else count)
+        for name, count in counts.items()
+        if count or name in always
+    ]
+
+
+def _print_groups(title: str, groups: Sequence[Sequence[str]], data: str) -> None:
+    if groups:
+        rows = []
+        for group in groups[:_SHOWN]:
+            first, *others = (_below(data, name) for name in group[:4])
+            more = f" and {len(group) - 4:,} more" if len(group) > 4 else ""
+            rows.append((f"{len(group):,}", first, ", ".join(others) + more))
+        print()
+        print_table((title, "first", "others"), rows)
+        _more(groups)
+
+
+def _below(data: str, name: str) -> str:
+    """A file's name below the folder that was given."""
+    return name.removeprefix(data.rstrip("/") + "/")
+
+
+def _more(items: Sequence[object]) -> None:
+    if len(items) > _SHOWN:
+        print(f"... and {len(items) - _SHOWN:,} more; --out keeps them all")
+
+
+def _short(reason: str, most: int = 100) -> str:
+    return reason if len(reason) <= most else reason[: most - 1] + "…"
+
+
+def _next_steps(data: str, result) -> list[str]:  # type: ignore[no-untyped-def]
+    """What to do with what was found."""
+    import shlex
+    from pathlib import Path
+
+    lines = []
+    if result.out:
+        out = Path(result.out)
+        lines.append(f"look:  {out / 'contact_sheet.png'}, {out / 'images.csv'}")
+    good = Path(result.out) / "good.txt"
+    if result.out and good.is_file() and (result.damaged or result.duplicates):
+        data = str(good)
+        lines.append(f"{good} lists the files that load, one of each kind of copy")
+    if not result.loaded:
+        return [*lines, "nothing can be learnt from: no file could be read"]
+    if len(set(result.depths) - {"1-bit", "2-bit", "4-bit", "8-bit"}) > 1:
+        lines.append("images of several depths would share one value range: better make a run of each")
+    channels = {int(name): count for name, count in result.channels.items()}
+    most = 3 if set(channels) <= {1, 3} else max(channels, key=lambda number: (channels[number], number))
+    flags = "" if most == 3 else f"--channels {most} "
+    if not set(channels) <= {1, 3} and len(channels) > 1:
+        lines.append(f"the images have different numbers of channels ({', '.join(result.channels)}); "
+                     "a run reads them all as --channels, and leaves those out that do not fit")  # fmt: skip
+    lines.append(f"next:  hpm pretrain --data {shlex.quote(data)} {flags}--out runs/first")
+    return lines

@@ -1,0 +1,238 @@
+"""Go through a source and sum up what was seen."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpm.checkpoint import write_text_atomically
+from hpm.data.check.config import CheckConfig
+from hpm.data.check.duplicates import groups_of_equal, groups_of_near
+from hpm.data.check.look import Look, Looker, other_files
+from hpm.data.check.sheet import draw_sheet
+from hpm.data.check.workers import look_at_all
+from hpm.data.decode import Decoder
+from hpm.data.loading import Damage
+from hpm.data.sources import FileSource, Source, open_source
+from hpm.errors import InputError
+from hpm.log import tracked
+
+_ASPECTS = ((0.5, "under 1:2"), (0.8, "1:2 to 4:5"), (1.25, "about square"), (2.0, "5:4 to 2:1"), (np.inf, "over 2:1"))
+"""Width over height, up to which limit and what to call it."""
+
+_COLUMNS = (
+    "path", "format", "width", "height", "channels", "alpha", "mode", "depth", "orientation", "frames", "bytes",
+    "sha256", "hash", "lowest", "highest", "valid", "damaged",
+)  # fmt: skip
+"""Of ``images.csv``; sha256 is cut to its first half."""
+
+_MOST_SIZES = 100
+"""Sizes that are counted one by one; rarer ones are summed up."""
+
+
+class Spread(NamedTuple):
+    """Of some number over all images."""
+
+    lowest: float
+    median: float
+    highest: float
+
+
+class CheckResult(NamedTuple):
+    """What ``hpm data check`` found."""
+
+    files: int
+    """All that were gone through: loaded, damaged and skipped."""
+    loaded: int
+    damaged: list[Damage]
+    skipped: list[str]
+    """Files of a folder whose ending is not that of an image."""
+    formats: dict[str, int]
+    channels: dict[str, int]
+    """Images by number of channels, without alpha."""
+    alpha: int
+    """Images with alpha."""
+    depths: dict[str, int]
+    sizes: dict[str, int]
+    """Images by WIDTHxHEIGHT, upright, the most frequent first; beyond 100 sizes the others together as ``other``."""
+    width: Spread
+    height: Spread
+    aspect_ratios: dict[str, int]
+    megabytes: float
+    turned: int
+    """Images that are stored turned or mirrored and are set upright."""
+    animated: int
+    """Files of more than one frame or page, of which the first is read."""
+    without_data: int
+    """Images in which some pixels hold no data."""
+    constant: list[str]
+    """Images that are of one value all over."""
+    value_range: tuple[float, float] | None
+    """Lowest and highest stored value of images that are not 8-bit."""
+    duplicates: list[list[str]]
+    """Groups of the same bytes."""
+    near_duplicates: list[list[str]]
+    """Groups that look the same, each with one of every group of duplicates."""
+    seconds: float
+    out: str
+
+
+def run(config: CheckConfig) -> CheckResult:
+    """Look at every file.
+
+    Raises:
+        InputError: A setting is wrong, or the source cannot be opened at all.
+    """
+    _validate(config)
+    start = time.perf_counter()
+    source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
+    folder = Path(config.data).expanduser()
+    skipped = [str(path) for path in other_files(folder)] if folder.is_dir() else []
+    looks = look_at_source(source, config)
+    result = _summed_up(looks, source, skipped, config, time.perf_counter() - start)
+    if config.out:
+        _write(Path(config.out).expanduser(), result, looks, source, config)
+    return result
+
+
+def _validate(config: CheckConfig) -> None:
+    if config.channels is not None and config.channels < 1:
+        raise InputError(f"channels: must be at least 1, got {config.channels}")
+    if not 0 <= config.near_bits <= 16:
+        raise InputError(f"near_bits: must be between 0 and 16, got {config.near_bits}")
+    if not config.timeout > 0:
+        raise InputError(f"timeout: must be above 0, got {config.timeout}")
+    if config.workers is not None and config.workers < 0:
+        raise InputError(f"workers: must not be negative, got {config.workers}")
+    if config.sheet_images < 1:
+        raise InputError(f"sheet_images: must be at least 1, got {config.sheet_images}")
+    out = Path(config.out).expanduser()
+    if config.out and out.exists() and not out.is_dir():
+        raise InputError(f"out: must be a folder, got the file {config.out!r}")
+
+
+def look_at_source(source: Source, config: CheckConfig) -> list[Look]:
+    """One look at every image, in the source's order, by processes that may die."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    looks = look_at_all(
+        Looker(source, config.channels, config.no_data),
+        len(source),
+        workers=cores if config.workers is None else config.workers,
+        timeout=config.timeout,
+        failed=Look,
+    )
+    return sorted(tracked(looks, "looking at images", total=len(source)), key=lambda look: look.number)
+
+
+def _summed_up(
+    looks: list[Look], source: Source, skipped: list[str], config: CheckConfig, seconds: float
+) -> CheckResult:
+    good = [look for look in looks if not look.reason]
+    abouts = [look.about for look in good if look.about is not None]
+    ends = [look.ends for look in good if look.ends is not None]
+    sizes = Counter(f"{about.width}x{about.height}" for about in abouts).most_common()
+    others = sum(count for _, count in sizes[_MOST_SIZES:])
+    equal = groups_of_equal([look.digest for look in good])
+    repeated = {position for group in equal for position in group[1:]}
+    seen = [look for position, look in enumerate(good) if position not in repeated and look.hash is not None]
+    near = groups_of_near(np.array([look.hash for look in seen], np.uint64), most=config.near_bits)
+
+    def names(group: list[int], among: list[Look]) -> list[str]:
+        return [source.name(among[position].number) for position in group]
+
+    return CheckResult(
+        files=len(looks) + len(skipped),
+        loaded=len(good),
+        damaged=[Damage(source.name(look.number), look.reason) for look in looks if look.reason],
+        skipped=skipped,
+        formats=_counted(about.format for about in abouts),
+        channels=_counted(str(about.bands) for about in abouts),
+        alpha=sum(about.alpha for about in abouts),
+        depths=_counted(about.depth for about in abouts),
+        sizes=dict(sizes[:_MOST_SIZES]) | ({"other": others} if others else {}),
+        width=_spread([about.width for about in abouts]),
+        height=_spread([about.height for about in abouts]),
+        aspect_ratios=_aspects([about.width / about.height for about in abouts]),
+        megabytes=sum(look.size for look in looks) / 1e6,
+        turned=sum(about.orientation != 1 for about in abouts),
+        animated=sum(about.frames > 1 for about in abouts),
+        without_data=sum(look.valid < 1 for look in good),
+        constant=[source.name(look.number) for look in good if look.hash is None],
+        value_range=(min(low for low, _ in ends), max(high for _, high in ends)) if ends else None,
+        duplicates=[names(group, good) for group in equal],
+        near_duplicates=[names(group, seen) for group in near],
+        seconds=seconds,
+        out=config.out,
+    )
+
+
+def _counted(names: Any) -> dict[str, int]:
+    """The most frequent first."""
+    return dict(Counter(names).most_common())
+
+
+def _spread(numbers: list[int]) -> Spread:
+    return Spread(*np.percentile(numbers, (0, 50, 100)).tolist()) if numbers else Spread(0, 0, 0)
+
+
+def _aspects(ratios: list[float]) -> dict[str, int]:
+    limits = [limit for limit, _ in _ASPECTS]
+    counts = np.bincount(np.searchsorted(limits, ratios), minlength=len(limits)) if ratios else [0] * len(limits)
+    return {name: int(count) for (_, name), count in zip(_ASPECTS, counts) if count}
+
+
+def as_json(result: CheckResult) -> dict[str, Any]:
+    """The keys of the ``--json`` line."""
+    return result._asdict() | {
+        "damaged": [{"path": name, "reason": reason} for name, reason in result.damaged],
+        "width": result.width._asdict(),
+        "height": result.height._asdict(),
+    }
+
+
+def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source, config: CheckConfig) -> None:
+    """``check.json``, ``images.csv``, ``good.txt`` of a source of files, ``contact_sheet.png``.
+
+    Raises:
+        InputError: The folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / "check.json", json.dumps(as_json(result), indent=1) + "\n")
+        write_text_atomically(folder / "images.csv", _table(looks, source))
+        if isinstance(source, FileSource):
+            copies = {name for group in result.duplicates for name in group[1:]}
+            names = [source.name(look.number) for look in looks if not look.reason]
+            lines = [str(Path(name).absolute()) for name in names if name not in copies]
+            write_text_atomically(folder / "good.txt", "".join(line + "\n" for line in lines))
+        figure = draw_sheet(source, looks, result.near_duplicates, config)
+        figure.savefig(folder / "contact_sheet.png", dpi=130)
+    except OSError as error:
+        raise InputError(f"out: cannot write to {str(folder)!r}: {error.strerror}") from error
+
+
+def _table(looks: list[Look], source: Source) -> str:
+    """A row per image."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for look in looks:
+        about = look.about
+        seen = [""] * 9 if about is None else [
+            about.format, about.width, about.height, about.bands, int(about.alpha), about.mode, about.depth,
+            about.orientation, about.frames,
+        ]  # fmt: skip
+        hashed = "" if look.hash is None else f"{look.hash:016x}"
+        ends = look.ends or ("", "")
+        writer.writerow(
+            [source.name(look.number), *seen, look.size, look.digest.hex(), hashed, *ends, look.valid, look.reason]
+        )
+    return text.getvalue()

@@ -1,0 +1,48 @@
+"""Which image every data worker is reading, so that one that dies is named with it."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from hpm.errors import InputError
+
+Item = TypeVar("Item", covariant=True)
+
+
+class LastRead(Dataset[Item]):
+    """Images that are asked for by (pass, index), with a note, in memory that all processes share, of the last one.
+
+    Args:
+        images: What is read.
+        workers: How many processes read it.
+    """
+
+    def __init__(self, images: Dataset[Item], workers: int) -> None:
+        self.images = images
+        self._notes = torch.full((max(1, workers), 2), -1, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, key: Any) -> Item:
+        worker = get_worker_info()
+        if worker is not None:
+            self._notes[worker.id] = torch.tensor((os.getpid(), key[1]))
+        return self.images[key]
+
+    def explained(self, error: RuntimeError) -> Exception:
+        """What to raise in place of the loader's error: if a worker died, with the image that it was reading."""
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if found is None:
+            return error
+        dead = {int(number) for number in re.findall(r"\d+", found[1])}
+        numbers = [index for pid, index in self._notes.tolist() if pid in dead and index >= 0]
+        source = getattr(self.images, "source", None)
+        names = [f"#{number}" if source is None else source.name(number) for number in numbers]
+        cause = str(error).partition(") ")[2].split(". ")[0].rstrip(".")
+        return InputError(
+            f"data: a data worker {cause or 'died'} while it read {', '.join(names) or 'its first image'}; look at it "
+            "with hpm data check, and leave it out if it is damaged (if many workers die, memory is short: --workers)"
+        )
