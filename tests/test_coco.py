@@ -11,6 +11,8 @@ from pycocotools import mask as coco_mask
 from dense_run import save
 from hpm.data.coco import CocoImages, draw_mask, find_damage, instances_from_masks, open_instances
 from hpm.data.decode import Decoder
+from hpm.data.shapes import CLASSES
+from hpm.data.sources import open_source
 from hpm.errors import InputError
 
 CONTENT = {
@@ -175,3 +177,30 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "masks" / "one.png").unlink()
     with pytest.raises(InputError, match=r"val_annotations: .* has no mask for the image"):
         open_instances(spec, str(tmp_path / "images"), decoder=Decoder(), field="val")
+
+
+# The embedded set
+
+
+def test_shapes_bring_their_own_instances():
+    images = open_instances("", "shapes:24@3", decoder=Decoder(), field="train", image_size=(32, 48))
+    source = open_source("shapes:24@3", image_size=(32, 48))
+    assert [category["name"] for category in images.categories] == list(CLASSES)
+    for index in (0, 7, 23):
+        one, sample = images.read(index), source.read(index)
+        assert torch.equal(one.image, sample.image)
+        assert torch.equal(one.masks, sample.mask[None])
+        rows, columns = sample.mask.nonzero(as_tuple=True)
+        assert one.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+        assert images.categories[int(one.labels) - 1]["name"] == source.labels[index]
+        assert images.name(index) == source.name(index)
+    some = images.only([7, 23])
+    assert torch.equal(some.read(1).image, source.read(23).image)
+    assert len(some.content["annotations"]) == 2
+
+
+def test_annotations_of_shapes_are_refused_and_those_of_a_folder_are_needed(tmp_path):
+    with pytest.raises(InputError, match=r"train_annotations: shapes know their own, leave it out; got 'a\.json'"):
+        open_instances("a.json", "shapes:24", decoder=Decoder(), field="train")
+    with pytest.raises(InputError, match=r"val_annotations: name COCO's JSON or from-masks:DIR"):
+        open_instances("", str(tmp_path), decoder=Decoder(), field="val")

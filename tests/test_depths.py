@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from tiny import tiny_config
 
 from hpm.build import open_images
 from hpm.data.loading import TrainingImages
 from hpm.errors import InputError
 from hpm.pretrain import train
 from hpm.run_folder import LoadedRun
+from tiny import tiny_config
 
 NOTHING = -999
 
@@ -50,7 +50,7 @@ def test_range_and_statistics_are_found_without_the_pixels_that_are_no_data(scen
 
 
 def test_crops_carry_what_is_no_data(scenes):
-    config, source = open_images(told(scenes))
+    _, source = open_images(told(scenes))
     images = TrainingImages(source, size=(32, 32), crop_scale=(0.5, 1.0), flip=False, seed=0)
     shares = [float(images[0, i].valid.float().mean()) for i in range(16)]
     assert 0.3 < np.mean(shares) < 0.95

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, Shaped
 from scipy import ndimage
 from torch import Tensor
 
 from hpm.data.class_masks import MaskRules, match_by_stem, read_class_mask
 from hpm.data.decode import DecodeError, Decoder
 from hpm.data.loading import Damage
-from hpm.data.sources import open_source
+from hpm.data.shapes import CLASSES
+from hpm.data.sources import ShapesSource, open_source
 from hpm.errors import InputError
 from hpm.log import tracked
 
@@ -34,7 +35,7 @@ FROM_MASKS = "from-masks:"
 class Instances(NamedTuple):
     """An image and what is in it."""
 
-    image: UInt8[Tensor, "c h w"]
+    image: Shaped[Tensor, "c h w"]
     boxes: Float32[Tensor, "n 4"]
     """Left, top, right, bottom in pixels."""
     labels: Int64[Tensor, " n"]
@@ -51,12 +52,16 @@ class CocoImages:
         content: A COCO object that :func:`check_content` has passed.
         folder: Where the images are.
         decoder: How the images are read.
+        shapes: The embedded set that the images are of, instead of a folder; an image's id is its number there, from 1.
     """
 
-    def __init__(self, content: dict[str, Any], folder: Path, *, decoder: Decoder) -> None:
+    def __init__(
+        self, content: dict[str, Any], folder: Path, *, decoder: Decoder, shapes: ShapesSource | None = None
+    ) -> None:
         self.content = content
         self.folder = folder
         self.decoder = decoder
+        self.shapes = shapes
         self.images: list[dict[str, Any]] = content["images"]
         self.categories = sorted(content["categories"], key=lambda category: int(category["id"]))
         self._label = {category["id"]: number for number, category in enumerate(self.categories, 1)}
@@ -71,8 +76,15 @@ class CocoImages:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """The path."""
+        """The path, or what the embedded set calls the image."""
+        if self.shapes is not None:
+            return self.shapes.name(self.images[index]["id"] - 1)
         return str(self.folder / self.images[index]["file_name"])
+
+    def _image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        if self.shapes is not None:
+            return self.shapes.read(self.images[index]["id"] - 1).image
+        return self.decoder(Path(self.name(index)).read_bytes()).image
 
     def read(self, index: int) -> Instances:
         """Image, boxes, labels and masks.
@@ -83,7 +95,7 @@ class CocoImages:
             InputError: It is of another size than the annotations say.
         """
         about = self.images[index]
-        image = self.decoder(Path(self.name(index)).read_bytes()).image
+        image = self._image(index)
         size = (int(about["height"]), int(about["width"]))
         if tuple(image.shape[1:]) != size:
             raise InputError(f"annotations: {self.name(index)} is {image.shape[1]}x{image.shape[2]} pixels (height x "
@@ -103,7 +115,7 @@ class CocoImages:
         ids = {image["id"] for image in images}
         annotations = [item for item in self.content["annotations"] if item["image_id"] in ids]
         content = {**self.content, "images": images, "annotations": annotations}
-        return CocoImages(content, self.folder, decoder=self.decoder)
+        return CocoImages(content, self.folder, decoder=self.decoder, shapes=self.shapes)
 
 
 def _corners(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -130,24 +142,36 @@ def draw_mask(segmentation: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h w
 
 
 def open_instances(
-    annotations: str, images: str, *, decoder: Decoder, field: str, min_pixels: int = 4, drop_empty_boxes: bool = False
+    annotations: str,
+    images: str,
+    *,
+    decoder: Decoder,
+    field: str,
+    image_size: tuple[int, int] = (224, 224),
+    min_pixels: int = 4,
+    drop_empty_boxes: bool = False,
 ) -> CocoImages:
-    """Images of a folder with their instances.
+    """Images with their instances.
 
     Args:
-        annotations: A COCO file, or ``from-masks:DIR``.
-        images: The folder.
+        annotations: A COCO file, or ``from-masks:DIR``; nothing for shapes, which know theirs.
+        images: The folder, or ``shapes:N``.
         decoder: How the images are read.
         field: What to call the arguments in a message: train or val.
+        image_size: Height and width at which shapes are made.
         min_pixels: From masks: smaller parts are left out.
         drop_empty_boxes: Leave out annotations whose box has no area.
 
     Raises:
         InputError: Nothing there, or contents that do not fit together.
     """
+    if images.startswith("shapes:"):
+        return _of_shapes(annotations, images, decoder, field, image_size)
     folder = Path(images).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{field}_images: must be a folder, got {images!r}")
+        raise InputError(f"{field}_images: must be a folder or shapes:N, got {images!r}")
+    if not annotations:
+        raise InputError(f"{field}_annotations: name COCO's JSON or from-masks:DIR for {images!r}")
     if annotations.startswith(FROM_MASKS):
         masks = Path(annotations.removeprefix(FROM_MASKS)).expanduser()
         content = instances_from_masks(
@@ -160,6 +184,48 @@ def open_instances(
         content = {**content, "annotations": kept}
     check_content(content, folder, field=f"{field}_annotations")
     return CocoImages(content, folder, decoder=decoder)
+
+
+def _of_shapes(annotations: str, images: str, decoder: Decoder, field: str, image_size: tuple[int, int]) -> CocoImages:
+    """The embedded set; every image has one instance, of its silhouette's category.
+
+    Raises:
+        InputError: Annotations were given.
+    """
+    if annotations:
+        raise InputError(f"{field}_annotations: shapes know their own, leave it out; got {annotations!r}")
+    source = open_source(images, decoder=decoder, image_size=image_size, field=f"{field}_images")
+    assert isinstance(source, ShapesSource)
+    numbers = {name: number for number, name in enumerate(CLASSES, 1)}
+    content: dict[str, Any] = {
+        "images": [], "annotations": [],
+        "categories": [{"id": number, "name": name} for name, number in numbers.items()],
+    }  # fmt: skip
+    for index, label in enumerate(source.labels):
+        mask = source.read(index).mask
+        assert mask is not None
+        height, width = mask.shape
+        content["images"].append({"id": index + 1, "height": height, "width": width})
+        content["annotations"].append(_instance(mask.numpy(), index + 1, index + 1, numbers[label]))
+    return CocoImages(content, Path(), decoder=decoder, shapes=source)
+
+
+def _instance(part: Bool[np.ndarray, "h w"], number: int, image: int, category: int) -> dict[str, Any]:
+    """An annotation of some pixels, at least one."""
+    from pycocotools import mask as coco_mask
+
+    rows, columns = (np.flatnonzero(part.any(axis=axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    code = coco_mask.encode(np.asfortranarray(part.astype(np.uint8)))
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        "area": int(part.sum()),
+        "iscrowd": 0,
+        "segmentation": {"size": list(part.shape), "counts": code["counts"].decode()},
+    }
 
 
 def _read_json(path: Path, field: str) -> dict[str, Any]:
@@ -253,8 +319,6 @@ def instances_from_masks(
     Raises:
         InputError: A mask is missing, damaged, or of another size than its image.
     """
-    from pycocotools import mask as coco_mask
-
     source = open_source(str(images), decoder=decoder, field="images")
     files = match_by_stem(source, masks, field=field)
     listed: list[dict[str, Any]] = []
@@ -273,19 +337,8 @@ def instances_from_masks(
         parts, _ = ndimage.label(mask)
         for number, (rows, columns) in enumerate(ndimage.find_objects(parts), 1):
             part = parts == number
-            area = int(part[rows, columns].sum())
-            if area < min_pixels:
-                continue
-            code = coco_mask.encode(np.asfortranarray(part.astype(np.uint8)))
-            annotations.append({
-                "id": len(annotations) + 1,
-                "image_id": index + 1,
-                "category_id": 1,
-                "bbox": [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start],
-                "area": area,
-                "iscrowd": 0,
-                "segmentation": {"size": list(size), "counts": code["counts"].decode()},
-            })  # fmt: skip
+            if part[rows, columns].sum() >= min_pixels:
+                annotations.append(_instance(part, len(annotations) + 1, index + 1, 1))
     return {"images": listed, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
 
 

@@ -95,11 +95,12 @@ class DetectConfig(DenseConfig):
     """Detection and instance segmentation: Mask R-CNN on a simple feature pyramid (ViTDet), COCO AP."""
 
     train_images: str
-    """Folder of training images."""
-    train_annotations: str
-    """COCO's JSON, or from-masks:DIR: the connected parts of bright pixels in masks of the images' names."""
+    """Folder of training images, or shapes:N."""
+    train_annotations: str = ""
+    """COCO's JSON, or from-masks:DIR: the connected parts of bright pixels in masks of the images' names; nothing for
+    shapes, which know their own."""
     val_images: str = ""
-    """Folder of validation images; none: a share of the training images is held back."""
+    """Folder of validation images, or shapes:N@SEED; none: a share of the training images is held back."""
     val_annotations: str = ""
     """Their annotations, in either form."""
     freeze: bool = False

@@ -156,7 +156,7 @@ def _run(config: DetectConfig, device: torch.device) -> DetectResult:
         if size < 1 or size != fitting_size(size, patch):
             raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
     folder = output_folder(config, "detect" + ("-frozen" if config.freeze else ""))
-    data = open_data(config, decoder=build_decoder(data_config))
+    data = open_data(config, decoder=build_decoder(data_config), image_size=data_config.size)
     bench = Bench(config, data, size, folder, device)
     measured = [bench.measure(contender) for contender in contenders]
     found = measured[0]
@@ -202,12 +202,13 @@ def _check(config: DetectConfig) -> None:
         raise InputError(f"scale: must be a range above 0, got {config.scale}")
     if config.anchor_scale <= 0:
         raise InputError(f"anchor_scale: must be above 0, got {config.anchor_scale}")
-    if bool(config.val_images) != bool(config.val_annotations):
+    alone = config.val_images.startswith("shapes:")
+    if bool(config.val_images) != bool(config.val_annotations) and not alone:
         missing = "val_annotations" if config.val_images else "val_images"
         raise InputError(f"{missing}: val_images and val_annotations belong together; name both or neither")
 
 
-def open_data(config: DetectConfig, *, decoder: Decoder) -> Data:
+def open_data(config: DetectConfig, *, decoder: Decoder, image_size: tuple[int, int] = (224, 224)) -> Data:
     """Open both sides and look at every image once.
 
     Raises:
@@ -216,7 +217,7 @@ def open_data(config: DetectConfig, *, decoder: Decoder) -> Data:
 
     def side(annotations: str, images: str, field: str) -> CocoImages:
         return open_instances(
-            annotations, images, decoder=decoder, field=field, min_pixels=config.min_pixels,
+            annotations, images, decoder=decoder, field=field, image_size=image_size, min_pixels=config.min_pixels,
             drop_empty_boxes=config.drop_empty_boxes,
         )  # fmt: skip
 
