@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int16, UInt8
+from jaxtyping import Int16, Shaped
 from PIL import Image
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class MaskRules(NamedTuple):
 class MaskedImage(NamedTuple):
     """An image and the class of each of its pixels."""
 
-    image: UInt8[Tensor, "c h w"]
+    image: Shaped[Tensor, "c h w"]
     mask: Int16[Tensor, "h w"]
     """:data:`IGNORED` where a pixel does not count."""
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def mask_order(seed: int, num_patches: int) -> Int[Tensor, " n"]:
 
 @torch.no_grad()
 def measure_difficulty(
-    run: LoadedRun, images: UInt8[Tensor, "b c h w"], order: Int[Tensor, " n"], *, bf16: bool = False
+    run: LoadedRun, images: Shaped[Tensor, "b c h w"], order: Int[Tensor, " n"], *, bf16: bool = False
 ) -> Difficulty:
     """Measure images, each independently of the others beside it.
 

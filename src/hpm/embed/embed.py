@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from hpm.build import build_decoder, choose_attention
@@ -228,7 +228,7 @@ def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
     # the source's last are whole numbers of batches.
     total = -(-len(indices) // config.batch_size)
     bar = tracked(batches, "embed", total=total, images_per_item=config.batch_size * world_size())
-    num_damaged = 0
+    all_damaged: list[Damage] = []
     for number in todo:
         rows: list[Rows] = []
         damaged: list[Damage] = []
@@ -238,14 +238,14 @@ def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
             if batch.indices:
                 rows.append(describe(batch.images.to(job.run.device), batch.indices))
         parts.write(number, Part(_stacked(rows), damaged))
-        num_damaged += len(damaged)
-        if num_damaged > config.max_damaged * len(job.source):  # no need to read the rest
-            report_damage({"data": (damaged, 0)}, max_damaged=config.max_damaged)
+        all_damaged += damaged
+        if len(all_damaged) > config.max_damaged * len(job.source):  # no need to read the rest
+            report_damage({"data": (all_damaged, len(job.source))}, max_damaged=config.max_damaged)
     for _ in bar:  # let the bar end
         pass
 
 
-def _describer(job: Job) -> Callable[[UInt8[Tensor, "b c h w"], list[int]], Rows]:
+def _describer(job: Job) -> Callable[[Shaped[Tensor, "b c h w"], list[int]], Rows]:
     """What turns a batch of images into rows."""
     run, config = job.run, job.config
     vit, grid, bf16 = run.student.encoder, grid_size(run.student.encoder), config.precision == "bf16"
@@ -263,7 +263,7 @@ def _describer(job: Job) -> Callable[[UInt8[Tensor, "b c h w"], list[int]], Rows
         return array
 
     @torch.no_grad()
-    def describe(images: UInt8[Tensor, "b c h w"], indices: list[int]) -> Rows:
+    def describe(images: Shaped[Tensor, "b c h w"], indices: list[int]) -> Rows:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             tokens = encode(vit, run.normalise(images)).float()
         patches = tokens[:, vit.num_prefix_tokens :]

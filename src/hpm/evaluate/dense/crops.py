@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int16, UInt8
+from jaxtyping import Float, Int16, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -26,7 +26,7 @@ def working_size(height: int, width: int, short_side: int, scale: float = 1.0) -
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def resize(image: UInt8[Tensor, "c h w"], size: tuple[int, int]) -> UInt8[Tensor, "c y x"]:
+def resize(image: Shaped[Tensor, "c h w"], size: tuple[int, int]) -> Shaped[Tensor, "c y x"]:
     """Bicubic, as in pre-training."""
     if (image.shape[1], image.shape[2]) == size:
         return image
@@ -34,7 +34,7 @@ def resize(image: UInt8[Tensor, "c h w"], size: tuple[int, int]) -> UInt8[Tensor
     return resized
 
 
-class SegmentationCrops(Dataset[tuple[UInt8[Tensor, "c h w"], Int16[Tensor, "h w"]]]):
+class SegmentationCrops(Dataset[tuple[Shaped[Tensor, "c h w"], Int16[Tensor, "h w"]]]):
     """Images enlarged by a random factor, cropped and mirrored with their masks; a function of (seed, pass, index).
 
     Where a crop reaches over the edge, the image is filled with ``fill`` and the mask does not count.
@@ -69,7 +69,7 @@ class SegmentationCrops(Dataset[tuple[UInt8[Tensor, "c h w"], Int16[Tensor, "h w
             steps.append(v2.RandomHorizontalFlip())
         self.augment = v2.Compose(steps)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[UInt8[Tensor, "c h w"], Int16[Tensor, "h w"]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Shaped[Tensor, "c h w"], Int16[Tensor, "h w"]]:
         number, index = key
         image, mask = self.images.read(index)
         with torch.random.fork_rng(devices=[]):

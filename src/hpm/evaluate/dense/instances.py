@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -20,7 +20,7 @@ Target = dict[str, Tensor]
 """``boxes``, ``labels`` and perhaps ``masks``, as torchvision's detectors want them."""
 
 
-class InstanceCrops(Dataset[tuple[UInt8[Tensor, "c h w"], Target]]):
+class InstanceCrops(Dataset[tuple[Shaped[Tensor, "c h w"], Target]]):
     """Images fitted into a square, enlarged by a random factor, cropped to the square and mirrored.
 
     Each is a function of (seed, pass, index). Boxes of cut instances fit what is left of their masks.
@@ -56,7 +56,7 @@ class InstanceCrops(Dataset[tuple[UInt8[Tensor, "c h w"], Target]]):
             steps.append(v2.RandomHorizontalFlip())
         self.augment = v2.Compose(steps)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[UInt8[Tensor, "c h w"], Target]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Shaped[Tensor, "c h w"], Target]:
         number, index = key
         image, boxes, labels, masks = self.images.read(index)
         size = (image.shape[1], image.shape[2])
