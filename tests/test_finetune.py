@@ -17,10 +17,11 @@ import timm
 import torch
 import yaml
 from timm.data import create_transform
+from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 
 import hpm
-from hpm.build import build_encoder, build_normalise, build_student
+from hpm.build import build_encoder, build_normalise, build_student, timm_arguments
 from hpm.checkpoint import CheckpointFolder
 from hpm.cli import main
 from hpm.data.decode import DecodeError, Sample
@@ -29,8 +30,9 @@ from hpm.data.sources import Source, open_source
 from hpm.errors import InputError, Interrupted
 from hpm.evaluate import finetune, finetune_loop
 from hpm.evaluate.augment import FinetuneImages, Mixing, RandAugment, posterize, stack
-from hpm.evaluate.classifier import build_classifier, layer_groups
+from hpm.evaluate.classifier import build_classifier, layer_groups, load_classifier
 from hpm.evaluate.config import FinetuneConfig
+from hpm.evaluate.controls import folder_name
 from hpm.evaluate.finetune_recipe import RAND_AUGMENT, adapted_batch, adapted_crop, checked, resolve_recipe
 from hpm.log import read_metrics
 from hpm.pretrain import pretrain
@@ -197,7 +199,7 @@ ENCODERS = {
 def test_the_classifier_is_the_encoder_under_mean_norm_and_head(kind):
     run_config = tiny_config(**ENCODERS[kind])
     encoder = build_student(run_config, target_dim=1).encoder.eval()
-    model = build_classifier(run_config, encoder, num_classes=7, drop_path=0.1, seed=0).eval()
+    model = build_classifier(timm_arguments(run_config), encoder, num_classes=7, drop_path=0.1, seed=0).eval()
     images = torch.randn(2, run_config.data.channels, *run_config.data.size)
     encoder.norm = torch.nn.Identity()
     patches = encoder.forward_features(images)[:, encoder.num_prefix_tokens :]
@@ -207,13 +209,15 @@ def test_the_classifier_is_the_encoder_under_mean_norm_and_head(kind):
     assert all(parameter.requires_grad for parameter in model.parameters()), "positions, too, as published"
     (model.train()(images) ** 2).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters()), "DDP waits for every gradient"
-    again = build_classifier(run_config, encoder, num_classes=7, drop_path=0.1, seed=0)
+    again = build_classifier(timm_arguments(run_config), encoder, num_classes=7, drop_path=0.1, seed=0)
     assert torch.equal(model.head.weight, again.head.weight)
 
 
 def test_layer_groups_equal_timm_and_the_published_formula():
     run_config = tiny_config(encoder_depth=3)
-    model = build_classifier(run_config, build_encoder(run_config), num_classes=4, drop_path=0.0, seed=0)
+    model = build_classifier(
+        timm_arguments(run_config), build_encoder(run_config), num_classes=4, drop_path=0.0, seed=0
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def by_name(groups):
@@ -416,7 +420,7 @@ def test_the_command_prints_and_keeps_what_the_interface_promises(checkpoint, tm
     figures = json.loads(printed[-1])
     assert {"top1", "top5", "untrained_top1", "num_train", "num_val"} <= figures.keys()
     assert (figures["num_train"], figures["num_val"], figures["labels_per_class"]) == (24, 16, 3)
-    assert any(line.startswith("pre-trained") for line in printed)
+    assert any(line.startswith("this run ") for line in printed)
     assert any(line.startswith("untrained") for line in printed)
     assert f"  model = hpm.load_classifier('{checkpoint}/finetune')    # a plain timm model" in printed
     kept = json.loads((hpm.run_folder.RunFolder(checkpoint).evaluations / "finetune.json").read_text())
@@ -434,6 +438,28 @@ def test_the_command_prints_and_keeps_what_the_interface_promises(checkpoint, tm
     with pytest.raises(SystemExit) as stop:
         main([*arguments[:-1], "--json"])  # finished: measured again, and the control is not asked for
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == figures["top1"]
+
+
+def test_other_encoders_by_the_same_recipe_in_one_table(checkpoint, tmp_path):
+    """A run named twice is the run again; a timm model keeps its own size and normalisation."""
+    sizes = {"img_size": 48, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes)
+    model.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), input_size=(3, 48, 48), num_classes=5)
+    save_for_hf(model, tmp_path / "vit", model_args=sizes, safe_serialization=True)
+    against = (str(hpm.run_folder.RunFolder(checkpoint).weights_file), f"timm:local-dir:{tmp_path / 'vit'}")
+    result = finetune.run(config(checkpoint, tmp_path / "tuned", against=against, untrained=True, epochs=1))
+    ours, untrained, again, theirs = result.standings
+    assert [row.name for row in result.standings] == ["this run", "untrained", *against]
+    assert ours.top1 == result.top1
+    assert untrained.top1 == result.untrained_top1
+    assert (again.top1, again.lead) == (ours.top1, 0.0), "the same weights, seed and images"
+    assert theirs.lead == pytest.approx(ours.top1 - theirs.top1)
+    tuned = load_classifier(tmp_path / "tuned" / folder_name(against[1]))
+    assert tuned.pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+    assert tuned.patch_embed.img_size == (48, 48)
+    assert tuned.pretrained_cfg["label_names"] == sorted(set(open_source("shapes:24").labels))
+    before, after = model.state_dict(), tuned.state_dict()
+    assert 0 < (after["blocks.0.mlp.fc1.weight"] - before["blocks.0.mlp.fc1.weight"]).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 8])

@@ -134,7 +134,7 @@ def test_leads_are_paired():
     generator = torch.Generator().manual_seed(0)
     mine, other = (torch.rand(60, 3, generator=generator) for _ in range(2))
     mine[:30, :] += 2 * torch.nn.functional.one_hot(truth[:30], 3)
-    contenders = [Contender(name, kind, None, None, (1, 1)) for name, kind in (("a", "run"), ("b", "against"))]
+    contenders = [Contender(name, kind, None, None, (1, 1), {}) for name, kind in (("a", "run"), ("b", "against"))]
     first, second = standings(contenders, [mine, other], truth)
     only_mine = int(((mine.argmax(1) == truth) & (other.argmax(1) != truth)).sum())
     only_other = int(((mine.argmax(1) != truth) & (other.argmax(1) == truth)).sum())

@@ -23,7 +23,15 @@ from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from hpm.build import build_method, build_normalise, build_student, build_target, embedded_codebook, input_config
+from hpm.build import (
+    build_method,
+    build_normalise,
+    build_student,
+    build_target,
+    embedded_codebook,
+    input_config,
+    timm_arguments,
+)
 from hpm.checkpoint import CheckpointFolder, load_verified, write_text_atomically
 from hpm.config import Config, differences, load_config, to_yaml, validated
 from hpm.errors import InputError
@@ -287,14 +295,32 @@ def load_timm_weights(weights: Path, *, field: str = "checkpoint") -> VisionTran
     Raises:
         InputError: It holds no model of hpm.
     """
-    try:
-        with safe_open(weights, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["hpm"])
-            arguments, wanted = about["timm"], about["input"]
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{field}: {str(weights)!r} holds no encoder of hpm: {error}") from error
+    arguments, wanted, state = _read_timm_weights(weights, field)
     model: VisionTransformer = timm.create_model(**arguments)
     model.load_state_dict(state)
     model.pretrained_cfg.update(wanted)
     return model.eval()
+
+
+def arguments_of_encoder(checkpoint: str | Path) -> dict[str, Any]:
+    """Arguments with which ``timm.create_model`` builds what :func:`load_encoder` returns for the same checkpoint.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    path = Path(checkpoint).expanduser()
+    weights = RunFolder(path).weights_file if path.is_dir() else path
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        return timm_arguments(LoadedRun(path).config)
+    return _read_timm_weights(weights, "checkpoint")[0]
+
+
+def _read_timm_weights(weights: Path, field: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
+    """How timm builds the model, how it wants its images, and its weights."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["hpm"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return about["timm"], about["input"], state
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{field}: {str(weights)!r} holds no encoder of hpm: {error}") from error

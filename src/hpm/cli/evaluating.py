@@ -66,10 +66,10 @@ def evaluate_linear(arguments: list[str]) -> None:
         print_json(as_plain(result))
 
 
-def print_standings(rows: Sequence[Any]) -> None:
+def print_standings(rows: Sequence[Any], *, what: str = "encoder") -> None:
     """Every encoder by the same protocol, and by how much this run is ahead of it."""
     print_table(
-        ("encoder", "top-1 %", "95 % interval", "top-5 %", "this run is ahead by"),
+        (what, "top-1 %", "95 % interval", "top-5 %", "this run is ahead by"),
         [
             (
                 row.name, f"{row.top1:.2f}", "{:.1f} to {:.1f}".format(*row.top1_interval), f"{row.top5:.2f}",
@@ -107,16 +107,7 @@ def evaluate_finetune(arguments: list[str]) -> None:
     result = finetune.run(config)
     if not is_main_of_environment():
         return
-    rows = [("pre-trained", result.top1, result.top1_interval, result.top5)]
-    if result.untrained_top1 is not None and result.untrained_top1_interval and result.untrained_top5 is not None:
-        rows.append(("untrained", result.untrained_top1, result.untrained_top1_interval, result.untrained_top5))
-    print_table(
-        ("fine-tuned from", "top-1 %", "95 % interval", "top-5 %"),
-        [
-            (name, f"{top1:.2f}", "{:.2f} to {:.2f}".format(*interval), f"{top5:.2f}")
-            for name, top1, interval, top5 in rows
-        ],
-    )
+    print_standings(result.standings, what="fine-tuned from")
     print()
     print_classes(result.per_class)
     print(
@@ -125,7 +116,7 @@ def evaluate_finetune(arguments: list[str]) -> None:
     )
     save_evaluation(config.checkpoint, "finetune", as_plain(result))
     print(f"look:  {result.folder}/confusion.png  {result.folder}/per_class.csv")
-    if result.untrained_top1 is None:
+    if len(result.standings) == 1:
         print(
             "next:  the same command with --untrained, for what pre-training gave (costs the same again); or in Python:"
         )

@@ -12,30 +12,35 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from hpm.build import input_config, timm_arguments
 from hpm.checkpoint import save_weights
-from hpm.config import Config
 from hpm.errors import InputError
 from hpm.run_folder import load_timm_weights
 from hpm.seeding import Stream, derive_seed
 
 CLASSIFIER_FILE = "classifier.safetensors"
 HEAD_DEVIATION = 2e-5
+INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
+"""How a model wants its images, in ``pretrained_cfg``."""
 
 
-def classifier_arguments(config: Config, num_classes: int) -> dict[str, Any]:
-    """Arguments for ``timm.create_model`` to build the classifier: mean of the patch tokens, norm, linear layer."""
-    return {**timm_arguments(config), "num_classes": num_classes, "global_pool": "avg", "fc_norm": True}
+def classifier_arguments(encoder: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """Arguments for ``timm.create_model`` to build the classifier: mean of the patch tokens, norm, linear layer.
+
+    Args:
+        encoder: Those of the encoder.
+        num_classes: C.
+    """
+    return {**encoder, "num_classes": num_classes, "global_pool": "avg", "fc_norm": True}
 
 
 def build_classifier(
-    config: Config, encoder: VisionTransformer, *, num_classes: int, drop_path: float, seed: int
+    arguments: dict[str, Any], encoder: VisionTransformer, *, num_classes: int, drop_path: float, seed: int
 ) -> VisionTransformer:
     """A classifier that starts from an encoder; norm and head start fresh, positions are trained, as published.
 
     Args:
-        config: Of the run.
-        encoder: Of the run, or its untrained twin.
+        arguments: With which timm builds the encoder.
+        encoder: With its weights; a head of its own is left aside.
         num_classes: C.
         drop_path: Rate of the last block.
         seed: Of the head.
@@ -43,14 +48,15 @@ def build_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, Stream.INITIALISATION))
         model: VisionTransformer = timm.create_model(
-            **classifier_arguments(config, num_classes), drop_path_rate=drop_path
+            **classifier_arguments(arguments, num_classes), drop_path_rate=drop_path
         )
         nn.init.trunc_normal_(model.head.weight, std=HEAD_DEVIATION)
         nn.init.zeros_(model.head.bias)
-    missing, unexpected = model.load_state_dict(encoder.state_dict(), strict=False)
+    body = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith(("head.", "fc_norm."))}
+    missing, unexpected = model.load_state_dict(body, strict=False)
     assert all(name.startswith(("fc_norm.", "head.")) for name in missing), missing
     assert all(name.startswith(("norm.", "attn_pool.")) for name in unexpected), unexpected
-    model.pretrained_cfg.update(input_config(config))
+    model.pretrained_cfg.update({key: encoder.pretrained_cfg[key] for key in INPUT if key in encoder.pretrained_cfg})
     return model
 
 
@@ -62,10 +68,18 @@ def layer_groups(model: VisionTransformer, *, weight_decay: float, layer_decay: 
     return groups
 
 
-def save_classifier(path: Path, model: VisionTransformer, config: Config, classes: Sequence[str]) -> None:
-    """Write a classifier with what timm needs to build it, its classes and how it wants its images."""
-    wanted = {**input_config(config), "num_classes": len(classes), "label_names": list(classes)}
-    save_weights(path, model.state_dict(), classifier_arguments(config, len(classes)), wanted)
+def save_classifier(path: Path, model: VisionTransformer, arguments: dict[str, Any], classes: Sequence[str]) -> None:
+    """Write a classifier with what timm needs to build it, its classes and how it wants its images.
+
+    Args:
+        path: The file.
+        model: As :func:`build_classifier` made it.
+        arguments: With which timm builds the encoder.
+        classes: Names.
+    """
+    wanted = {key: model.pretrained_cfg[key] for key in INPUT if key in model.pretrained_cfg}
+    wanted |= {"num_classes": len(classes), "label_names": list(classes)}
+    save_weights(path, model.state_dict(), classifier_arguments(arguments, len(classes)), wanted)
 
 
 def load_classifier(path: str | Path) -> VisionTransformer:

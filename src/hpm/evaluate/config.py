@@ -117,6 +117,8 @@ class FinetuneConfig:
     """Learn from so many images of every class, drawn by the seed; none: all."""
     untrained: bool = False
     """The same from the untrained encoder as well (in untrained/ of the folder). Doubles the cost."""
+    against: tuple[str, ...] = ()
+    """The same from other encoders (in folders of their names): timm:NAME, timm:local-dir:PATH or another run."""
     resume: Literal["auto", "restart"] = "auto"
     """auto goes on with an unfinished run in the folder; restart begins anew."""
 

@@ -7,8 +7,9 @@ that it was trained with.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import timm
@@ -17,13 +18,13 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.build import build_student, choose_attention, input_config
+from hpm.build import build_student, choose_attention, input_config, timm_arguments
 from hpm.config import Config
 from hpm.data.loading import Normalise
 from hpm.errors import InputError
 from hpm.evaluate.accuracy import Interval, top_k_accuracy, wilson_interval
 from hpm.evaluate.config import Pooling
-from hpm.run_folder import LoadedRun, load_encoder
+from hpm.run_folder import LoadedRun, arguments_of_encoder, load_encoder
 from hpm.weights.read import load_timm
 
 Kind = Literal["run", "untrained", "against"]
@@ -40,6 +41,8 @@ class Contender(NamedTuple):
     """By the statistics that it was trained with."""
     size: tuple[int, int]
     """Height and width of the images it takes."""
+    arguments: dict[str, Any]
+    """With which ``timm.create_model`` builds it."""
 
 
 def open_contenders(
@@ -61,14 +64,15 @@ def open_contenders(
         raise InputError(f"against: must be different, got {', '.join(against)}")
     ours = loaded.student.encoder
     ours.pretrained_cfg.update(input_config(loaded.config))
-    found = [_contender("this run", "run", ours, loaded.device)]
+    found = [_contender("this run", "run", ours, loaded.device, timm_arguments(loaded.config))]
     if untrained:
         start = untrained_encoder(loaded.config, loaded.device)
         start.pretrained_cfg.update(input_config(loaded.config))
-        found.append(_contender("untrained", "untrained", start, loaded.device))
+        found.append(_contender("untrained", "untrained", start, loaded.device, timm_arguments(loaded.config)))
     for spec in against:
         try:
             other = load_timm(spec) if spec.startswith("timm:") else load_encoder(spec)
+            arguments = _timm_model(spec, other) if spec.startswith("timm:") else arguments_of_encoder(spec)
         except InputError as error:
             raise InputError(f"against: {spec!r}: {str(error).removeprefix('checkpoint: ')}") from error
         channels, wanted = other.patch_embed.proj.in_channels, loaded.config.data.channels
@@ -77,7 +81,7 @@ def open_contenders(
                 f"against: {spec!r} takes images of {channels} channel(s), and this run's have {wanted}; choose a "
                 "model of as many"
             )
-        found.append(_contender(spec, "against", other.eval(), loaded.device))
+        found.append(_contender(spec, "against", other.eval(), loaded.device, arguments))
     for contender in found:
         if pooling != "mean" and not contender.encoder.has_class_token:
             whose = "this encoder" if contender.kind == "run" else contender.name
@@ -85,7 +89,18 @@ def open_contenders(
     return found
 
 
-def _contender(name: str, kind: Kind, encoder: VisionTransformer, device: torch.device) -> Contender:
+def _timm_model(spec: str, encoder: VisionTransformer) -> dict[str, Any]:
+    """Arguments for timm to build a model of its own again, without the head."""
+    return {
+        "model_name": spec.removeprefix("timm:"),
+        "img_size": list(encoder.patch_embed.img_size or ()) or None,
+        "in_chans": encoder.patch_embed.proj.in_channels,
+    }
+
+
+def _contender(
+    name: str, kind: Kind, encoder: VisionTransformer, device: torch.device, arguments: dict[str, Any]
+) -> Contender:
     """Take size and normalisation from where timm keeps them."""
     wanted = timm.data.resolve_model_data_config(encoder)
     mean, std = tuple(wanted["mean"]), tuple(wanted["std"])
@@ -96,13 +111,19 @@ def _contender(name: str, kind: Kind, encoder: VisionTransformer, device: torch.
         )
     height, width = encoder.patch_embed.img_size or wanted["input_size"][1:]
     choose_attention(encoder, device)
-    return Contender(name, kind, encoder.to(device), Normalise(mean, std).to(device), (int(height), int(width)))
+    normalise = Normalise(mean, std).to(device)
+    return Contender(name, kind, encoder.to(device), normalise, (int(height), int(width)), arguments)
 
 
 def untrained_encoder(config: Config, device: torch.device) -> VisionTransformer:
     """The run's encoder at its own seeded initialisation."""
     encoder = build_student(config, target_dim=1).encoder  # drawn before the head: any width gives the same
     return encoder.to(device).eval()
+
+
+def folder_name(contender: str) -> str:
+    """A name for a folder: ``this run`` and what stands in a path or a model's name, with plain signs alone."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", contender).strip("-.")
 
 
 class Standing(NamedTuple):

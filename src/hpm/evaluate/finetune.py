@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import yaml
 from timm.models.vision_transformer import VisionTransformer
 
 from hpm import distributed
-from hpm.build import build_decoder, build_encoder
+from hpm.build import build_decoder
 from hpm.checkpoint import CheckpointFolder, write_atomically, write_text_atomically
 from hpm.config import Config
 from hpm.data.sources import class_indices
@@ -43,7 +44,7 @@ from hpm.evaluate.accuracy import (
 )
 from hpm.evaluate.classifier import CLASSIFIER_FILE, save_classifier
 from hpm.evaluate.config import FinetuneConfig
-from hpm.evaluate.controls import untrained_encoder
+from hpm.evaluate.controls import Contender, Standing, folder_name, open_contenders, standings
 from hpm.evaluate.finetune_loop import Classified, Finetuning, classify, train_epochs
 from hpm.evaluate.finetune_recipe import Recipe, checked, differences, resolve_recipe
 from hpm.evaluate.labelled import LabelledImages, Subset, choose_per_class, labelled_fingerprint, open_labelled
@@ -91,6 +92,8 @@ class FinetuneResult:
     per_class: list[ClassAccuracy]
     damaged: int
     """Images left out, of both sources."""
+    standings: list[Standing]
+    """This run first, then those it was held against, each fine-tuned by the same recipe."""
     folder: str
     classifier: str
     """File for :func:`hpm.load_classifier`."""
@@ -112,12 +115,14 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         stack.enter_context(distributed.process_group(device))
         out = output_folder(config)
         loaded = LoadedRun(config.checkpoint, device=device)
-        images, recipe = prepare_images(config, loaded.config)
-        outcome = fine_tune(config, recipe, loaded.config, loaded.student.encoder, images, out, device, stop)
-        control = None
-        if config.untrained:
-            encoder = untrained_encoder(loaded.config, device)
-            control = fine_tune(config, recipe, loaded.config, encoder, images, out / "untrained", device, stop)
+        contenders = open_contenders(loaded, config.against, untrained=config.untrained)
+        prepared = [prepare_images(config, loaded.config, contender) for contender in contenders]
+        ended = []
+        for contender, (images, recipe) in zip(contenders, prepared, strict=True):
+            place = out if contender.kind == "run" else out / folder_name(contender.name)
+            ended.append(fine_tune(config, recipe, contender, images, place, device, stop))
+    outcome, (images, recipe) = ended[0][0], prepared[0]
+    control = next((found for (found, _), c in zip(ended, contenders, strict=True) if c.kind == "untrained"), None)
     return FinetuneResult(
         top1=outcome.top1,
         top1_interval=outcome.top1_interval,
@@ -136,9 +141,22 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         train_loss=outcome.train_loss,
         per_class=outcome.per_class,
         damaged=outcome.damaged,
+        standings=_standings(contenders, [classified for _, classified in ended], images),
         folder=str(out),
         classifier=str(out / CLASSIFIER_FILE),
     )
+
+
+def _standings(
+    contenders: Sequence[Contender], classified: Sequence[Classified], images: LabelledImages
+) -> list[Standing]:
+    """The table of all, from the ranks of each on the images that all could read."""
+    labels = class_indices([(images.val.labels or ())[i] for i in classified[0].indices], images.classes)
+    scores = []
+    for found in classified:
+        places = torch.arange(found.ranked.shape[1], 0, -1, dtype=torch.float32).expand(len(found.ranked), -1)
+        scores.append(torch.zeros(len(labels), len(images.classes)).scatter(1, found.ranked, places))
+    return standings(contenders, scores, torch.from_numpy(labels))
 
 
 def output_folder(config: FinetuneConfig) -> Path:
@@ -155,38 +173,32 @@ def output_folder(config: FinetuneConfig) -> Path:
     return checkpoint / "finetune"
 
 
-def prepare_images(config: FinetuneConfig, run_config: Config) -> tuple[LabelledImages, Recipe]:
-    """Open and check the images, and fill in the recipe for them.
+def prepare_images(config: FinetuneConfig, run_config: Config, contender: Contender) -> tuple[LabelledImages, Recipe]:
+    """Open and check the images, and fill in the recipe for them and for an encoder.
 
     Raises:
         InputError: Names the field, the rule and the value.
     """
     data = run_config.data
-    images = open_labelled(config.train, config.val, decoder=build_decoder(data), image_size=data.size)
+    images = open_labelled(config.train, config.val, decoder=build_decoder(data), image_size=contender.size)
     if config.labels_per_class is not None:
         chosen = choose_per_class(images.train.labels or (), config.labels_per_class, seed=config.seed)
         images = images._replace(train=Subset(images.train, chosen))
     return images, resolve_recipe(
-        config, num_images=len(images.train), size=data.size, channels=data.channels, deep=bool(data.value_range),
-        width=_encoder_width(run_config), flip=data.flip, num_processes=distributed.world_size(),
+        config, num_images=len(images.train), size=contender.size, channels=data.channels, deep=bool(data.value_range),
+        width=contender.encoder.embed_dim, flip=data.flip, num_processes=distributed.world_size(),
     )  # fmt: skip
-
-
-def _encoder_width(config: Config) -> int:
-    with torch.device("meta"):
-        return int(build_encoder(config).embed_dim)
 
 
 def fine_tune(
     config: FinetuneConfig,
     recipe: Recipe,
-    run_config: Config,
-    encoder: VisionTransformer,
+    contender: Contender,
     images: LabelledImages,
     out: Path,
     device: torch.device,
     stop: StopSignal,
-) -> Outcome:
+) -> tuple[Outcome, Classified]:
     """Fine-tune one encoder in a folder of its own: start or go on, train, measure, save.
 
     Raises:
@@ -198,7 +210,7 @@ def fine_tune(
         **json.loads(json.dumps(asdict(recipe))),  # as YAML will give them back: lists for tuples
         "train": labelled_fingerprint(images.train),
         "val": labelled_fingerprint(images.val),
-        "encoder": _weights_digest(encoder),
+        "encoder": _weights_digest(contender.encoder),
     }
     check_folder(folder, settings, restart=config.resume == "restart")
     distributed.barrier()  # before any process makes anything there
@@ -215,7 +227,7 @@ def fine_tune(
         bf16 = config.precision == "bf16" or (config.precision == "auto" and distributed.has_bf16(device))
         checkpoints = CheckpointFolder(folder.checkpoints, keep_last=2, holds="model")
         finetuning = Finetuning.start(
-            recipe, run_config, encoder, images,
+            recipe, contender, images,
             folder=folder.path, checkpoints=checkpoints, device=device, bf16=bf16,
             workers=config.workers, val_epochs=config.val_epochs, checkpoint_minutes=config.checkpoint_minutes,
             max_damaged=config.max_damaged,
@@ -230,7 +242,7 @@ def fine_tune(
         if classified is None:
             say(f"{folder.path} holds a finished fine-tuning of {recipe.epochs} epochs; it is only measured again")
             classified = classify(finetuning)
-        return conclude(finetuning, classified, folder)
+        return conclude(finetuning, classified, folder), classified
     finally:
         folder.release()
 
@@ -251,7 +263,7 @@ def conclude(finetuning: Finetuning, classified: Classified, folder: RunFolder) 
         damaged=len(classified.damaged) + len(finetuning.damaged),
     )
     if distributed.is_main():
-        save_classifier(folder.path / CLASSIFIER_FILE, finetuning.measured, finetuning.run_config, classes)
+        save_classifier(folder.path / CLASSIFIER_FILE, finetuning.measured, finetuning.contender.arguments, classes)
         title = f"{folder.path.name}: top-1 {outcome.top1:.1f} % of {outcome.num_val:,} images"
         write_atomically(
             folder.path / "confusion.png", lambda path: draw_confusions(confusions, classes, path, title=title)

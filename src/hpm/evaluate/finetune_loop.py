@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +20,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm import distributed
-from hpm.build import build_normalise, choose_attention, statistics
+from hpm.build import choose_attention
 from hpm.checkpoint import CheckpointFolder
-from hpm.config import Config
 from hpm.data.loading import (
     Damage,
     Position,
@@ -34,6 +34,7 @@ from hpm.data.sources import class_indices
 from hpm.errors import DivergedError, InputError, Interrupted
 from hpm.evaluate.augment import FinetuneImages, LabelledBatch, Mixing, stack
 from hpm.evaluate.classifier import build_classifier, layer_groups
+from hpm.evaluate.controls import Contender
 from hpm.evaluate.features import none_readable, report_damage
 from hpm.evaluate.finetune_recipe import Recipe
 from hpm.evaluate.labelled import LabelledImages
@@ -98,7 +99,7 @@ class Finetuning:
     """Everything a fine-tuning needs, put together."""
 
     recipe: Recipe
-    run_config: Config
+    contender: Contender
     images: LabelledImages
     folder: Path
     checkpoints: CheckpointFolder
@@ -116,8 +117,7 @@ class Finetuning:
     def start(
         cls,
         recipe: Recipe,
-        run_config: Config,
-        encoder: VisionTransformer,
+        contender: Contender,
         images: LabelledImages,
         *,
         folder: Path,
@@ -131,7 +131,11 @@ class Finetuning:
     ) -> Finetuning:
         """Build the classifier and its optimizer, and go on from the newest checkpoint where there is one."""
         model = build_classifier(
-            run_config, encoder, num_classes=len(images.classes), drop_path=recipe.drop_path, seed=recipe.seed
+            contender.arguments,
+            contender.encoder,
+            num_classes=len(images.classes),
+            drop_path=recipe.drop_path,
+            seed=recipe.seed,
         ).to(device)
         choose_attention(model, device)
         groups = layer_groups(model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
@@ -146,7 +150,7 @@ class Finetuning:
             if state.step < recipe.total_steps:
                 say(f"going on with {folder} at step {state.step} of {recipe.total_steps}")
         return cls(
-            recipe, run_config, images, folder, checkpoints, device, bf16,
+            recipe, contender, images, folder, checkpoints, device, bf16,
             default_workers() if workers is None else workers, val_epochs, checkpoint_minutes, max_damaged, state,
         )  # fmt: skip
 
@@ -304,9 +308,9 @@ def classify(run: Finetuning) -> Classified:
     val, model = run.images.val, run.measured
     mine = list(range(len(val)))[distributed.rank() :: distributed.world_size()]
     model.eval()
-    normalise = build_normalise(run.run_config).to(run.device)
+    normalise = run.contender.normalise
     ranked, kept, damaged = [], [], []
-    batches = ordered_batches(val, size=run.run_config.data.size, indices=mine, workers=run.workers)
+    batches = ordered_batches(val, size=run.contender.size, indices=mine, workers=run.workers)
     for batch in tracked(batches, "validation", total=-(-len(mine) // 128)):
         damaged += batch.damaged
         if batch.indices:
@@ -366,8 +370,9 @@ def _batches(run: Finetuning) -> Any:
         position=Position(distributed.rank(), distributed.world_size(), share // recipe.micro_batch_size),
     )  # fmt: skip
     images = FinetuneImages(
-        run.images.train, run.images.classes, size=run.run_config.data.size,
-        normalise=build_normalise(run.run_config), mean=statistics(run.run_config)[0], recipe=recipe,
+        run.images.train, run.images.classes, size=run.contender.size,
+        normalise=copy.deepcopy(run.contender.normalise).cpu(), recipe=recipe,
+        mean=tuple((run.contender.normalise.mean.flatten() / 255).tolist()),
     )  # fmt: skip
     return batches_in_order(images, order, collate=stack, workers=run.workers, pin_memory=run.device.type == "cuda")
 

@@ -27,7 +27,7 @@ from hpm.data.coco import CocoImages, find_damage, open_instances
 from hpm.data.decode import Decoder
 from hpm.display import build_display
 from hpm.errors import InputError
-from hpm.evaluate.controls import Contender, open_contenders
+from hpm.evaluate.controls import Contender, folder_name, open_contenders
 from hpm.evaluate.dense.config import DetectConfig
 from hpm.evaluate.dense.detector import build_detector, check_patch, fitting_size
 from hpm.evaluate.dense.encoder import DenseEncoder, parameter_groups
@@ -36,7 +36,6 @@ from hpm.evaluate.dense.pictures import Detected, draw_detections
 from hpm.evaluate.dense.training import (
     Task,
     check_training,
-    folder_name,
     held_back,
     identity,
     make_plan,

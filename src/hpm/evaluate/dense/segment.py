@@ -23,7 +23,7 @@ from hpm.config import Config
 from hpm.data.class_masks import IGNORED
 from hpm.display import build_display
 from hpm.errors import InputError
-from hpm.evaluate.controls import Contender, open_contenders
+from hpm.evaluate.controls import Contender, folder_name, open_contenders
 from hpm.evaluate.dense.config import SegmentConfig
 from hpm.evaluate.dense.crops import FeatureCache, SegmentationCrops, resize, stack_pairs, working_size
 from hpm.evaluate.dense.encoder import DenseEncoder, check_size, choose_depths, parameter_groups
@@ -33,7 +33,6 @@ from hpm.evaluate.dense.segment_data import Data, open_data
 from hpm.evaluate.dense.training import (
     Task,
     check_training,
-    folder_name,
     identity,
     make_plan,
     mean_values,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -99,11 +98,6 @@ def output_folder(config: DenseConfig, name: str) -> Path:
     except OSError as error:
         raise InputError(f"out: cannot make {str(folder)!r}: {error.strerror}") from error
     return folder
-
-
-def folder_name(contender: str) -> str:
-    """A name for a folder: ``this run`` and what stands in a path or a model's name, with plain signs alone."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", contender).strip("-.")
 
 
 def mean_values(normalise: Normalise) -> list[int]:
