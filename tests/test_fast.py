@@ -221,6 +221,7 @@ def test_what_serves_several_views_is_shared_among_them():
     assert kept.student == one.student
     shared = step_cost(tiny_config(masks_per_image=4))
     assert shared.teacher == pytest.approx(one.teacher / 4)
+    assert 0.85 * one.student < shared.student < one.student, "a student's pass for every view; they share the patches"
     smaller = step_cost(tiny_config(image_size=64, predictor_view="full", teacher_reduction=2))
     assert smaller.teacher < 0.3 * step_cost(tiny_config(image_size=64, predictor_view="full")).teacher
     progressive = step_cost(tiny_config(image_size=64, progressive_start=0.5))
@@ -252,6 +253,22 @@ def test_budget_does_not_take_what_does_not_fit(fields):
     )
     with pytest.raises(InputError, match="teacher_budget: must be at least 0"):
         keep_to_budget(config)
+
+
+@pytest.mark.parametrize("fields", [{"target": "ema_features"}, {"mask": "attention"}])
+def test_budget_leaves_a_teacher_that_is_asked_everywhere_its_full_images(fields):
+    base = tiny_config(image_size=64, batch_size=8, predictor_view="both", **fields)
+    most_masks = teacher_share(replace(base, method=replace(base.method, masks_per_image=4)))
+    chosen = keep_to_budget(with_fields(base, {"teacher_budget": most_masks + 1e-6}))
+    assert (chosen.method.masks_per_image, chosen.model.teacher_reduction) == (4, 1)
+    with pytest.raises(InputError, match="teacher_budget: must be at least 0"):
+        keep_to_budget(with_fields(base, {"teacher_budget": most_masks - 1e-3}))
+
+
+def test_budget_lowers_nothing_that_was_given():
+    base = tiny_config(image_size=64, batch_size=8, predictor_view="both", masks_per_image=4)
+    chosen = keep_to_budget(with_fields(base, {"teacher_budget": teacher_share(base) - 1e-3}))
+    assert (chosen.method.masks_per_image, chosen.model.teacher_reduction) == (4, 2)
 
 
 @pytest.mark.parametrize(("fields", "message"), [

@@ -1,13 +1,19 @@
 """Foreground figures on cases that can be worked out by hand, and the measures against loops."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 
 from hpm.build import build_method, build_normalise, build_student
 from hpm.config import Config, with_fields
+from hpm.errors import InputError
+from hpm.evaluate import foreground
+from hpm.evaluate.config import ForegroundConfig
 from hpm.evaluate.foreground import (
     edge_density,
     find_in_images,
@@ -18,6 +24,7 @@ from hpm.evaluate.foreground import (
 )
 from hpm.method import Teacher
 from hpm.vit import class_attention, create_encoder, has_class_attention
+from random_run import random_run
 from tiny import TINY
 
 torch.set_num_threads(1)
@@ -197,3 +204,37 @@ def test_figures_equal_scikit_learns_also_with_ties():
     assert found.average_precision == pytest.approx(
         np.mean([average_precision_score(f, s) for f, s in zip(foreground, scores)])
     )
+
+
+# Other models beside the run
+
+
+def test_the_same_images_by_other_models(tmp_path):
+    """Another run measures everything, timm's weights their attention; a run beside itself is itself."""
+    here, other = (
+        random_run(tmp_path / "here"),
+        random_run(tmp_path / "other", image_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2)),
+    )
+    sizes = {"img_size": 48, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes)
+    model.pretrained_cfg.update(input_size=(3, 48, 48), num_classes=5)
+    save_for_hf(model, tmp_path / "vit", model_args=sizes, safe_serialization=True)
+    against = (str(here), str(other), f"timm:local-dir:{tmp_path / 'vit'}")
+    config = ForegroundConfig(str(here), "shapes:24", against=against, device="cpu")
+    result = foreground.run(config)
+    assert list(result.others) == ["untrained", *against]
+    assert result.others[against[0]] == result.measures
+    assert result.others["untrained"]["predicted_loss"] != result.measures["predicted_loss"]
+    assert result.others["untrained"]["patch_variance"] == result.measures["patch_variance"]
+    alone = foreground.run(replace(config, checkpoint=str(other), against=(), untrained=False))
+    assert result.others[against[1]] == alone.measures, "at its own size and normalisation"
+    known = {name for name, finding in result.others[against[2]].items() if finding is not None}
+    assert known == {"attention"}
+    assert foreground.as_json(result)["others"]["untrained"]["attention"]["auroc"] > 0
+    assert alone.others == {}
+
+
+def test_another_model_that_is_none_is_refused_before_anything_is_measured(tmp_path):
+    run = random_run(tmp_path / "here")
+    with pytest.raises(InputError, match=r"against: .*nowhere.* does not exist"):
+        foreground.run(ForegroundConfig(str(run), "shapes:24", against=(str(tmp_path / "nowhere"),), device="cpu"))

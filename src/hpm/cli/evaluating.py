@@ -182,6 +182,10 @@ def evaluate_foreground(arguments: list[str]) -> None:
         print_json(flat)
 
 
+IMAGE_ALONE = ("patch_variance", "edge_density")
+"""Measures that are the same whatever model looks."""
+
+
 def print_foreground(result: Any) -> None:
     """Every measure over all images and by level."""
     rows = [
@@ -189,6 +193,13 @@ def print_foreground(result: Any) -> None:
         for name, finding in result.measures.items()
     ]
     print_table((f"{result.num_images:,} images", "AUROC", "AP", "pointing game", "best box IoU", "box IoU"), rows)
+    for name, measures in result.others.items():
+        known = {measure: finding for measure, finding in measures.items() if finding and measure not in IMAGE_ALONE}
+        print()
+        print_table(
+            (name, "AUROC", "AP", "pointing game", "best box IoU", "box IoU"),
+            [(measure, *(f"{value:.3f}" for value in finding)) for measure, finding in known.items()],
+        )
     print(f"(box IoU: one threshold for all images; the whole image as a box: {result.whole_image_iou:.3f})")
     if result.by_group:
         groups = list(result.by_group)

@@ -91,6 +91,10 @@ class ForegroundConfig:
     """Folder of masks, one per image with the same name up to the ending; bright = foreground."""
     boxes: str = ""
     """Instead of masks: table.csv (path, xmin, ymin, xmax, ymax) or .npy (n, 4); images without a box do not count."""
+    untrained: bool = True
+    """Measure the same with the model's own random start."""
+    against: tuple[str, ...] = ()
+    """Other models to hold beside it: another run, or timm:NAME (whose attention alone can be asked)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
     max_damaged: float = 0.01

@@ -8,7 +8,7 @@ by masks or by boxes; of several boxes every one counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.build import build_decoder, choose_attention
+from hpm.build import build_decoder, build_student, choose_attention
+from hpm.config import DataConfig
 from hpm.data.decode import EXTENSIONS, DecodeError, decode
 from hpm.data.loading import Cover, Damage, Normalise, ordered_batches
 from hpm.data.sources import Source, open_source
@@ -30,6 +32,7 @@ from hpm.distributed import choose_device, has_bf16
 from hpm.errors import InputError
 from hpm.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
 from hpm.evaluate.config import ForegroundConfig
+from hpm.evaluate.controls import Contender, open_contenders
 from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
 from hpm.log import tracked
 from hpm.method import Method, Student, Teacher
@@ -67,6 +70,8 @@ class ForegroundResult:
     """Images measured, without the damaged ones and those that have no box."""
     damaged: int
     """Images left out."""
+    others: dict[str, dict[str, Finding | None]] = field(default_factory=dict)
+    """The measures by other models that the run was held against, by their names."""
 
 
 def find_in_images(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray, "b n"]) -> Float[np.ndarray, "b 3"]:
@@ -181,7 +186,23 @@ def evaluate_foreground(
     """
     generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
     ask = partial(measure_patches, student, teacher, method, normalise, generator=generator, bf16=bf16)
-    vit = student.encoder
+    return _judge(
+        ask, student.encoder, source, size=size, device=device, masks=masks, boxes=boxes, max_damaged=max_damaged
+    )
+
+
+def _judge(
+    ask: Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]],
+    vit: VisionTransformer,
+    source: Source,
+    *,
+    size: tuple[int, int],
+    device: torch.device,
+    masks: Mapping[int, Bool[Tensor, "h w"]] | None,
+    boxes: Mapping[int, Bool[Tensor, "k h w"]] | None,
+    max_damaged: float,
+) -> ForegroundResult:
+    """Hold what ``ask`` says of every patch of a ViT against the objects."""
     found = _measure_images(ask, source, size=size, patch=patch_size(vit), device=device, masks=masks, boxes=boxes)
     report_damage({"images": (found.damaged, len(source))}, max_damaged=max_damaged)
     figures = {
@@ -281,21 +302,72 @@ def run(config: ForegroundConfig) -> ForegroundResult:
         InputError: No masks, masks or boxes that do not fit the images, too many damaged images, or a bad checkpoint.
     """
     check_max_damaged(config.max_damaged)
-    device = choose_device(config.device)
-    loaded = LoadedRun(config.checkpoint, device=device)
-    data = loaded.config.data
-    source = open_source(config.images, decoder=build_decoder(data), image_size=data.size, field="images")
     if config.masks and config.boxes:
         raise InputError("boxes: give masks or boxes, not both")
-    masks = _read_masks(Path(config.masks).expanduser(), source, data.size) if config.masks else None
-    boxes = read_boxes(Path(config.boxes).expanduser(), source, data.size) if config.boxes else None
-    choose_attention(loaded.student, device)
-    choose_attention(loaded.teacher, device)
-    return evaluate_foreground(
-        loaded.student, loaded.teacher, loaded.method, loaded.normalise, source,
-        size=data.size, device=device, bf16=has_bf16(device), masks=masks, boxes=boxes,
-        max_damaged=config.max_damaged,
-    )  # fmt: skip
+    device = choose_device(config.device)
+    loaded = LoadedRun(config.checkpoint, device=device)
+    contenders = open_contenders(loaded, config.against, untrained=config.untrained)
+    opened = {size: _open(config, loaded.config.data, size) for size in {contender.size for contender in contenders}}
+    judged = {}
+    for contender in contenders:
+        source, masks, boxes = opened[contender.size]
+        judged[contender.name] = _judge(
+            _asker(contender, loaded, device), contender.encoder, source, size=contender.size, device=device,
+            masks=masks, boxes=boxes, max_damaged=config.max_damaged,
+        )  # fmt: skip
+    ours, *others = judged.items()
+    return replace(ours[1], others={name: result.measures for name, result in others})
+
+
+class _Objects(NamedTuple):
+    """Images and where the objects in them are."""
+
+    source: Source
+    masks: dict[int, Bool[Tensor, "h w"]] | None
+    boxes: dict[int, Bool[Tensor, "k h w"]] | None
+
+
+def _open(config: ForegroundConfig, data: DataConfig, size: tuple[int, int]) -> _Objects:
+    """Everything at the size that an encoder takes.
+
+    Raises:
+        InputError: No such images, or masks or boxes that do not fit them.
+    """
+    source = open_source(config.images, decoder=build_decoder(data), image_size=size, field="images")
+    masks = _read_masks(Path(config.masks).expanduser(), source, size) if config.masks else None
+    boxes = read_boxes(Path(config.boxes).expanduser(), source, size) if config.boxes else None
+    return _Objects(source, masks, boxes)
+
+
+def _asker(
+    contender: Contender, loaded: LoadedRun, device: torch.device
+) -> Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]]:
+    """What gives every measure for one of the contenders: all of a run and of its own start, attention of the others.
+
+    Raises:
+        InputError: The other is a run, and cannot be read.
+    """
+    generator, bf16 = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES)), has_bf16(device)
+    student, teacher, method = loaded.student, loaded.teacher, loaded.method
+    if contender.kind == "untrained":
+        student = build_student(loaded.config, target_dim=method.target.dim).to(device).eval()
+        teacher = Teacher(student)
+    elif contender.kind == "against":
+        if contender.name.startswith("timm:") or contender.name.endswith(".safetensors"):
+            return partial(_attention_alone, contender)
+        other = LoadedRun(contender.name, device=device)
+        student, teacher, method = other.student, other.teacher, other.method
+    choose_attention(student, device)
+    choose_attention(teacher, device)
+    return partial(measure_patches, student, teacher, method, contender.normalise, generator=generator, bf16=bf16)
+
+
+@torch.no_grad()
+def _attention_alone(contender: Contender, images: Tensor) -> dict[str, Float[np.ndarray, "b n"] | None]:
+    """Of an encoder without decoders; the measures of the image itself are in every table already."""
+    vit = contender.encoder
+    value = class_attention(vit, contender.normalise(images)) if has_class_attention(vit) else None
+    return {"attention": None if value is None else value.float().cpu().numpy()}
 
 
 def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> dict[int, Bool[Tensor, "h w"]]:
@@ -342,6 +414,7 @@ def as_json(result: ForegroundResult) -> dict[str, object]:
     return {
         **plain(result.measures),
         "by_group": {name: plain(findings) for name, findings in result.by_group.items()},
+        "others": {name: plain(findings) for name, findings in result.others.items()},
         "whole_image_iou": result.whole_image_iou,
         "num_images": result.num_images,
         "damaged": result.damaged,
