@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fuzzing import channels_of, deep_png, dicom, npy, npz, picture, pillow, seeds, tiff
+from fuzzing import channels_of, deep_png, dicom, encapsulated, npy, npz, picture, pillow, seeds, tiff
 from hpm.data import stored
 from hpm.data.decode import DecodeError, Decoder, decode, describe
 from hpm.data.sources import open_source
@@ -259,6 +259,34 @@ def test_dicom_of_colours_and_frames(compressed):
     content = dicom(array[..., 0], NumberOfFrames=2, PixelData=frames.tobytes(), compressed=compressed)
     assert np.array_equal(pixels(content, 1)[..., 0], array[..., 0])
     assert describe(content).frames == 2
+
+
+@pytest.mark.parametrize("kind", ["jpegsof3", "jpegls", "jpeg2000", "jpeg"])
+@pytest.mark.parametrize("bits", [8, 12, -12])
+def test_dicom_of_every_compression(kind, bits):
+    """Signed values of 12 bits stand in 16."""
+    import imagecodecs
+
+    if kind in ("jpeg", "jpeg2000") and bits != 8:
+        pytest.skip("Pillow writes none to test with")
+    array = picture(20, 30, 1)[..., 0]
+    if bits != 8:
+        array = array.astype(np.uint16) << 4
+    name = {"jpegsof3": "JPEGLosslessSV1", "jpegls": "JPEGLSLossless", "jpeg2000": "JPEG2000Lossless"}
+    encode = {
+        "jpegsof3": lambda a: imagecodecs.ljpeg_encode(a, bitspersample=abs(bits)),
+        "jpegls": imagecodecs.jpegls_encode,
+        "jpeg2000": lambda a: pillow(a, "JPEG2000"),
+        "jpeg": lambda a: pillow(a, "JPEG", quality=100),
+    }[kind]
+    tags = {"BitsStored": abs(bits), "HighBit": abs(bits) - 1, "PixelRepresentation": int(bits < 0)}
+    content = encapsulated(array, encode(array), name.get(kind, "JPEGBaseline8Bit"), **tags)
+    wanted = array.astype(float)
+    if bits < 0:
+        wanted = np.where(wanted >= 2048, wanted - 4096, wanted)
+    high = {8: 255, 12: 4095, -12: 2047}[bits]
+    found = pixels(content, 1)[..., 0]
+    assert np.abs(found - wanted * (255 / high)).max() <= (3 if kind == "jpeg" else 1e-3)
 
 
 def test_dicom_without_its_library_says_what_to_install(monkeypatch):
