@@ -95,8 +95,23 @@ def dicom(array, *, compressed=False, **tags):
     return buffer.getvalue()
 
 
+def encapsulated(array, frame, syntax, **tags):
+    """A DICOM file whose frame is compressed already."""
+    import pydicom
+
+    data = pydicom.dcmread(io.BytesIO(dicom(array, **tags)))
+    data.PixelData = pydicom.encaps.encapsulate([bytes(frame)])
+    data["PixelData"].is_undefined_length = True
+    data.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
 def seeds():
     """One good file of every kind, by name."""
+    import imagecodecs
+
     rgb, grey, deep = picture(), picture(channels=1)[..., 0], picture(dtype=np.uint16)
     rgba = np.concatenate([rgb, picture(channels=1)], -1)
     bands = picture(channels=13, dtype=np.int16)
@@ -132,6 +147,9 @@ def seeds():
         "tiff_lab": tiff(rgb, photometric="cielab"),
         "dicom": dicom(deep[..., 0], RescaleSlope=2, RescaleIntercept=-1000),
         "dicom_rle": dicom(rgb, compressed=True),
+        "dicom_lossless": encapsulated(grey, imagecodecs.ljpeg_encode(grey), "JPEGLosslessSV1"),
+        "dicom_jpegls": encapsulated(deep, imagecodecs.jpegls_encode(deep), "JPEGLSLossless"),
+        "dicom_jpeg2000": encapsulated(rgb, pillow(rgb, "JPEG2000"), "JPEG2000Lossless"),
         "npy": npy(rgb),
         "npy_planes": npy(picture(channels=5, dtype=np.float16).transpose(2, 0, 1)),
         "npz": npz(deep),

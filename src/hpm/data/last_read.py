@@ -41,8 +41,9 @@ class LastRead(Dataset[Item]):
         numbers = [index for pid, index in self._notes.tolist() if pid in dead and index >= 0]
         source = getattr(self.images, "source", None)
         names = [f"#{number}" if source is None else source.name(number) for number in numbers]
-        cause = str(error).partition(") ")[2].split(". ")[0].rstrip(".")
+        killed = re.search(r"killed by signal: ([^.]+)", f"{error} {error.__cause__} {error.__context__}")
+        cause = killed[1] if killed else "exited unexpectedly"
         return InputError(
-            f"data: a data worker {cause or 'died'} while it read {', '.join(names) or 'its first image'}; look at it "
+            f"data: a data worker died ({cause}) while it read {', '.join(names) or 'its first image'}; look at it "
             "with hpm data check, and leave it out if it is damaged (if many workers die, memory is short: --workers)"
         )

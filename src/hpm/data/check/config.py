@@ -22,7 +22,7 @@ class CheckConfig:
     """Read every image as so many channels, as a run would; none: as many as it has."""
     no_data: float | None = None
     """Value of pixels without data, as stored; none: what a file itself names."""
-    near_bits: int = 4
+    near_bits: int = 6
     """Images whose perceptual hashes differ in so many of 64 bits at most are near duplicates."""
     sheet_images: int = 24
     """Images on the contact sheet that stand for all."""

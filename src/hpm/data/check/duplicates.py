@@ -12,8 +12,6 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 _BITS = 64
-_BLOCK = 2048
-"""Hashes that are compared with each other at once."""
 _ONES = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 """In every 16-bit number; numpy counts bits from version 2.0 on only."""
 
@@ -52,26 +50,18 @@ def _near_pairs(hashes: UInt64[np.ndarray, " n"], most: int) -> Int[np.ndarray, 
     for low, high in pairwise(edges):
         part = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(part, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(part[order]) != 0])
-        for start, stop in zip(starts, np.r_[starts[1:], len(order)]):
-            if stop - start > 1:
-                found.append(_compare(hashes, order[start:stop], most))
-    return np.unique(np.concatenate(found), axis=0)
+        part, ordered = part[order], hashes[order]
+        places = np.arange(len(order))
+        for step in range(1, len(order)):  # each with the one so many places on, as long as they agree in this part
+            places = places[places + step < len(order)]
+            places = places[part[places] == part[places + step]]
+            if not len(places):
+                break
+            near = places[_count_bits(ordered[places] ^ ordered[places + step]) <= most]
+            found.append(np.stack([order[near], order[near + step]], 1))
+    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
 
 
-def _compare(hashes: UInt64[np.ndarray, " n"], members: Int[np.ndarray, " m"], most: int) -> Int[np.ndarray, "p 2"]:
-    """Near pairs among some of the hashes, block by block."""
-    found = [np.empty((0, 2), np.int64)]
-    for top in range(0, len(members), _BLOCK):
-        for left in range(top, len(members), _BLOCK):
-            rows, columns = members[top : top + _BLOCK], members[left : left + _BLOCK]
-            near = _count_bits(hashes[rows][:, None] ^ hashes[columns][None]) <= most
-            first, second = np.nonzero(near)
-            pairs = np.stack([rows[first], columns[second]], 1)
-            found.append(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
-
-
-def _count_bits(numbers: UInt64[np.ndarray, "m n"]) -> UInt8[np.ndarray, "m n"]:
+def _count_bits(numbers: UInt64[np.ndarray, " n"]) -> UInt8[np.ndarray, " n"]:
     """Ones in each."""
-    return np.asarray(_ONES[numbers.view(np.uint16)].reshape(*numbers.shape, 4).sum(-1, dtype=np.uint8))
+    return np.asarray(_ONES[numbers.view(np.uint16)].reshape(-1, 4).sum(1, dtype=np.uint8))

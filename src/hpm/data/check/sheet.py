@@ -92,13 +92,14 @@ def _blocks(source: Source, looks: Sequence[Look], near: Sequence[Sequence[str]]
     blocks = [_Block(f"some of all, {len(spread)} of {len(good)}", spread)]
     if len(good) > len(spread):
         pixels = sorted(good, key=lambda look: look.about.width * look.about.height)  # type: ignore[union-attr]
-        aspects = sorted(good, key=lambda look: look.about.width / look.about.height)  # type: ignore[union-attr]
+        aspects = sorted(good, key=_aspect)
         half = min(_EXTREMES // 2, len(good) // 2)
-        for ranked, heading in (
-            (pixels, "smallest and largest"),
-            (aspects, "tallest and widest"),
+        for ranked, heading, differ in (
+            (pixels, "smallest and largest", len({look.about[1:3] for look in good}) > 1),  # type: ignore[index]
+            (aspects, "tallest and widest", _aspect(aspects[0]) < _aspect(aspects[-1])),
         ):
-            blocks.append(_Block(heading, [*ranked[:half], *ranked[len(ranked) - half :]], [half]))
+            if differ:
+                blocks.append(_Block(heading, [*ranked[:half], *ranked[len(ranked) - half :]], [half]))
     if near:
         by_name = {source.name(look.number): look for look in good}
         groups = [[by_name[name] for name in group[:_COLUMNS]] for group in near[:_PAIRS]]
@@ -106,6 +107,11 @@ def _blocks(source: Source, looks: Sequence[Look], near: Sequence[Sequence[str]]
         heading = f"near duplicates, {len(groups)} of {len(near)} groups"
         blocks.append(_Block(heading, [look for group in groups for look in group], starts[1:-1]))
     return blocks
+
+
+def _aspect(look: Look) -> float:
+    assert look.about is not None
+    return look.about.width / look.about.height
 
 
 def _caption(source: Source, look: Look) -> str:

@@ -17,7 +17,7 @@ _CONVERTIBLE = (1, 3)
 
 def describe(content: bytes) -> Description:
     """From the array's header; where the channels are is a guess."""
-    file, name = _open(content)
+    file, name, _ = _open(content)
     with file:
         shape, _, dtype = _header(file)
     height, width, bands = _layout(shape, None)[1]
@@ -28,15 +28,15 @@ def describe(content: bytes) -> Description:
 
 def read(content: bytes, channels: int | None) -> Stored:
     """The array, channels last."""
-    file, _ = _open(content)
+    file, name, length = _open(content)
     with file:
         shape, in_fortran_order, dtype = _header(file)
         axis, _ = _layout(shape, channels)
         size = product(shape) * dtype.itemsize
+        if (there := length - file.tell()) != size and (there < size or name == "NPZ"):
+            raise DecodeError(f"holds {there:,} bytes of values, {size:,} are announced")
         data = file.read(size)
-        if len(data) < size:
-            raise DecodeError(f"cut off: {len(data):,} of {size:,} bytes of values")
-        file.read()  # a zip file's checksum is looked at when its end is reached
+        file.read(1)  # a zip file's checksum is looked at when its end is reached
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if in_fortran_order else "C")
     if array.ndim == 2:
         array = array[..., None]
@@ -48,14 +48,15 @@ def read(content: bytes, channels: int | None) -> Stored:
     return Stored(array, _colour(array.shape[2]), type_range(array.dtype))
 
 
-def _open(content: bytes) -> tuple[io.BufferedIOBase, str]:
+def _open(content: bytes) -> tuple[io.BufferedIOBase, str, int]:
+    """The file of one array, its format and its length."""
     if not content.startswith(b"PK"):
-        return io.BytesIO(content), "NPY"
+        return io.BytesIO(content), "NPY", len(content)
     archive = zipfile.ZipFile(io.BytesIO(content))
     names = archive.namelist()
     if len(names) != 1 or not names[0].endswith(".npy"):
         raise DecodeError(f"an .npz file must hold one array, this holds {names[:5]}")
-    return cast(io.BufferedIOBase, archive.open(names[0])), "NPZ"
+    return cast(io.BufferedIOBase, archive.open(names[0])), "NPZ", archive.getinfo(names[0]).file_size
 
 
 def _header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -13,6 +13,14 @@ import numpy as np
 
 from hpm.data.stored import DecodeError, Description, Kind, Stored, check_size, type_range
 
+_BY_IMAGECODECS = {
+    "1.2.840.10008.1.2.4.57": "jpegsof3",
+    "1.2.840.10008.1.2.4.70": "jpegsof3",
+    "1.2.840.10008.1.2.4.80": "jpegls",
+    "1.2.840.10008.1.2.4.81": "jpegls",
+}
+"""Kinds of compression."""
+
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 
@@ -35,7 +43,7 @@ def read(content: bytes, channels: int | None) -> Stored:
     header = _header(content)
     pydicom = _pydicom()
     data = pydicom.dcmread(io.BytesIO(content))
-    pixels = pydicom.pixels.pixel_array(data, index=0)
+    pixels = _first_frame(data)
     if pixels.ndim not in (2, 3):
         raise DecodeError(f"DICOM frame of shape {pixels.shape}")
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
@@ -65,9 +73,36 @@ def read(content: bytes, channels: int | None) -> Stored:
     )  # fmt: skip
 
 
+def _first_frame(data: Any) -> np.ndarray:
+    """As stored. Lossless JPEG and JPEG-LS, for which pydicom wants further libraries, by imagecodecs.
+
+    Raises:
+        DecodeError: The frame is not what the tags say.
+    """
+    pydicom = _pydicom()
+    codec = _BY_IMAGECODECS.get(str(data.file_meta.get("TransferSyntaxUID")))
+    if codec is None:
+        pixels: np.ndarray = pydicom.pixels.pixel_array(data, index=0)
+        return pixels
+    import imagecodecs
+
+    samples, allocated, bits = int(data.SamplesPerPixel), int(data.BitsAllocated), int(data.BitsStored)
+    if allocated not in (8, 16) or not 0 < bits <= allocated:
+        raise DecodeError(f"DICOM of {codec} with {bits} of {allocated} bits")
+    shape = (int(data.Rows), int(data.Columns), *((samples,) if samples > 1 else ()))
+    room = np.empty(shape, f"u{allocated // 8}")  # what is of another size does not fit
+    frame = next(pydicom.encaps.generate_frames(data.PixelData, number_of_frames=_frames(data)))
+    pixels = getattr(imagecodecs, f"{codec}_decode")(frame, out=room)
+    if data.get("PixelRepresentation"):  # the bits in use are a signed number
+        unused = allocated - bits
+        pixels = (pixels << unused).view(f"i{allocated // 8}") >> unused
+    return pixels
+
+
 def _pydicom() -> Any:
     try:
         import pydicom
+        import pydicom.encaps
         import pydicom.pixels
     except ImportError:
         raise DecodeError("reading DICOM needs pydicom; pip install 'hpm[dicom]'") from None

@@ -43,11 +43,11 @@ def describe(content: bytes) -> Description:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _opened(content) as picture:
-            orientation = _orientation_before_loading(picture)
+            orientation = _orientation_before_loading(picture, content)
             width, height = upright_size(*picture.size, orientation)
             mode = _MODES.get(picture.mode, "rgb" if not picture.mode.startswith("I") else "grey")
             return Description(
-                picture.format or "?",
+                {"MPO": "JPEG", "DIB": "BMP"}.get(picture.format or "", picture.format or "?"),
                 width,
                 height,
                 1 if mode == "grey" else 3,
@@ -71,8 +71,7 @@ def read(content: bytes, channels: int | None) -> Stored:
         with _opened(content) as picture:
             if bits == 16:
                 pixels = _decode_deep_png(content)
-                orientation = _orientation(picture)
-                return _split(upright(pixels, orientation))
+                return _split(upright(pixels, _orientation_before_loading(picture, content)))
             picture.load()
             orientation = _orientation(picture)  # Pillow turns TIFFs itself, and then drops the tag
             return _split(upright(_as_array(picture), orientation))
@@ -134,10 +133,12 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _orientation_before_loading(picture: Image.Image) -> int:
-    # Pillow decodes a PNG to look for EXIF behind the pixels; what stands before them is in info already.
+def _orientation_before_loading(picture: Image.Image, content: bytes) -> int:
+    """Of a picture that was only opened; a PNG is decoded by Pillow only where metadata stand behind its pixels."""
     if picture.format == "PNG" and not picture.info.keys() & {"exif", "xmp", "Raw profile type exif"}:
-        return 1
+        behind = content[max(0, content.rfind(b"IDAT")) :]
+        if not any(kind in behind for kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt")):
+            return 1
     return _orientation(picture)
 
 

@@ -53,7 +53,7 @@ def describe(content: bytes) -> Description:
         layout = _layout(page)
         orientation = _orientation(page)
         width, height = upright_size(page.imagewidth, page.imagelength, orientation)
-        photometric = int(page.photometric or 0)
+        photometric = _photometric(page)
         bands = 3 if photometric in _MODES else page.samplesperpixel - (layout.alpha is not None)
         return Description(
             "TIFF",
@@ -81,7 +81,7 @@ def read(content: bytes, channels: int | None) -> Stored:
         pixels, present = _pixels(page, len(content))
         orientation = _orientation(page)
         unsigned = page.sampleformat == _UNSIGNED
-        photometric, extras = int(page.photometric or 0), page.extrasamples
+        photometric, extras = _photometric(page), page.extrasamples
     if present is not None:
         present = upright(present, orientation)
     pixels = upright(pixels, orientation)
@@ -141,7 +141,7 @@ def _layout(page: Any) -> _Layout:
     Raises:
         DecodeError: Something that would not come out faithfully.
     """
-    photometric, bits, samples = int(page.photometric or 0), page.bitspersample, page.samplesperpixel
+    photometric, bits, samples = _photometric(page), page.bitspersample, page.samplesperpixel
     extras = tuple(int(extra) for extra in page.extrasamples)
     colours = samples - len(extras)
     alphas = [colours + number for number, extra in enumerate(extras) if extra in (1, 2)]
@@ -162,6 +162,11 @@ def _layout(page: Any) -> _Layout:
             f"TIFF of colour type {_MODES[photometric]} with {samples} samples of {bits} bits is not read"
         )
     return _Layout("rgb", None, by_pillow=True)
+
+
+def _photometric(page: Any) -> int:
+    """What the samples mean; where no tag says so, more is brighter."""
+    return int(page.photometric) if 262 in page.tags else _MIN_IS_BLACK
 
 
 def _orientation(page: Any) -> int:
