@@ -187,6 +187,14 @@ def test_a_16_bit_png_may_name_a_transparent_value():
     assert np.allclose(sample.image[0][sample.valid], array[sample.valid.numpy()] / 257, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "chunk"), [("png", "IDAT"), ("png_palette", "PLTE"), ("png_palette", "tRNS")])
+def test_a_changed_byte_in_a_png_is_found_out(kind, chunk):
+    content = bytearray(SEEDS[kind])
+    content[content.index(chunk.encode()) + 6] ^= 1
+    with pytest.raises(DecodeError, match=f"checksum of {chunk} is wrong"):
+        decode(bytes(content), 3)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "deep PNG", "deep TIFF", "palette TIFF"])
 def test_orientation_as_pillow_applies_it(orientation, kind):
