@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ _BY_IMAGECODECS = {
     "1.2.840.10008.1.2.4.70": "jpegsof3",
     "1.2.840.10008.1.2.4.80": "jpegls",
     "1.2.840.10008.1.2.4.81": "jpegls",
+    "1.2.840.10008.1.2.4.90": "jpeg2k",
+    "1.2.840.10008.1.2.4.91": "jpeg2k",
 }
 """Kinds of compression."""
 
@@ -74,7 +77,10 @@ def read(content: bytes, channels: int | None) -> Stored:
 
 
 def _first_frame(data: Any) -> np.ndarray:
-    """As stored. Lossless JPEG and JPEG-LS, for which pydicom wants further libraries, by imagecodecs.
+    """As stored.
+
+    imagecodecs decodes lossless JPEG and JPEG-LS, for which pydicom wants further libraries, and JPEG 2000, in which a
+    changed byte can keep pydicom 3.0 busy for ever.
 
     Raises:
         DecodeError: The frame is not what the tags say.
@@ -92,11 +98,29 @@ def _first_frame(data: Any) -> np.ndarray:
     shape = (int(data.Rows), int(data.Columns), *((samples,) if samples > 1 else ()))
     room = np.empty(shape, f"u{allocated // 8}")  # what is of another size does not fit
     frame = next(pydicom.encaps.generate_frames(data.PixelData, number_of_frames=_frames(data)))
+    if codec == "jpeg2k":
+        _check_jpeg_2000(frame, *shape[:2])
     pixels = getattr(imagecodecs, f"{codec}_decode")(frame, out=room)
     if data.get("PixelRepresentation"):  # the bits in use are a signed number
         unused = allocated - bits
         pixels = (pixels << unused).view(f"i{allocated // 8}") >> unused
     return pixels
+
+
+def _check_jpeg_2000(frame: bytes, height: int, width: int) -> None:
+    """Refuse a frame of another size, or of very many tiles, before its decoder makes room for it.
+
+    Source: ISO/IEC 15444-1, A.5.1 (marker SIZ).
+    """
+    start = frame.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(frame) < start + 40:
+        raise DecodeError("JPEG 2000 without a header")
+    right, bottom, left, top, tile_width, tile_height = struct.unpack_from(">6I", frame, start + 8)
+    if (right - left, bottom - top) != (width, height):
+        raise DecodeError(f"JPEG 2000 of {right - left}x{bottom - top} pixels in a DICOM of {width}x{height}")
+    tiles = math.ceil(right / max(1, tile_width)) * math.ceil(bottom / max(1, tile_height))
+    if tiles > 65_535:
+        raise DecodeError(f"JPEG 2000 of {tiles:,} tiles")
 
 
 def _pydicom() -> Any:
