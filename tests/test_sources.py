@@ -245,13 +245,13 @@ def test_shapes_with_another_seed_are_another_set():
 
 
 @pytest.mark.parametrize(
-    "spec", ["hf:cifar10", "http://x.org/a.tar", "https://x.org/a.tar", "s3://b/a.tar", "shapes:x"]
+    "spec", ["shapes:x", "https://x.org/photos", "https://x.org/photo.jpg", "hf:", "hf:a/b@", "hf:a/b/c/d"]
 )
 def test_sources_that_are_not_read_say_so(spec):
     message = refusal(spec, field="val")
     assert message.startswith("val: ")
-    assert spec in message
-    assert "not a source that this version reads" in message
+    assert spec.removeprefix("hf:") in message
+    assert "must" in message or "neither" in message
 
 
 def test_empty_spec_empty_set_and_wrong_channels_are_refused():
