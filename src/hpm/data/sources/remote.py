@@ -187,10 +187,11 @@ def _patiently(
         except (InputError, RefusedError):
             raise
         except Exception as error:  # aiohttp, botocore, asyncio and the sockets each have errors of their own
-            reason = _reason(error)
             if _no_space(error):
                 raise
-            if _is_hopeless(error):
+            cause = _cause(error)
+            reason = _reason(cause)
+            if _is_hopeless(cause):
                 raise RefusedError(f"{url}: {reason}") from error
             if tries == patience.tries:
                 raise UnreachableError(f"{url}: {reason}; given up after {tries} tries") from error
@@ -238,6 +239,13 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status in an error, if there is one."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong: fsspec says that a file is not there whatever kept it from asking for its size."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        return error.__cause__
+    return error
 
 
 def _is_hopeless(error: BaseException) -> bool:
