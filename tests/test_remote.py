@@ -44,6 +44,7 @@ def downloads(tmp_path):
 
 def write_shards(folder, num_shards=6, *, images=4, sidecar=False, ending="tar"):
     """Shards of which every image has a grey value and a label of its own."""
+    folder.mkdir(exist_ok=True)
     for number in range(num_shards):
         members = []
         for i in range(images):

@@ -7,6 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with the 5 of the standard library, workers that come at once wait for seconds
+
+
 class WebServer:
     """Serves a folder; ``fail(path, number)`` says what goes wrong with the number-th request for a path.
 
@@ -26,6 +31,7 @@ class WebServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            timeout = 5
 
             def log_message(self, *_):
                 pass
@@ -36,8 +42,7 @@ class WebServer:
             def do_GET(self):
                 outer.answer(self, body=True)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, handler, *, body):

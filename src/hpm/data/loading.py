@@ -228,6 +228,7 @@ def batches_in_order(
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_in_worker,
     )
+    batches = None
     try:
         with Ahead(order, prepare) as ahead:
             with signals_held():
@@ -235,10 +236,16 @@ def batches_in_order(
             for number, batch in enumerate(batches):
                 ahead.reached(number)
                 yield batch
+        return
     except InputError as error:  # a worker's comes with its traceback in front
-        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+        problem: Exception = InputError(str(error).rpartition("InputError: ")[2].strip())
+        error.__traceback__ = None  # it holds on to the workers; collected as garbage, they keep torch waiting for 10 s
     except RuntimeError as error:
-        raise noted.explained(error) from error
+        problem = noted.explained(error)
+        problem.__cause__ = error if problem is not error else error.__cause__
+    finally:
+        del batches
+    raise problem
 
 
 class OrderedBatch(NamedTuple):
