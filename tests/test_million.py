@@ -13,7 +13,7 @@ from hpm.data.sources import FileSource, class_indices, fingerprint, open_source
 from hpm.data.sources.compact import LabelBuilder, Labels, Strings
 from hpm.data.sources.shard_index import ShardIndex
 from hpm.errors import InputError
-from test_sources import png, write
+from test_sources import write
 
 COUNT = 12_000
 

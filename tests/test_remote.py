@@ -6,15 +6,12 @@ import os
 import random
 import threading
 import time
-import zlib
 from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 from torch.utils.data import Dataset
-from web_server import serving
 
 from hpm.data.loading import Position, TrainingOrder, batches_in_order
 from hpm.data.sources import Blocks, Downloads, fingerprint, open_source, remote
@@ -22,6 +19,7 @@ from hpm.data.sources.cached_shards import FarShardSource
 from hpm.data.sources.remote import Patience, UnreachableError
 from hpm.errors import InputError
 from test_sources import png, values, write, write_tar
+from web_server import serving
 
 QUICK = Patience(tries=8, first_wait=0.01, longest_wait=0.05, timeout=1.0)
 
@@ -91,7 +89,10 @@ def test_what_cannot_pass_is_refused_at_once_by_its_url(site, status):
 
 
 def test_a_server_that_stays_down_is_given_up_after_all_tries(site):
-    with serving(site, lambda path, number: 503) as server, pytest.raises(UnreachableError, match="503.*after 8 tries"):
+    with (
+        serving(site, lambda path, number: 503) as server,
+        pytest.raises(UnreachableError, match=r"503.*after 8 tries"),
+    ):
         remote.fetch(f"{server.url}/a.bin")
     assert server.count("/a.bin") == 8
 
@@ -121,7 +122,7 @@ def test_waits_grow_to_a_bound_and_differ_between_urls_but_not_between_runs():
 
 
 def test_protocols_that_nothing_reads_are_refused(monkeypatch):
-    with pytest.raises(InputError, match="data: nonsense://a/b.tar"):
+    with pytest.raises(InputError, match=r"data: nonsense://a/b.tar"):
         open_source("nonsense://a/b.tar")
     import builtins
 
@@ -229,8 +230,7 @@ def test_an_index_that_is_wrong_is_refused(site, downloads, content, said):
     write_shards(site, 1)
     (site / "index.json").write_text(content.replace("BYTES", str((site / "s-0.tar").stat().st_size)))
     with serving(site) as server, pytest.raises(InputError, match=said):
-        source = open_source(f"{server.url}/s-0.tar", downloads=downloads)
-        source.read(0)
+        open_source(f"{server.url}/s-0.tar", downloads=downloads)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -287,9 +287,7 @@ def epoch(source, *, first_step=0, total_steps, batch_size, position, workers):
         blocks=source.blocks(),
     )  # fmt: skip
     return list(
-        batches_in_order(
-            Keys(source), order, collate=list, workers=workers, pin_memory=False, prepare=source.prepare
-        )
+        batches_in_order(Keys(source), order, collate=list, workers=workers, pin_memory=False, prepare=source.prepare)
     )
 
 
@@ -335,7 +333,7 @@ def test_a_shard_that_cannot_be_had_stops_the_run_by_its_url(site, tmp_path):
 def test_a_folder_too_small_for_two_shards_is_refused(site, tmp_path):
     write_shards(site, 3)
     size = (site / "s-0.tar").stat().st_size
-    with serving(site) as server, pytest.raises(InputError, match="^download_gigabytes: must hold two shards"):
+    with serving(site) as server, pytest.raises(InputError, match=r"^download_gigabytes: must hold two shards"):
         open_source(f"{server.url}/s-{{0..2}}.tar", downloads=Downloads(tmp_path / "c", gigabytes=1.5 * size / 1e9))
 
 

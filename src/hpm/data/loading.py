@@ -148,7 +148,7 @@ class Normalise(nn.Module):
 def measure_statistics(source: Source, *, max_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel in 0..1, over at most ``max_images`` images spread over the source."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for index in torch.linspace(0, len(source) - 1, min(len(source), max_images)).long().tolist():
+    for index in source.spread(max_images):
         sample = read_or_next(source, index)[0]
         pixels = sample.image.double().flatten(1) / 255
         if sample.valid is not None:

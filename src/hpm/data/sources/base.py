@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from hpm.data.decode import Sample
 from hpm.data.sources.compact import Labels
@@ -70,6 +71,11 @@ class Source(ABC):
 
     def prepare(self, blocks: Iterable[int]) -> None:  # noqa: B027  (most sources have nothing to fetch)
         """Fetch blocks that will be read soon."""
+
+    def spread(self, count: int) -> list[int]:
+        """At most so many images, spread over the source, to look at for statistics."""
+        indices: list[int] = torch.linspace(0, len(self) - 1, min(len(self), count)).long().tolist()
+        return indices
 
     def outline(self) -> Iterable[str] | None:
         """What a fingerprint is made from where the images are too far away to look at; None: names and images."""

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from hpm.data.decode import Decoder
 from hpm.data.sources import remote
 from hpm.data.sources.base import Blocks
@@ -27,6 +29,9 @@ from hpm.log import tracked
 
 _THREADS = 8
 """Shards that are fetched at the same time."""
+
+_FEW = 8
+"""So many shards are looked at for statistics of a set that the disk cannot hold."""
 
 SIDECAR = "index.json"
 """Beside the shards: ``{"shards": [{"name", "samples", "bytes"}, ...]}``."""
@@ -169,6 +174,14 @@ class FarShardSource(ShardSource):
     def prepare(self, blocks: Iterable[int]) -> None:
         """Fetch shards."""
         _in_threads(CachedShard.fetch, [self.far[number] for number in blocks], "fetching shards", quiet=True)
+
+    def spread(self, count: int) -> list[int]:
+        """Images of a few shards only, spread over the set."""
+        few = np.unique(np.linspace(0, len(self.far) - 1, _FEW).astype(int))
+        starts, sizes = np.cumsum([0, *self.blocks().sizes]), self.blocks().sizes
+        each = max(1, count // len(few))
+        chosen = [starts[b] + np.linspace(0, sizes[b] - 1, min(sizes[b], each)).astype(int) for b in few if sizes[b]]
+        return [int(index) for index in np.concatenate(chosen)][:count]
 
     def outline(self) -> Iterator[str]:
         """File name, bytes and images of every shard."""
