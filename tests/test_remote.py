@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 
 import pyarrow
 import pyarrow.parquet
@@ -320,6 +321,25 @@ def test_windows_are_fetched_ahead_and_each_shard_once_a_pass(site, tmp_path):
         assert [server.count(f"/s-{n}.tar") for n in range(12)] == [1] * 12
 
 
+def test_the_next_window_is_there_before_it_is_needed(site, tmp_path):
+    write_shards(site, 12, sidecar=True)
+    with serving(site) as server:
+        source = far_source(server, tmp_path / "cache", num_shards=12, held=4)
+        order = TrainingOrder(
+            48, batch_size=4, first_step=0, total_steps=12, seed=0, position=Position(), blocks=source.blocks()
+        )
+        batches = batches_in_order(
+            Keys(source), order, collate=list, workers=0, pin_memory=False, prepare=source.prepare
+        )
+        with closing(batches):
+            next(batches)
+            wanted = {f"/s-{block}.tar" for window in order.windows(0)[:2] for block in window.blocks}
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline and len(list((tmp_path / "cache").glob("*.data"))) < 4:
+                time.sleep(0.02)
+            assert {path for command, path in server.requests if command == "GET" and "/s-" in path} == wanted
+
+
 def test_a_shard_that_cannot_be_had_stops_the_run_by_its_url(site, tmp_path):
     write_shards(site, 6, sidecar=True)
     with serving(site) as server:
@@ -368,6 +388,7 @@ def test_a_window_holds_whole_blocks_and_passes_differ():
     passes = [[index for batch in batches[6 * n : 6 * n + 6] for _, index in batch] for n in range(3)]
     assert all(sorted(indices) == list(range(36)) for indices in passes)
     assert len({tuple(indices) for indices in passes}) == 3
+    assert len({tuple(window.blocks for window in order.windows(number)) for number in range(3)}) == 3
     for number, indices in enumerate(passes):
         windows = order.windows(number)
         assert sorted(block for window in windows for block in window.blocks) == list(range(6))

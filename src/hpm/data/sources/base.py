@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -98,8 +99,9 @@ def fingerprint(source: Source, *, num_read: int = 64) -> str:
             digest.update(_encoded(line) + b"\0")
         return f"{len(source)} images, {digest.hexdigest()[:12]}"
     start = _common_folder(source.names())
-    for name in source.names():
-        digest.update(_encoded(name[start:]) + b"\0")
+    names = source.names()
+    while some := list(islice(names, 4096)):
+        digest.update(_encoded("\0".join([name[start:] for name in some])) + b"\0")
     for index in range(0, len(source), max(1, len(source) // num_read)):
         try:
             content = source.content(index)

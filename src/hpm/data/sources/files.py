@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from hpm.data.decode import EXTENSIONS, Decoder, Sample
 from hpm.data.sources import remote
 from hpm.data.sources.base import Source
@@ -30,6 +32,8 @@ class FileSource(Source):
         self.decoder = decoder
         self.folder = folder
         self._labels = labels
+        starts = self.paths.blob[np.concatenate([[0], self.paths.ends[:-1]])[: len(self.paths)]]
+        self._all_relative = not (starts == ord("/")).any() and b"://" not in self.paths.blob.tobytes()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,10 +56,13 @@ class FileSource(Source):
 
     def names(self) -> Iterator[str]:
         """All paths."""
+        if self._all_relative:
+            return map(self.folder.__add__, self.paths)
         return map(self._located, self.paths)
 
     def _located(self, path: str) -> str:
-        return path if path.startswith("/") or remote.is_url(path) else self.folder + path
+        relative = self._all_relative or not (path.startswith("/") or remote.is_url(path))
+        return self.folder + path if relative else path
 
     @property
     def labels(self) -> Sequence[str] | None:
