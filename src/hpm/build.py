@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from hpm.config import Config, DataConfig, OptimisationConfig
 from hpm.data.decode import Decoder
 from hpm.data.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise, measure_statistics, read_or_next
-from hpm.data.sources import Source, open_source
+from hpm.data.sources import Downloads, Source, open_source
 from hpm.data.value_range import find_value_range
 from hpm.errors import InputError
 from hpm.frozen import TimmFeatureTarget, load_frozen
@@ -256,7 +257,10 @@ def open_images(config: Config) -> tuple[Config, Source]:
     """
 
     def opened() -> Source:
-        return open_source(config.data.data, decoder=build_decoder(config.data), image_size=config.data.size)
+        return open_source(
+            config.data.data, decoder=build_decoder(config.data), image_size=config.data.size,
+            downloads=build_downloads(config),
+        )  # fmt: skip
 
     source, data = opened(), config.data
     read_or_next(source, 0)  # a source of which nothing can be read is refused before it is looked through
@@ -267,6 +271,12 @@ def open_images(config: Config) -> tuple[Config, Source]:
         mean, std = measure_statistics(source)
         config = replace(config, data=replace(data, mean=mean, std=std))
     return config, source
+
+
+def build_downloads(config: Config) -> Downloads:
+    """Where a run keeps shards from far away."""
+    folder = Path(config.run.download_dir).expanduser() if config.run.download_dir else None
+    return Downloads(folder, gigabytes=config.data.download_gigabytes)
 
 
 def build_optimizer(config: OptimisationConfig, student: Student) -> torch.optim.AdamW:

@@ -39,7 +39,8 @@ class DataConfig:
     __pydantic_config__ = _STRICT
 
     data: str = ""
-    """Images to learn from: a folder, list.txt, table.csv, 'shards-{000..009}.tar', or shapes:N.
+    """Images to learn from: a folder, list.txt, table.csv, table.parquet, 'shards-{000..009}.tar', a URL of one of
+    these (https://, s3://, gs://), hf:NAME[@split], hf-stream:NAME[@split], a folder saved by datasets, or shapes:N.
     Each data process unpacks .tar.gz shards into its memory; .tar is read in place and better for large sets."""
     image_size: tuple[Positive, ...] = (224, 224)
     """Height and width of the crops, pixels (one number: square); the patch size must divide both."""
@@ -51,6 +52,9 @@ class DataConfig:
     no_data: float | None = None
     """Value of pixels without data, as stored in the files (in all bands); their patches are left out of loss, ranking
     and mask choice, as fully transparent ones are. NaN never counts as data."""
+    download_gigabytes: PositiveFloat = 100.0
+    """Disk space for shards from far away. A set that fits is fetched first and shuffled as a whole; of a larger one
+    shards are shuffled and half of this space at a time is shuffled together, so this decides the order."""
     crop_scale: tuple[Share, Share] = (0.2, 1.0)
     """Area of the random resized crop, share of the image (1 1: no crop, only resize)."""
     flip: bool = True
@@ -215,6 +219,8 @@ class RunConfig:
     """Images per process and forward pass; gradients are accumulated up to batch_size. None: all at once."""
     workers: NotNegative | None = None
     """Data processes per training process; none: 1 per core beyond the first, at most 8."""
+    download_dir: str = ""
+    """Folder for shards from far away, shared by all runs; empty: ~/.cache/hpm."""
     deterministic: bool = False
     """Use only deterministic kernels (slower on CUDA; a CPU is deterministic anyway)."""
     max_damaged: Share = 0.01

@@ -385,6 +385,7 @@ def _batches(run: Run) -> Generator[Batch, None, None]:
     order = TrainingOrder(
         len(run.source), batch_size=run.images_per_step, first_step=run.state.step // kept,
         total_steps=math.ceil(run.schedule.total_steps / kept), seed=config.optimisation.seed, position=run.position,
+        blocks=run.source.blocks(),
     )  # fmt: skip
     workers = default_workers() if config.run.workers is None else config.run.workers
     return training_batches(

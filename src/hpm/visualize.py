@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Num, Shaped
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hpm.build import build_decoder, choose_attention
+from hpm.build import build_decoder, build_downloads, choose_attention
 from hpm.checkpoint import write_atomically
 from hpm.data.loading import Cover, read_or_next, stack_images
 from hpm.data.sources import Source, open_source
@@ -218,7 +218,10 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
         raise InputError(f"out: the figure must end in .png, got {str(out)!r}")
     loaded = LoadedRun(checkpoint)
     config = loaded.config
-    source = open_source(images, decoder=build_decoder(config.data), image_size=config.data.size, field="images")
+    source = open_source(
+        images, decoder=build_decoder(config.data), image_size=config.data.size, field="images",
+        downloads=build_downloads(config),
+    )  # fmt: skip
     pixels = spread_images(source, count, config.data.size)
     shown = loaded.normalise(pixels)
     choose_attention(loaded.student, loaded.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hpm import distributed
-from hpm.build import build_decoder, build_normalise
+from hpm.build import build_decoder, build_downloads, build_normalise
 from hpm.config import Config
 from hpm.data.loading import default_workers
 from hpm.data.sources import Source, class_indices, open_source
@@ -29,7 +29,10 @@ def labelled_validation(config: Config) -> Source | None:
     """The labelled validation images, if the config names some."""
     if not config.run.val:
         return None
-    source = open_source(config.run.val, decoder=build_decoder(config.data), image_size=config.data.size, field="val")
+    source = open_source(
+        config.run.val, decoder=build_decoder(config.data), image_size=config.data.size, field="val",
+        downloads=build_downloads(config),
+    )  # fmt: skip
     if source.labels is None:
         raise InputError(f"val: {config.run.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
     return source

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from hpm import distributed
-from hpm.build import build_decoder, build_normalise, choose_attention
+from hpm.build import build_decoder, build_downloads, build_normalise, choose_attention
 from hpm.config import Config
 from hpm.data.loading import default_workers
 from hpm.data.sources import Source, class_indices, fingerprint, open_source
@@ -68,7 +68,10 @@ def open_images(base: Config, val_spec: str) -> Images:
 
 
 def _open(spec: str, config: Config, field: str) -> Source:
-    return open_source(spec, decoder=build_decoder(config.data), image_size=config.data.size, field=field)
+    return open_source(
+        spec, decoder=build_decoder(config.data), image_size=config.data.size, field=field,
+        downloads=build_downloads(config),
+    )  # fmt: skip
 
 
 @torch.no_grad()

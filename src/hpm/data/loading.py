@@ -1,25 +1,23 @@
-"""From a source to batches on the device: order, crops, workers.
-
-The training order is a pure function of (seed, epoch); which images a process sees at a step follows from the step
-alone, so that a loader can start at any step.
-"""
+"""From a source to batches on the device: crops, workers. The order is :mod:`hpm.data.order`'s."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from hpm.data.decode import DecodeError, Sample
 from hpm.data.last_read import LastRead
+from hpm.data.order import Ahead
+from hpm.data.order import Position as Position
+from hpm.data.order import TrainingOrder as TrainingOrder
 from hpm.data.sources import Source
 from hpm.errors import InputError
 from hpm.seeding import Stream, derive_seed
@@ -57,68 +55,6 @@ class Crop(NamedTuple):
     """Images that were to be here and could not be read."""
     valid: Bool[Tensor, "h w"] | None = None
     """False = no data; None: all pixels are data."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """Which part of every global batch this process takes, and in how many micro-batches.
-
-    Args:
-        rank: Number of this process.
-        world_size: Number of processes.
-        num_micro_batches: Micro-batches of a step on each process.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    num_micro_batches: int = 1
-
-    def slices(self, batch_size: int) -> list[slice]:
-        """This process's micro-batches as slices of the global batch."""
-        share = batch_size // self.world_size
-        micro = share // self.num_micro_batches
-        start = self.rank * share
-        return [slice(start + i * micro, start + (i + 1) * micro) for i in range(self.num_micro_batches)]
-
-
-class TrainingOrder(Sampler[list[tuple[int, int]]]):
-    """Micro-batches of (pass, index), from ``first_step`` to the end of the run.
-
-    A pass goes through all images in a new order and leaves a last partial batch out; it is an epoch where every image
-    has one view in a step.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        *,
-        batch_size: int,
-        first_step: int,
-        total_steps: int,
-        seed: int,
-        position: Position,
-    ) -> None:
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.first_step = first_step
-        self.total_steps = total_steps
-        self.seed = seed
-        self.position = position
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps_per_pass = self.num_images // self.batch_size
-        order, order_pass = torch.empty(0), -1
-        for step in range(self.first_step, self.total_steps):
-            number, step_in_pass = divmod(step, steps_per_pass)
-            if number != order_pass:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.ORDER, number))
-                order, order_pass = torch.randperm(self.num_images, generator=generator), number
-            batch = order[step_in_pass * self.batch_size : (step_in_pass + 1) * self.batch_size]
-            for part in self.position.slices(self.batch_size):
-                yield [(number, int(index)) for index in batch[part]]
-
-    def __len__(self) -> int:
-        return (self.total_steps - self.first_step) * self.position.num_micro_batches
 
 
 class TrainingImages(Dataset[Crop]):
@@ -212,7 +148,7 @@ class Normalise(nn.Module):
 def measure_statistics(source: Source, *, max_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel in 0..1, over at most ``max_images`` images spread over the source."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for index in torch.linspace(0, len(source) - 1, min(len(source), max_images)).long().tolist():
+    for index in source.spread(max_images):
         sample = read_or_next(source, index)[0]
         pixels = sample.image.double().flatten(1) / 255
         if sample.valid is not None:
@@ -255,7 +191,9 @@ def training_batches(
     Raises:
         InputError: Too many images in a row cannot be read.
     """
-    yield from batches_in_order(images, order, collate=_stack, workers=workers, pin_memory=pin_memory)
+    yield from batches_in_order(
+        images, order, collate=_stack, workers=workers, pin_memory=pin_memory, prepare=images.source.prepare
+    )
 
 
 def batches_in_order(
@@ -265,8 +203,17 @@ def batches_in_order(
     collate: Callable[[list[Item]], Stacked],
     workers: int,
     pin_memory: bool,
+    prepare: Callable[[Sequence[int]], None] = lambda _: None,
 ) -> Generator[Stacked, None, None]:
     """Micro-batches of any images that are asked for by (pass, index); the workers live through the whole run.
+
+    Args:
+        images: To be asked for.
+        order: In which.
+        collate: Makes a micro-batch.
+        workers: Data processes.
+        pin_memory: For a device that copies from pinned memory.
+        prepare: Fetches blocks of the source that will be needed, where it has any.
 
     Raises:
         InputError: Too many images in a row cannot be read, or a worker died; it is named with what it was reading.
@@ -281,14 +228,24 @@ def batches_in_order(
         prefetch_factor=4 if workers else None,
         worker_init_fn=ignore_in_worker,
     )
-    with signals_held():
-        batches = iter(loader)
+    batches = None
     try:
-        yield from batches
+        with Ahead(order, prepare) as ahead:
+            with signals_held():
+                batches = iter(loader)
+            for number, batch in enumerate(batches):
+                ahead.reached(number)
+                yield batch
+        return
     except InputError as error:  # a worker's comes with its traceback in front
-        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+        problem: Exception = InputError(str(error).rpartition("InputError: ")[2].strip())
+        error.__traceback__ = None  # it holds on to the workers; collected as garbage, they keep torch waiting for 10 s
     except RuntimeError as error:
-        raise noted.explained(error) from error
+        problem = noted.explained(error)
+        problem.__cause__ = error if problem is not error else error.__cause__
+    finally:
+        del batches
+    raise problem
 
 
 class OrderedBatch(NamedTuple):

@@ -23,7 +23,7 @@ def find_value_range(
         no_data: Value of pixels that do not count. None: what each file names.
     """
     lowest, highest = np.inf, -np.inf
-    for index in np.linspace(0, len(source) - 1, min(len(source), max_images)).astype(int).tolist():
+    for index in source.spread(max_images):
         try:
             content = source.content(index)
             if not describe(content).is_deep:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from hpm.build import build_decoder, choose_attention
+from hpm.build import build_decoder, build_downloads, choose_attention
 from hpm.checkpoint import write_atomically
 from hpm.data.loading import Cover, Damage, ordered_batches
 from hpm.data.sources import Source, fingerprint, open_source
@@ -106,7 +106,9 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
         raise InputError(f"features: {config.features!r} needs a class token, and this encoder has none; use mean")
     if config.precision == "bf16" and not has_bf16(device):
         raise InputError(f"precision: this device ({device.type}) has no bf16; use float32")
-    source = open_source(config.data, decoder=build_decoder(data), image_size=data.size)
+    source = open_source(
+        config.data, decoder=build_decoder(data), image_size=data.size, downloads=build_downloads(loaded.config)
+    )
     for model in (loaded.student, loaded.teacher):
         choose_attention(model, device)
     bytes_per_image = _bytes_per_image(loaded, config)

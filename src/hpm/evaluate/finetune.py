@@ -29,7 +29,7 @@ import yaml
 from timm.models.vision_transformer import VisionTransformer
 
 from hpm import distributed
-from hpm.build import build_decoder
+from hpm.build import build_decoder, build_downloads
 from hpm.checkpoint import CheckpointFolder, write_atomically, write_text_atomically
 from hpm.config import Config
 from hpm.data.sources import class_indices
@@ -180,7 +180,10 @@ def prepare_images(config: FinetuneConfig, run_config: Config, contender: Conten
         InputError: Names the field, the rule and the value.
     """
     data = run_config.data
-    images = open_labelled(config.train, config.val, decoder=build_decoder(data), image_size=contender.size)
+    images = open_labelled(
+        config.train, config.val, decoder=build_decoder(data), image_size=contender.size,
+        downloads=build_downloads(run_config),
+    )  # fmt: skip
     if config.labels_per_class is not None:
         chosen = choose_per_class(images.train.labels or (), config.labels_per_class, seed=config.seed)
         images = images._replace(train=Subset(images.train, chosen))

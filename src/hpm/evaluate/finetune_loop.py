@@ -368,13 +368,17 @@ def _batches(run: Finetuning) -> Any:
         len(run.images.train), batch_size=recipe.batch_size, first_step=run.state.step, total_steps=recipe.total_steps,
         seed=recipe.seed,
         position=Position(distributed.rank(), distributed.world_size(), share // recipe.micro_batch_size),
+        blocks=run.images.train.blocks(),
     )  # fmt: skip
     images = FinetuneImages(
         run.images.train, run.images.classes, size=run.contender.size,
         normalise=copy.deepcopy(run.contender.normalise).cpu(), recipe=recipe,
         mean=tuple((run.contender.normalise.mean.flatten() / 255).tolist()),
     )  # fmt: skip
-    return batches_in_order(images, order, collate=stack, workers=run.workers, pin_memory=run.device.type == "cuda")
+    return batches_in_order(
+        images, order, collate=stack, workers=run.workers, pin_memory=run.device.type == "cuda",
+        prepare=run.images.train.prepare,
+    )  # fmt: skip
 
 
 def _parallel(model: VisionTransformer, device: torch.device) -> Callable[[Tensor], Tensor]:

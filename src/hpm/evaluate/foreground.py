@@ -23,8 +23,8 @@ from sklearn.metrics import average_precision_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.build import build_decoder, build_student, choose_attention
-from hpm.config import DataConfig
+from hpm.build import build_decoder, build_downloads, build_student, choose_attention
+from hpm.config import Config
 from hpm.data.decode import EXTENSIONS, DecodeError, decode
 from hpm.data.loading import Cover, Damage, Normalise, ordered_batches
 from hpm.data.sources import Source, open_source
@@ -307,7 +307,7 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     device = choose_device(config.device)
     loaded = LoadedRun(config.checkpoint, device=device)
     contenders = open_contenders(loaded, config.against, untrained=config.untrained)
-    opened = {size: _open(config, loaded.config.data, size) for size in {contender.size for contender in contenders}}
+    opened = {size: _open(config, loaded.config, size) for size in {contender.size for contender in contenders}}
     judged = {}
     for contender in contenders:
         source, masks, boxes = opened[contender.size]
@@ -327,13 +327,16 @@ class _Objects(NamedTuple):
     boxes: dict[int, Bool[Tensor, "k h w"]] | None
 
 
-def _open(config: ForegroundConfig, data: DataConfig, size: tuple[int, int]) -> _Objects:
+def _open(config: ForegroundConfig, run_config: Config, size: tuple[int, int]) -> _Objects:
     """Everything at the size that an encoder takes.
 
     Raises:
         InputError: No such images, or masks or boxes that do not fit them.
     """
-    source = open_source(config.images, decoder=build_decoder(data), image_size=size, field="images")
+    source = open_source(
+        config.images, decoder=build_decoder(run_config.data), image_size=size, field="images",
+        downloads=build_downloads(run_config),
+    )  # fmt: skip
     masks = _read_masks(Path(config.masks).expanduser(), source, size) if config.masks else None
     boxes = read_boxes(Path(config.boxes).expanduser(), source, size) if config.boxes else None
     return _Objects(source, masks, boxes)

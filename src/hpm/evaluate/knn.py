@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.build import build_decoder
+from hpm.build import build_decoder, build_downloads
 from hpm.data.loading import Normalise
 from hpm.distributed import choose_device, has_bf16, process_group
 from hpm.errors import InputError
@@ -155,8 +155,9 @@ def _run(config: KnnConfig, device: torch.device) -> KnnResult:
         raise InputError(f"temperature: must be above 0, got {config.temperature}")
     loaded = LoadedRun(config.checkpoint, device=device)
     images = open_labelled(
-        config.train, config.val, decoder=build_decoder(loaded.config.data), image_size=loaded.config.data.size
-    )
+        config.train, config.val, decoder=build_decoder(loaded.config.data), image_size=loaded.config.data.size,
+        downloads=build_downloads(loaded.config),
+    )  # fmt: skip
     if not config.k or not all(1 <= k <= len(images.train) for k in config.k):
         raise InputError(
             f"k: must be between 1 and the number of training images ({len(images.train)}), got {config.k}"

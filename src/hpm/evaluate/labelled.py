@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hpm.data.decode import DecodeError, Decoder, Sample
-from hpm.data.sources import Source, class_indices, fingerprint, open_source
+from hpm.data.sources import Downloads, Source, class_indices, fingerprint, open_source
 from hpm.errors import InputError
 from hpm.seeding import Stream, derive_seed
 
@@ -63,7 +63,9 @@ class LabelledImages(NamedTuple):
     """Those of the training images, sorted."""
 
 
-def open_labelled(train: str, val: str, *, decoder: Decoder, image_size: tuple[int, int]) -> LabelledImages:
+def open_labelled(
+    train: str, val: str, *, decoder: Decoder, image_size: tuple[int, int], downloads: Downloads | None = None
+) -> LabelledImages:
     """Open both sources and check them before any work.
 
     Args:
@@ -71,6 +73,7 @@ def open_labelled(train: str, val: str, *, decoder: Decoder, image_size: tuple[i
         val: Source of the validation images.
         decoder: How the checkpoint's images are read.
         image_size: Its height and width.
+        downloads: Where files from far away are kept; None: the default folder.
 
     Raises:
         InputError: No labels, fewer than two classes, a validation class that is not among the training classes, or
@@ -78,7 +81,7 @@ def open_labelled(train: str, val: str, *, decoder: Decoder, image_size: tuple[i
     """
     sources = []
     for field, spec in (("train", train), ("val", val)):
-        source = open_source(spec, decoder=decoder, image_size=image_size, field=field)
+        source = open_source(spec, decoder=decoder, image_size=image_size, field=field, downloads=downloads)
         if source.labels is None:
             raise InputError(f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)")
         _check_readable(source, field=field, channels=decoder.channels)

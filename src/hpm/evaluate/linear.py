@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm.build import build_decoder
+from hpm.build import build_decoder, build_downloads
 from hpm.checkpoint import write_atomically
 from hpm.distributed import choose_device, from_main, has_bf16, is_main, process_group
 from hpm.errors import InputError
@@ -130,8 +130,9 @@ def _check(config: LinearConfig) -> None:
 def _run(config: LinearConfig, device: torch.device) -> LinearResult:
     loaded = LoadedRun(config.checkpoint, device=device)
     images = open_labelled(
-        config.train, config.val, decoder=build_decoder(loaded.config.data), image_size=loaded.config.data.size
-    )
+        config.train, config.val, decoder=build_decoder(loaded.config.data), image_size=loaded.config.data.size,
+        downloads=build_downloads(loaded.config),
+    )  # fmt: skip
     for count in config.labels_per_class:  # before any work: are there so many?
         choose_per_class(images.train.labels or (), count, seed=config.seed)
     contenders = open_contenders(loaded, config.against, pooling=config.pooling)

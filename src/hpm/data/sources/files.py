@@ -1,0 +1,136 @@
+"""Image files one by one: of a folder, a list or a table; on the disk or behind a URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hpm.data.decode import EXTENSIONS, Decoder, Sample
+from hpm.data.sources import remote
+from hpm.data.sources.base import Source
+from hpm.data.sources.compact import LabelBuilder, Strings
+from hpm.errors import InputError
+
+
+class FileSource(Source):
+    """Image files of a folder, a list or a table.
+
+    Args:
+        paths: The files, relative to the folder, absolute, or URLs.
+        decoder: How the files are read.
+        folder: What relative paths start from, with its closing slash; a folder or a URL.
+        labels: Class of every file, if known.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], *, decoder: Decoder, folder: str = "", labels: Sequence[str] | None = None
+    ) -> None:
+        self.paths = paths if isinstance(paths, Strings) else Strings(paths)
+        self.decoder = decoder
+        self.folder = folder
+        self._labels = labels
+        starts = self.paths.blob[np.concatenate([[0], self.paths.ends[:-1]])[: len(self.paths)]]
+        self._all_relative = not (starts == ord("/")).any() and b"://" not in self.paths.blob.tobytes()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Sample:
+        """Read and decode one file."""
+        return self.decoder(self.content(index))
+
+    def content(self, index: int) -> bytes:
+        """The file's bytes."""
+        name = self.name(index)
+        if remote.is_url(name):
+            return remote.fetch(name)
+        with open(name, "rb") as file:  # noqa: PTH123  (a Path takes longer to make than a small file to read)
+            return file.read()
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return self._located(self.paths[index])
+
+    def names(self) -> Iterator[str]:
+        """All paths."""
+        if self._all_relative:
+            return map(self.folder.__add__, self.paths)
+        return map(self._located, self.paths)
+
+    def _located(self, path: str) -> str:
+        relative = self._all_relative or not (path.startswith("/") or remote.is_url(path))
+        return self.folder + path if relative else path
+
+    @property
+    def labels(self) -> Sequence[str] | None:
+        """Class of every file."""
+        return self._labels
+
+
+def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:
+    """Every image below a folder; labels are the first-level folders where all images lie in two or more of them.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+    labels, labelled = LabelBuilder(), True
+
+    def found() -> Iterator[str]:
+        nonlocal labelled
+        for path in _walk(folder, field):
+            first, slash, _ = path.partition("/")
+            labelled = labelled and bool(slash)
+            labels.append(first)
+            yield path
+
+    paths = Strings(found())
+    classes = labels.labels()
+    labelled = labelled and len(classes.classes) > 1
+    root = "" if str(folder) == "." else f"{str(folder).rstrip('/')}/"
+    return FileSource(paths, decoder=decoder, folder=root, labels=classes if labelled else None)
+
+
+def _walk(folder: Path, field: str) -> Iterator[str]:
+    """Every image file below a folder, relative to it, in sorted order: a folder's files, then its folders.
+
+    Hidden files are left out, linked folders are followed once.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        here = waiting.pop()
+        try:
+            status = os.stat(folder / here)  # noqa: PTH116  (beside scandir)
+            if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was walked already, or to one above
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders, files = _list(str(folder / here))
+        except OSError as error:
+            raise InputError(f"{field}: cannot read {error.filename}: {error.strerror}") from error
+        for name in sorted(files):
+            yield here + name
+        waiting += [f"{here}{name}/" for name in sorted(folders, reverse=True)]
+
+
+def _list(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the image files in a folder."""
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                folders.append(entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:  # noqa: PTH122  (a million times)
+                files.append(entry.name)
+    return folders, files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere; reading it will say so
+        return False

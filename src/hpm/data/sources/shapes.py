@@ -1,0 +1,57 @@
+"""The embedded synthetic set as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hpm.data.decode import Sample
+from hpm.data.shapes import CLASSES, LEVELS, make_shape
+from hpm.data.sources.base import Source
+
+
+class ShapesSource(Source):
+    """The embedded synthetic set: see :mod:`hpm.data.shapes`.
+
+    Args:
+        num_images: Size of the set.
+        size: Height and width in pixels.
+        seed: Which set.
+    """
+
+    def __init__(self, num_images: int, *, size: tuple[int, int], seed: int) -> None:
+        self.num_images = num_images
+        self.size = size
+        self.seed = seed
+        self._labels = [list(CLASSES)[i % len(CLASSES)] for i in range(num_images)]
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def read(self, index: int) -> Sample:
+        """Make one image."""
+        shape = make_shape(self.seed, index, *self.size)
+        return Sample(torch.from_numpy(shape.image).permute(2, 0, 1), torch.from_numpy(shape.mask))
+
+    def content(self, index: int) -> bytes:
+        """Seed, number and size decide an image."""
+        return f"{self.seed} {index} {self.size}".encode()
+
+    def name(self, index: int) -> str:
+        """Number, class and level."""
+        return f"shapes #{index}: {self._labels[index]}, {_level(index)}"
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The silhouettes."""
+        return self._labels
+
+    def groups(self) -> Sequence[str]:
+        """The difficulty levels."""
+        return [_level(index) for index in range(self.num_images)]
+
+
+def _level(index: int) -> str:
+    """Difficulty level of a shape: levels take turns after every class."""
+    return LEVELS[index // len(CLASSES) % len(LEVELS)]
