@@ -548,11 +548,24 @@ def nasty_manifest():
 
 
 @needs_nasty
-@pytest.mark.parametrize("kind", ["folder", "txt", "csv", "parquet", "tar", "tar.gz"])
+@pytest.mark.parametrize("kind", ["folder", "txt", "csv", "parquet", "bytes.parquet", "tar", "tar.gz", "hf"])
 def test_nasty_files_through_every_kind_of_source(kind, tmp_path):
     wanted = nasty_manifest()
     if kind == "folder":
         spec = NASTY
+    elif kind == "hf":
+        datasets = pytest.importorskip("datasets")
+        spec = tmp_path / "saved"
+        rows = {"image": [{"bytes": (NASTY / name).read_bytes(), "path": None} for name in wanted]}
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(spec)
+    elif kind == "bytes.parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        spec = tmp_path / "table.parquet"
+        contents = [(NASTY / name).read_bytes() for name in wanted]
+        pyarrow.parquet.write_table(pyarrow.table({"image": contents}), spec)
     elif kind.startswith("tar"):
         spec = tmp_path / f"shard.{kind}"
         with tarfile.open(spec, "w:gz" if kind.endswith("gz") else "w") as archive:
