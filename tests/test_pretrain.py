@@ -142,9 +142,9 @@ def test_checkpoints_are_kept_as_asked(tmp_path):
 def test_every_step_follows_its_schedules_and_the_teacher_comes_last(tmp_path, monkeypatch):
     seen, forward, learn, update = [], Method.step, torch.optim.AdamW.step, Teacher.update
 
-    def spied_forward(self, *arguments, num_hard, answers):
+    def spied_forward(self, *arguments, num_hard, **others):
         seen.append(("hard", num_hard))
-        return forward(self, *arguments, num_hard=num_hard, answers=answers)
+        return forward(self, *arguments, num_hard=num_hard, **others)
 
     def spied_learn(self, *arguments):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
