@@ -200,11 +200,12 @@ def _judge(
     device: torch.device,
     masks: Mapping[int, Bool[Tensor, "h w"]] | None,
     boxes: Mapping[int, Bool[Tensor, "k h w"]] | None,
-    max_damaged: float,
+    max_damaged: float | None,
 ) -> ForegroundResult:
-    """Hold what ``ask`` says of every patch of a ViT against the objects."""
+    """Hold what ``ask`` says of every patch of a ViT against the objects; ``max_damaged`` None: damage is known."""
     found = _measure_images(ask, source, size=size, patch=patch_size(vit), device=device, masks=masks, boxes=boxes)
-    report_damage({"images": (found.damaged, len(source))}, max_damaged=max_damaged)
+    if max_damaged is not None:
+        report_damage({"images": (found.damaged, len(source))}, max_damaged=max_damaged)
     figures = {
         name: (
             find_in_images(value, found.foreground),
@@ -308,12 +309,12 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     loaded = LoadedRun(config.checkpoint, device=device)
     contenders = open_contenders(loaded, config.against, untrained=config.untrained)
     opened = {size: _open(config, loaded.config, size) for size in {contender.size for contender in contenders}}
-    judged = {}
+    judged: dict[str, ForegroundResult] = {}
     for contender in contenders:
         source, masks, boxes = opened[contender.size]
         judged[contender.name] = _judge(
             _asker(contender, loaded, device), contender.encoder, source, size=contender.size, device=device,
-            masks=masks, boxes=boxes, max_damaged=config.max_damaged,
+            masks=masks, boxes=boxes, max_damaged=None if judged else config.max_damaged,
         )  # fmt: skip
     ours, *others = judged.items()
     return replace(ours[1], others={name: result.measures for name, result in others})
