@@ -25,6 +25,7 @@ def test_strings_are_the_list_they_were_made_from():
     assert strings == words
     assert list(strings) == words
     assert [strings[i] for i in (0, 3, 69_999, -1, -70_000)] == [words[i] for i in (0, 3, 69_999, -1, -70_000)]
+    assert strings[np.int64(3)] == words[3]
     assert strings[2:5] == words[2:5]
     assert pickle.loads(pickle.dumps(strings)) == words
     assert strings != words[:-1]

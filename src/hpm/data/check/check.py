@@ -21,7 +21,7 @@ from hpm.data.check.sheet import draw_sheet
 from hpm.data.check.workers import look_at_all
 from hpm.data.decode import Decoder
 from hpm.data.loading import Damage
-from hpm.data.sources import FileSource, Source, open_source
+from hpm.data.sources import FileSource, Source, open_source, remote
 from hpm.errors import InputError
 from hpm.log import tracked
 
@@ -211,7 +211,9 @@ def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source,
         if isinstance(source, FileSource):
             copies = {name for group in result.duplicates for name in group[1:]}
             names = [source.name(look.number) for look in looks if not look.reason]
-            lines = [str(Path(name).absolute()) for name in names if name not in copies]
+            lines = [
+                name if remote.is_url(name) else str(Path(name).absolute()) for name in names if name not in copies
+            ]
             write_text_atomically(folder / "good.txt", "".join(line + "\n" for line in lines))
         figure = draw_sheet(source, looks, result.near_duplicates, config)
         figure.savefig(folder / "contact_sheet.png", dpi=130)

@@ -8,7 +8,7 @@ spawned ones receive in milliseconds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import SupportsIndex, overload
 
 import numpy as np
 
@@ -41,17 +41,18 @@ class Strings(Sequence[str]):
         return len(self.ends)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: SupportsIndex) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: SupportsIndex | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{index} of {len(self)} strings")
-        index %= len(self)
-        start = int(self.ends[index - 1]) if index else 0
-        return self.blob[start : int(self.ends[index])].tobytes().decode("utf-8", "surrogateescape")
+        number = int(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{number} of {len(self)} strings")
+        number %= len(self)
+        start = int(self.ends[number - 1]) if number else 0
+        return self.blob[start : int(self.ends[number])].tobytes().decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         start = 0
@@ -88,13 +89,13 @@ class Labels(Sequence[str]):
         return len(self.codes)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: SupportsIndex) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: SupportsIndex | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self._names[code] for code in self.codes[index].tolist()]
-        return self._names[int(self.codes[index])]
+        return self._names[int(self.codes[int(index)])]
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), _CHUNK):
