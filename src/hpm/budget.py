@@ -63,7 +63,11 @@ def _candidates(config: Config) -> Iterator[Config]:
     asked_everywhere = method.target == "ema_features" or method.mask == "attention"
     learns_where_asked = method.predictor_view != "masked" or model.decoder == "cross"
     for masks, reduction in CHOICES:
-        if masks < method.masks_per_image or reduction < model.teacher_reduction or micro % masks:
+        if (
+            masks < method.masks_per_image
+            or reduction < model.teacher_reduction
+            or micro % (masks * config.data.crops_per_image)
+        ):
             continue
         if reduction > 1 and (asked_everywhere or not learns_where_asked or rows % reduction or columns % reduction):
             continue

@@ -59,6 +59,12 @@ class DataConfig:
     """Area of the random resized crop, share of the image (1 1: no crop, only resize)."""
     flip: bool = True
     """Mirror half of the images."""
+    crops_per_image: Positive = 1
+    """Crops of every decoded image in a batch, each seen with masks_per_image masks; batch_size and epochs count
+    views."""
+    jpeg_scaling: bool = True
+    """Decode a JPEG at a half, a quarter or an eighth of its size where the crop is at least so many times larger than
+    image_size: many times quicker for large photographs; crops shift by at most half a pixel."""
     mean: tuple[float, ...] = ()
     """Channel means, of values in 0..1; empty: ImageNet's for 3 channels, measured on the data otherwise."""
     std: tuple[PositiveFloat, ...] = ()
@@ -221,6 +227,13 @@ class RunConfig:
     """Data processes per training process; none: 1 per core beyond the first, at most 8."""
     download_dir: str = ""
     """Folder for shards from far away, shared by all runs; empty: ~/.cache/hpm."""
+    cache: Literal["auto", "ram", "device", "none"] = "auto"
+    """Keep decoded images for later epochs: in RAM shared by all processes of the machine, or on the device, where they
+    are cropped, too (other processes do nothing; needs no_jpeg_scaling or images under twice image_size). auto: RAM if
+    they fit into half of what is free. JPEGs that jpeg_scaling decodes at a fraction are not kept."""
+    augmentation: Literal["workers", "device"] = "workers"
+    """Where images are cropped: by the data processes, or whole JPEGs are decoded (CUDA) and all images cropped on the
+    device; the same crops, up to the rounding of decoders (a few grey levels)."""
     deterministic: bool = False
     """Use only deterministic kernels (slower on CUDA; a CPU is deterministic anyway)."""
     max_damaged: Share = 0.01
@@ -387,6 +400,11 @@ def _check_together(config: Config) -> None:
     if optimisation.batch_size % method.masks_per_image:
         raise InputError(f"masks_per_image: must divide batch_size {optimisation.batch_size}, "
                          f"got {method.masks_per_image}")  # fmt: skip
+    if optimisation.batch_size % (method.masks_per_image * data.crops_per_image):
+        raise InputError(
+            f"crops_per_image: times masks_per_image ({method.masks_per_image}) must divide batch_size "
+            f"{optimisation.batch_size}, got {data.crops_per_image}"
+        )
     if model.teacher_reduction > 1 and (method.target == "ema_features" or method.mask == "attention"):
         raise InputError(
             "teacher_reduction: must be 1 with target 'ema_features' or mask 'attention', which ask the teacher about "

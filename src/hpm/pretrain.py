@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from hpm import distributed
+from hpm.batches import open_batches, training_images
 from hpm.budget import keep_to_budget
 from hpm.build import (
     Stage,
@@ -40,10 +41,6 @@ from hpm.config import Config, load_config, resolve_schedule, with_fields
 from hpm.data.loading import (
     Batch,
     Position,
-    TrainingImages,
-    TrainingOrder,
-    default_workers,
-    training_batches,
 )
 from hpm.data.sources import Source, fingerprint
 from hpm.errors import InputError, Interrupted
@@ -210,7 +207,7 @@ def _fit_codebook(config: Config, source: Source, codebook: KMeansTokenizer) -> 
     Raises:
         InputError: The images have too few different patches.
     """
-    images, normalise = _training_images(config, source), build_normalise(config)
+    images, normalise = training_images(config, source), build_normalise(config)
     seed = config.optimisation.seed
     return distributed.from_main(
         lambda: fit_codebook(images, normalise, codebook.pixels, vocabulary=codebook.vocabulary, seed=seed)
@@ -234,10 +231,16 @@ def _position(config: Config) -> Position:
         raise InputError(f"micro_batch_size: must be at most the {share} images per process and step, got {micro}")
     if share % micro:
         raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
-    if micro % (masks := config.method.masks_per_image):
+    masks, crops = config.method.masks_per_image, config.data.crops_per_image
+    if micro % masks:
         raise InputError(
             f"masks_per_image: must divide the {micro} views of a forward pass (batch_size, processes, "
             f"micro_batch_size), got {masks}"
+        )
+    if micro % (masks * crops):
+        raise InputError(
+            f"crops_per_image: times masks_per_image ({masks}) must divide the {micro} views of a forward pass "
+            f"(batch_size, processes, micro_batch_size), got {crops}"
         )
     return Position(distributed.rank(), processes, share // micro)
 
@@ -272,13 +275,17 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     parameters = [p for p in state.student.parameters() if p.requires_grad]
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)
-    with reporting(run) as report, closing(_batches(run)) as batches:  # closing: workers leave before the process does
+    opened = open_batches(run)
+    with (
+        reporting(run) as report,
+        closing(opened.batches) as batches,  # workers leave before the process does
+        opened.naming,
+    ):
 
         def fetch() -> Batch:
             batch, damaged = meter.next_batch(batches)
             report.damaged(damaged)
-            valid = None if batch.valid is None else batch.valid.to(device, non_blocking=True)
-            return batch._replace(images=batch.images.to(device, non_blocking=True), valid=valid)
+            return batch
 
         feed = Feed(
             partial(_ask, run) if run.method.needs_teacher else None,
@@ -368,29 +375,6 @@ def _announce(run: Run) -> None:
                 else "Leave ema_start, ema_end and ema_ramp_epochs unset to adapt them to the length of the run."
             )
         )
-
-
-def _training_images(config: Config, source: Source) -> TrainingImages:
-    """The images of a source as training crops them."""
-    data = config.data
-    return TrainingImages(
-        source, size=data.size, crop_scale=data.crop_scale, flip=data.flip, seed=config.optimisation.seed
-    )
-
-
-def _batches(run: Run) -> Generator[Batch, None, None]:
-    """Training batches from the run's step on."""
-    config = run.config
-    kept = config.method.steps_per_batch
-    order = TrainingOrder(
-        len(run.source), batch_size=run.images_per_step, first_step=run.state.step // kept,
-        total_steps=math.ceil(run.schedule.total_steps / kept), seed=config.optimisation.seed, position=run.position,
-        blocks=run.source.blocks(),
-    )  # fmt: skip
-    workers = default_workers() if config.run.workers is None else config.run.workers
-    return training_batches(
-        _training_images(config, run.source), order, workers=workers, pin_memory=run.device.type == "cuda"
-    )
 
 
 def finish(run: Run) -> dict[str, Any]:

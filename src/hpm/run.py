@@ -95,8 +95,13 @@ class Run:
 
     @property
     def images_per_step(self) -> int:
-        """Different images in a step; each has ``masks_per_image`` views."""
+        """Images in a step; each has ``masks_per_image`` views."""
         return self.config.optimisation.batch_size // self.config.method.masks_per_image
+
+    @property
+    def files_per_step(self) -> int:
+        """Different images of the source in a step; each is cropped ``crops_per_image`` times."""
+        return self.images_per_step // self.config.data.crops_per_image
 
     @property
     def method(self) -> Method:

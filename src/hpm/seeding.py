@@ -14,7 +14,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int, Int64, UInt64
 from torch import Tensor
 
 
@@ -37,6 +37,41 @@ def derive_seed(seed: int, stream: Stream, *place: int) -> int:
     """A 63-bit seed for one purpose at one place (an epoch, a step, an image)."""
     words = np.random.SeedSequence((seed, int(stream), *place)).generate_state(2, np.uint64)
     return int(words[0] >> np.uint64(1))
+
+
+def uniform_numbers(
+    seed: int, stream: Stream, places: Int64[np.ndarray, "b k"], count: int
+) -> Float64[np.ndarray, "b m"]:
+    """Uniform numbers at many places at once, without any state: SplitMix64 from a hash of seed, stream and place.
+
+    Args:
+        seed: Of the run.
+        stream: What they are for.
+        places: Each row is a place: an epoch, an image, a view; numbers from 0.
+        count: Numbers at each place.
+
+    Returns:
+        In [0, 1), 53 bits each.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    key = np.full(len(places), derive_seed(seed, stream), np.uint64)
+    for column in places.T.astype(np.uint64):
+        key = _mix_words(key + (column + np.uint64(1)) * _GOLDEN_WORD)
+    numbers = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN_WORD
+    uniform: np.ndarray = (_mix_words(key[:, None] + numbers) >> np.uint64(11)) * 2.0**-53
+    return uniform
+
+
+_GOLDEN_WORD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix_words(words: UInt64[np.ndarray, "*n"]) -> UInt64[np.ndarray, "*n"]:
+    """As :func:`_mix`, for numpy's unsigned integers."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
+    mixed: np.ndarray = words ^ (words >> np.uint64(31))
+    return mixed
 
 
 @contextmanager

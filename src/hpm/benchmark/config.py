@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpm.config import Positive, PositiveFloat
+from hpm.config import NotNegative, Positive, PositiveFloat, Share
 
 VARIANTS: dict[str, str] = {
     "reference": "the published way: whole EMA model, mask loop, float32 (fp16 on CUDA)",
@@ -85,3 +85,64 @@ class StepConfig(BenchmarkConfig):
 @dataclass(frozen=True)
 class PeersConfig(BenchmarkConfig):
     """Images per second of a MAE step in turns: ours, transformers' ViTMAE, and lightly's MAE where it is installed."""
+
+
+LOADERS: dict[str, str] = {
+    "plain": "Pillow opens, crops, resizes; ToTensor, Normalize: the loader of most research code",
+    "torchvision": "torchvision decodes, crops and resizes uint8",
+    "files": "hpm from image files",
+    "shards": "hpm from tar shards written by hpm data pack",
+    "cache": "hpm with cache ram, after the first epoch",
+    "packed-cache": "hpm with cache ram from these shards, after the first epoch",
+    "device-decode": "hpm with augmentation device: decoded and cropped on the GPU",
+    "device-cache": "hpm with cache device, after the first epoch",
+}
+"""What can be measured, in the order of the table."""
+
+LoaderName = Literal[
+    "plain", "torchvision", "files", "shards", "cache", "packed-cache", "device-decode", "device-cache"
+]
+
+
+@dataclass(frozen=True)
+class LoadingConfig:
+    """Images per second and core of each way to the same batches, in turns, and what a training step needs.
+
+    Everything runs in this process on one thread, and what counts is processor time: other work on the machine does not
+    make a path look slow. The device's paths are timed by the clock. All but the plain loader give uint8, which is
+    normalised on the device.
+    """
+
+    data: str = "shapes:200"
+    """Images, any source; the first of them are taken."""
+    images: Positive = 200
+    """How many."""
+    enlarge: tuple[NotNegative, NotNegative] = (500, 400)
+    """Width and height to which the images are resized before they are saved as JPEGs (quality 90, 4:2:0), as no
+    source of photographs of that size is at hand everywhere; 0 0: the files are taken as they are."""
+    loaders: tuple[LoaderName, ...] = ()
+    """What to measure beside the plain loader; none: all that this machine can."""
+    image_size: Positive = 224
+    """Side of the crops, pixels."""
+    crop_scale: tuple[Share, Share] = (0.2, 1.0)
+    """Area of the random resized crop, share of the image."""
+    packed_size: Positive = 256
+    """Shorter side of the images in the shards, pixels."""
+    batch_size: Positive = 64
+    """Images of a batch."""
+    seconds: PositiveFloat = 20.0
+    """Processor seconds for all paths together."""
+    rounds: Annotated[int, Field(ge=1)] = 5
+    """Turns of each; the spread is over them."""
+    step: VariantName | Literal["none"] = "none"
+    """Also time this training step of hpm benchmark step on the device, to see which of the two limits."""
+    encoder: str = "vit_base_patch16_224"
+    """Its encoder, any timm VisionTransformer."""
+    step_images_per_second: PositiveFloat | None = None
+    """Or: what the step is known to need, images per second."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device of the step and of the device's paths."""
+    profile: bool = False
+    """Afterwards, also find where the time of each path goes, by function."""
+    out: str = ""
+    """JSON file to write; a figure is drawn beside it."""

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from hpm.cli.ablating import ablate
-from hpm.cli.benchmarking import benchmark_peers, benchmark_step
-from hpm.cli.data import data_check
+from hpm.cli.benchmarking import benchmark_data, benchmark_peers, benchmark_step
+from hpm.cli.data import data_check, data_pack, data_stats
 from hpm.cli.embedding import embed
 from hpm.cli.evaluating import (
     evaluate_detect,
@@ -59,9 +59,14 @@ COMMANDS: dict[str, Command] = {
     "evaluate detect": Command(evaluate_detect, "detection and instance masks: COCO AP of Mask R-CNN on the encoder"),
     "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs and at equal compute"),
     "data check": Command(data_check, "what is in a source: sizes, channels, depths, damage, duplicates"),
+    "data stats": Command(
+        data_stats, "mean and deviation per channel over all pixels, exactly, and the flags to use them"
+    ),
+    "data pack": Command(data_pack, "write resized tar shards that are quick to read; verified, resumable"),
     "benchmark step": Command(
         benchmark_step, "images per second: the published step, ours, the fast presets, MAE, in turns"
     ),
+    "benchmark data": Command(benchmark_data, "images per second and core of every way to load, beside a plain loader"),
     "benchmark peers": Command(benchmark_peers, "our MAE mode beside transformers' and lightly's"),
     "visualize": Command(visualize, "what is hard in given images, as a figure"),
     "embed": Command(embed, "features of every image as a table, and how difficult each is"),

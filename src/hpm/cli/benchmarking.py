@@ -21,6 +21,33 @@ def benchmark_step(arguments: list[str]) -> None:
     _report(step.run(config), config.out, next_command, as_json=as_json)
 
 
+def benchmark_data(arguments: list[str]) -> None:
+    """``hpm benchmark data``."""
+    from hpm.benchmark.config import LoadingConfig
+
+    config, as_json = parse_with_json(LoadingConfig, "benchmark data", arguments)
+
+    from hpm.benchmark import data
+
+    result = data.run(config)
+    print(f"{result['images']}; {result['device']}, one core")
+    header, *rows = data.table(result)
+    print_table(header, rows)
+    for line in data.verdict(result):
+        print(line)
+    for name, lines in result.get("profile", {}).items():
+        print(f"\nwhere the time of {name} goes:")
+        print_table(("function", "share"), [(function, f"{share:.1%}") for function, share in lines.items()])
+    if config.out:
+        data.save(result, Path(config.out))
+        print(f"look:  {Path(config.out).with_suffix('.png')}")
+    print(
+        "next:  hpm data pack SRC --out DIR    shards that are quick to read; hpm pretrain --cache ram, where they fit"
+    )
+    if as_json:
+        print_json(result)
+
+
 def benchmark_peers(arguments: list[str]) -> None:
     """``hpm benchmark peers``."""
     from hpm.benchmark.config import PeersConfig

@@ -143,3 +143,59 @@ def _next_steps(data: str, result) -> list[str]:  # type: ignore[no-untyped-def]
                      "a run reads them all as --channels, and leaves those out that do not fit")  # fmt: skip
     lines.append(f"next:  hpm pretrain --data {shlex.quote(data)} {flags}--out runs/first")
     return lines
+
+
+def data_stats(arguments: list[str]) -> None:
+    """``hpm data stats``."""
+    from hpm.data.commands import StatsConfig
+
+    config, as_json = parse_with_json(StatsConfig, "data stats", source_first(arguments))
+
+    from hpm.data import stats
+
+    result = stats.run(config)
+    rows = [
+        (str(number), f"{mean:.6f}", f"{std:.6f}") for number, (mean, std) in enumerate(zip(result.mean, result.std))
+    ]
+    print_table(("channel", "mean", "std"), rows)
+    left_out = f"; {len(result.damaged):,} damaged left out" if result.damaged else ""
+    print(f"\n{result.images:,} images{left_out}; values in 0..1")
+    for name, reason in result.damaged[:_SHOWN]:
+        print(f"  {_below(config.data, name)}: {_short(reason)}")
+    _more(result.damaged)
+    print(f"next:  hpm pretrain {stats.flags(config, result)} --out RUN")
+    if as_json:
+        print_json(result._asdict() | {"damaged": [{"path": name, "reason": why} for name, why in result.damaged]})
+
+
+def data_pack(arguments: list[str]) -> None:
+    """``hpm data pack``."""
+    import shlex
+
+    from hpm.data.commands import PackConfig
+
+    config, as_json = parse_with_json(PackConfig, "data pack", source_first(arguments))
+
+    from hpm.data import pack
+
+    result = pack.run(config)
+    print_table(
+        ("", ""),
+        [
+            ("images", f"{result.images:,}"),
+            ("as they were", f"{result.as_they_were:,}"),
+            ("damaged, left out", f"{len(result.damaged):,}"),
+            ("shards", f"{len(result.shards):,}"),
+            ("MB", f"{result.bytes / 1e6:,.1f}"),
+            ("labels", "yes" if result.labelled else "no"),
+        ],
+    )
+    for damage in result.damaged[:_SHOWN]:
+        print(f"  {_below(config.data, damage.name)}: {_short(damage.reason)}")
+    if len(result.damaged) > _SHOWN:
+        print(f"... and {len(result.damaged) - _SHOWN:,} more; {result.out}/index.json lists them all")
+    flags = "" if result.channels == 3 else f" --channels {result.channels}"
+    flags += "" if config.no_data is None else f" --no-data {config.no_data:g}"
+    print(f"next:  hpm pretrain --data {shlex.quote(result.out + '/*.tar')}{flags} --out RUN")
+    if as_json:
+        print_json(pack.as_json(result))

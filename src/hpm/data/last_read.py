@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +29,32 @@ class LastRead(Dataset[Item]):
         self._notes = torch.full((max(1, workers), 2), -1, dtype=torch.int64).share_memory_()
 
     def __getitem__(self, key: Any) -> Item:
+        self.note(key[1])
+        return self.images[key]
+
+    def __getitems__(self, keys: list[Any]) -> list[Item]:
+        many = getattr(self.images, "__getitems__", None)  # images that offer this note each themselves
+        return [self[key] for key in keys] if many is None else many(keys)
+
+    def note(self, index: int) -> None:
+        """This process begins to read an image."""
         worker = get_worker_info()
         if worker is not None:
-            self._notes[worker.id] = torch.tensor((os.getpid(), key[1]))
-        return self.images[key]
+            self._notes[worker.id] = torch.tensor((os.getpid(), index))
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """While entered, a worker that dies is named: PyTorch says so wherever the main process happens to be.
+
+        Raises:
+            InputError: With the image that it was reading.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if (told := self.explained(error)) is error:
+                raise
+            raise told from error
 
     def explained(self, error: RuntimeError) -> Exception:
         """What to raise in place of the loader's error: if a worker died, with the image that it was reading."""

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from hpm.data.cache import SharedImages
+from hpm.data.crops import Box, covering, crop_numbers, draw_box, resample, resample_mask, whole
 from hpm.data.decode import DecodeError, Sample
 from hpm.data.last_read import LastRead
 from hpm.data.order import Ahead
 from hpm.data.order import Position as Position
 from hpm.data.order import TrainingOrder as TrainingOrder
+from hpm.data.reading import View, read_views
 from hpm.data.sources import Source
+from hpm.data.statistics import measure_statistics as measure_statistics
 from hpm.errors import InputError
-from hpm.seeding import Stream, derive_seed
 from hpm.stopping import ignore_in_worker, signals_held
 
 Item = TypeVar("Item")
@@ -57,39 +61,119 @@ class Crop(NamedTuple):
     """False = no data; None: all pixels are data."""
 
 
-class TrainingImages(Dataset[Crop]):
-    """Randomly cropped images of a source, each crop a function of (seed, epoch, index).
+class TrainingImages(Dataset[Any]):
+    """Randomly cropped images of a source, each crop a function of (seed, epoch, index) and its number among the views.
 
     A damaged image is reported and the next readable one of the source takes its place.
+
+    Args:
+        source: The images.
+        size: Height and width of the crops, pixels.
+        crop_scale: Smallest and largest area of a crop, share of the image; (1, 1): no crop, only resize.
+        flip: Mirror half of the crops.
+        seed: Of the run.
+        views: Crops of each image, from one decoding of it.
+        jpeg_scaling: Decode large JPEGs at a fraction of their size (:mod:`hpm.data.jpeg`).
+        cache: Keeps decoded images for later passes.
     """
 
     def __init__(
-        self, source: Source, *, size: tuple[int, int], crop_scale: tuple[float, float], flip: bool, seed: int
+        self,
+        source: Source,
+        *,
+        size: tuple[int, int],
+        crop_scale: tuple[float, float],
+        flip: bool,
+        seed: int,
+        views: int = 1,
+        jpeg_scaling: bool = True,
+        cache: SharedImages | None = None,
     ) -> None:
         self.source = source
-        self.seed = seed
-        steps: list[nn.Module] = [
-            v2.RandomResizedCrop(size, crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
-            if crop_scale != (1, 1)
-            else Cover(size)
-        ]
-        if flip:
-            steps.append(v2.RandomHorizontalFlip())
-        self.augment = v2.Compose(steps)
+        self.size, self.crop_scale, self.flip = size, crop_scale, flip
+        self.seed, self.views, self.jpeg_scaling = seed, views, jpeg_scaling
+        self.cache = cache
+        self.on_read: Callable[[int], None] | None = None
+        """Told which image is read."""
+        self.cover = Cover(size)
 
     def __getitem__(self, key: tuple[int, int]) -> Crop:
-        epoch, index = key
-        sample, damaged = read_or_next(self.source, index)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed, Stream.AUGMENTATION, epoch, index))
-            if sample.valid is None:
-                return Crop(self.augment(sample.image), damaged)
-            image, valid = self.augment(tv_tensors.Image(sample.image), tv_tensors.Mask(sample.valid))
-            return Crop(image.as_subclass(Tensor), damaged, valid.as_subclass(Tensor))
+        """The first view of an image."""
+        return self._crops(key[1], crop_numbers(self.seed, [key])[0])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Batch]:
+        """What a data process makes of a micro-batch: all at once."""
+        return [self.batch(keys)]
+
+    def batch(self, keys: list[tuple[int, int]]) -> Batch:
+        """All views of each image, image after image, each put in its place while the processor still holds it."""
+        numbers = crop_numbers(self.seed, keys, views=self.views)
+        made = torch.empty(0, dtype=torch.uint8)
+        damaged: list[Damage] = []
+        masks: dict[int, Tensor] = {}
+        place = 0
+        for (_, index), rows in zip(keys, numbers):
+            for crop in self._crops(index, rows):
+                if place == 0:
+                    made = _room((len(keys) * self.views, *crop.image.shape), crop.image.dtype)
+                elif crop.image.is_floating_point():
+                    made = made.float()  # no copy where it is already
+                made[place] = crop.image
+                if crop.valid is not None:
+                    masks[place] = crop.valid
+                damaged += crop.damaged
+                place += 1
+        if not masks:
+            return Batch(made, damaged)
+        valid = torch.ones(len(made), *self.size, dtype=torch.bool)
+        for place, mask in masks.items():
+            valid[place] = mask
+        return Batch(made, damaged, valid)
+
+    def _crops(self, index: int, numbers: Float64[np.ndarray, "v n"]) -> list[Crop]:
+        """The views of an image, or of the first readable one after it."""
+        (views, damaged) = first_readable(self.source, index, lambda number: self._views(number, numbers))
+        return [Crop(view.image, damaged if number == 0 else [], view.valid) for number, view in enumerate(views)]
+
+    def _views(self, index: int, numbers: Float64[np.ndarray, "v n"]) -> list[View]:
+        if self.on_read is not None:
+            self.on_read(index)
+        return read_views(
+            self.source, index, partial(self.boxes, numbers=numbers), self._cut,
+            size=self.size, jpeg_scaling=self.jpeg_scaling, cache=self.cache,
+        )  # fmt: skip
+
+    @property
+    def covers(self) -> bool:
+        """Are images resized and cut to their centre, rather than cropped at random?"""
+        return self.crop_scale == (1, 1)
+
+    def boxes(self, size: tuple[int, int], numbers: Float64[np.ndarray, "v n"]) -> list[Box]:
+        """Where the views of an image lie.
+
+        Args:
+            size: Height and width of the image, pixels.
+            numbers: Of :func:`hpm.data.crops.crop_numbers`, for each view.
+        """
+        if self.covers:
+            return [whole(size, flip=self.flip and bool(row[-1] < 0.5)) for row in numbers]
+        return [draw_box(row, size, scale=self.crop_scale, flip=self.flip) for row in numbers]
+
+    def _cut(self, sample: Sample, box: Box) -> View:
+        """One view of an image that is decoded."""
+        if not self.covers:
+            valid = None if sample.valid is None else resample_mask(sample.valid, box, self.size)
+            return View(resample(sample.image, box, self.size), valid)
+        image, covered = self.cover(sample.image), None if sample.valid is None else self.cover(sample.valid[None])[0]
+        if not box.flip:
+            return View(image, covered)
+        return View(image.flip(-1), None if covered is None else covered.flip(-1))
 
 
-def read_or_next(source: Source, index: int, *, patience: int = 100) -> tuple[Sample, list[Damage]]:
-    """Read an image, or where it is damaged the first readable one after it.
+def first_readable(
+    source: Source, index: int, read: Callable[[int], Item], *, patience: int = 100
+) -> tuple[Item, list[Damage]]:
+    """What ``read`` makes of an image, or where it is damaged of the first readable one after it.
 
     Raises:
         InputError: ``patience`` images in a row are damaged.
@@ -98,11 +182,20 @@ def read_or_next(source: Source, index: int, *, patience: int = 100) -> tuple[Sa
     for offset in range(min(patience, len(source))):
         number = (index + offset) % len(source)
         try:
-            return source.read(number), damaged
+            return read(number), damaged
         except (DecodeError, OSError) as error:
             damaged.append(Damage(source.name(number), str(error)))
     first = damaged[0]
     raise InputError(f"data: {len(damaged)} images in a row cannot be read; the first: {first.name}: {first.reason}")
+
+
+def read_or_next(source: Source, index: int, *, patience: int = 100) -> tuple[Sample, list[Damage]]:
+    """Read an image, or where it is damaged the first readable one after it.
+
+    Raises:
+        InputError: ``patience`` images in a row are damaged.
+    """
+    return first_readable(source, index, source.read, patience=patience)
 
 
 class Cover(v2.Transform):  # type: ignore[misc]  # torchvision is not typed
@@ -117,10 +210,9 @@ class Cover(v2.Transform):  # type: ignore[misc]  # torchvision is not typed
         height, width = image.shape[-2:]
         if (height, width) == self.size:
             return image
-        scale = max(self.size[0] / height, self.size[1] / width)
         resized = v2.functional.resize(
             image,
-            [max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))],
+            list(covering(whole((height, width), flip=False), self.size)),
             interpolation=InterpolationMode.NEAREST if image.dtype == torch.bool else InterpolationMode.BICUBIC,
             antialias=True,
         )
@@ -145,21 +237,6 @@ class Normalise(nn.Module):
         return ((images * self.std + self.mean) / 255).clamp(0, 1)
 
 
-def measure_statistics(source: Source, *, max_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel in 0..1, over at most ``max_images`` images spread over the source."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for index in source.spread(max_images):
-        sample = read_or_next(source, index)[0]
-        pixels = sample.image.double().flatten(1) / 255
-        if sample.valid is not None:
-            pixels = pixels[:, sample.valid.flatten()]
-        count, total = count + pixels.shape[1], total + pixels.sum(1)
-        squares = squares + pixels.square().sum(1)
-    mean = total / count
-    deviation = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
-    return tuple(mean.tolist()), tuple(deviation.tolist())
-
-
 def default_workers() -> int:
     """One data process per core beyond the first, at most 8, shared among this machine's training processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -167,13 +244,14 @@ def default_workers() -> int:
     return max(0, min(8, cores // local_processes - 1))
 
 
-def _stack(items: list[Crop]) -> Batch:
-    damaged = [damage for item in items for damage in item.damaged]
-    if all(item.valid is None for item in items):
-        return Batch(stack_images([item.image for item in items]), damaged)
-    size = items[0].image.shape[-2:]
-    valid = [torch.ones(size, dtype=torch.bool) if item.valid is None else item.valid for item in items]
-    return Batch(stack_images([item.image for item in items]), damaged, torch.stack(valid))
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """By numpy, which asks the system for large pages: a tenth of the time from a cache went into small ones."""
+    return torch.from_numpy(np.empty(shape, np.float32 if dtype.is_floating_point else np.uint8))
+
+
+def _only(items: list[Batch]) -> Batch:
+    """The batch that the images have made of themselves."""
+    return items[0]
 
 
 def stack_images(images: list[Tensor]) -> Shaped[Tensor, "b c h w"]:
@@ -184,20 +262,41 @@ def stack_images(images: list[Tensor]) -> Shaped[Tensor, "b c h w"]:
 
 
 def training_batches(
-    images: TrainingImages, order: TrainingOrder, *, workers: int, pin_memory: bool
+    images: TrainingImages,
+    order: TrainingOrder,
+    *,
+    workers: int,
+    pin_memory: bool,
+    noted: LastRead[Any] | None = None,
 ) -> Generator[Batch, None, None]:
     """Micro-batches in the given order; the workers live through the whole run.
+
+    Args:
+        images: To be asked for.
+        order: In which.
+        workers: Data processes.
+        pin_memory: For a device that copies from pinned memory.
+        noted: What :func:`last_read` made of the images, where the caller wants to name a worker that dies, too.
 
     Raises:
         InputError: Too many images in a row cannot be read.
     """
     yield from batches_in_order(
-        images, order, collate=_stack, workers=workers, pin_memory=pin_memory, prepare=images.source.prepare
-    )
+        images if noted is None else noted, order, collate=_only, workers=workers, pin_memory=pin_memory,
+        prepare=images.source.prepare,
+    )  # fmt: skip
+
+
+def last_read(images: Dataset[Item], workers: int) -> LastRead[Item]:
+    """Images with a note of which one every worker reads."""
+    noted = LastRead(images, workers)
+    if isinstance(images, TrainingImages):
+        images.on_read = noted.note
+    return noted
 
 
 def batches_in_order(
-    images: Dataset[Item],
+    images: Dataset[Item] | LastRead[Item],
     order: TrainingOrder,
     *,
     collate: Callable[[list[Item]], Stacked],
@@ -208,7 +307,7 @@ def batches_in_order(
     """Micro-batches of any images that are asked for by (pass, index); the workers live through the whole run.
 
     Args:
-        images: To be asked for.
+        images: To be asked for; given as :class:`LastRead`, the caller can name a worker that dies, too.
         order: In which.
         collate: Makes a micro-batch.
         workers: Data processes.
@@ -218,7 +317,7 @@ def batches_in_order(
     Raises:
         InputError: Too many images in a row cannot be read, or a worker died; it is named with what it was reading.
     """
-    noted = LastRead(images, workers)
+    noted = images if isinstance(images, LastRead) else last_read(images, workers)
     loader = DataLoader(
         noted,
         batch_sampler=order,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hpm.data.decode import Sample
+from hpm.data.decode import Decoder, Sample
 from hpm.data.sources.compact import Labels
 from hpm.errors import InputError
 
@@ -27,6 +27,9 @@ class Blocks(NamedTuple):
 
 class Source(ABC):
     """A numbered list of images."""
+
+    decoder: Decoder | None = None
+    """How the bytes of :meth:`content` become what :meth:`read` returns; None where they are no file."""
 
     @abstractmethod
     def __len__(self) -> int:

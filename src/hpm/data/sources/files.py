@@ -29,7 +29,7 @@ class FileSource(Source):
         self, paths: Sequence[str], *, decoder: Decoder, folder: str = "", labels: Sequence[str] | None = None
     ) -> None:
         self.paths = paths if isinstance(paths, Strings) else Strings(paths)
-        self.decoder = decoder
+        self.decoder: Decoder = decoder
         self.folder = folder
         self._labels = labels
         starts = self.paths.blob[np.concatenate([[0], self.paths.ends[:-1]])[: len(self.paths)]]

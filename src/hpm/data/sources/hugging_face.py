@@ -65,7 +65,7 @@ class HuggingFaceSource(Source):
     def __init__(self, dataset: Any, *, decoder: Decoder, title: str, field: str) -> None:
         from datasets import Image
 
-        self.decoder = decoder
+        self.decoder: Decoder = decoder
         self.title = title
         self.column = _image_column(dataset.features, title, field)
         self._labels = _labels(dataset)

@@ -103,7 +103,7 @@ class ShardSource(Source):
 
     def __init__(self, shards: Sequence[Shard], *, decoder: Decoder) -> None:
         self.shards = shards
-        self.decoder = decoder
+        self.decoder: Decoder = decoder
         self._starts = np.cumsum([0, *(shard.num_images for shard in shards)])
         self._labels: Labels | None = None
         indexes = [shard.known_index() for shard in shards]

@@ -1,0 +1,67 @@
+"""The batches of a run: from which step on, through which cache, cropped where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+from hpm.config import Config
+from hpm.data.cache import SharedImages, open_cache
+from hpm.data.device import (
+    ImagesOnDevice,
+    WholeImages,
+    batches_decoded_on_device,
+    batches_kept_on_device,
+    copied_behind,
+)
+from hpm.data.loading import Batch, TrainingImages, TrainingOrder, default_workers, last_read, training_batches
+from hpm.data.sources import Source
+from hpm.run import Run
+
+
+class Opened(NamedTuple):
+    """The batches of a run from its step on."""
+
+    batches: Generator[Batch, None, None]
+    """On the device."""
+    naming: AbstractContextManager[None]
+    """While entered, a data process that dies is named with the image that it was reading."""
+
+
+def open_batches(run: Run) -> Opened:
+    """The batches of a run from its step on; all processes have to ask.
+
+    Raises:
+        InputError: A cache that was asked for does not fit.
+    """
+    config, device = run.config, run.device
+    kept = config.method.steps_per_batch
+    order = TrainingOrder(
+        len(run.source), batch_size=run.files_per_step, first_step=run.state.step // kept,
+        total_steps=math.ceil(run.schedule.total_steps / kept), seed=config.optimisation.seed, position=run.position,
+        blocks=run.source.blocks(),
+    )  # fmt: skip
+    workers = default_workers() if config.run.workers is None else config.run.workers
+    if config.run.cache == "device":
+        on_device = ImagesOnDevice(training_images(config, run.source), device=device, workers=workers)
+        return Opened(batches_kept_on_device(on_device, order), nullcontext())
+    if config.run.augmentation == "device":
+        wholes = last_read(WholeImages(training_images(config, run.source), encoded=device.type == "cuda"), workers)
+        return Opened(batches_decoded_on_device(wholes, order, device=device, workers=workers), wholes.naming())
+    data = config.data
+    cache = open_cache(run.source, config.run.cache, size=data.size, jpeg_scaling=data.jpeg_scaling)
+    images = training_images(config, run.source, cache=cache)
+    noted = last_read(images, workers)
+    batches = training_batches(images, order, workers=workers, pin_memory=device.type == "cuda", noted=noted)
+    return Opened(copied_behind(batches, device), noted.naming())
+
+
+def training_images(config: Config, source: Source, *, cache: SharedImages | None = None) -> TrainingImages:
+    """The images of a source as training crops them."""
+    data = config.data
+    return TrainingImages(
+        source, size=data.size, crop_scale=data.crop_scale, flip=data.flip, seed=config.optimisation.seed,
+        views=data.crops_per_image, jpeg_scaling=data.jpeg_scaling, cache=cache,
+    )  # fmt: skip

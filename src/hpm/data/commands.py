@@ -1,0 +1,52 @@
+"""What ``hpm data stats`` and ``hpm data pack`` can be told: apart from what they do, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from hpm.config import NotNegative, Positive
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """Mean and standard deviation per channel over all pixels of all images, exactly, and the flags to use them."""
+
+    data: Positional[str]
+    """Images, any source."""
+    channels: Positive | None = None
+    """Read every image as so many channels; none: found in the data."""
+    value_range: tuple[float, ...] = ()
+    """As for hpm pretrain: lowest and highest value of images that are not 8-bit; empty: found in the data."""
+    no_data: float | None = None
+    """Value of pixels without data, as stored, which are left out; none: what a file itself names."""
+    workers: NotNegative | None = None
+    """Processes; none: one per core."""
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Write images, made smaller once, to tar shards that are quick to read; verified, and resumed after a kill.
+
+    Images whose shorter side is at most --size are taken as they are, byte for byte. Larger ones are resized: 8-bit
+    grey and colour become JPEGs, with transparency PNGs, all others .npy arrays of their own type. Damaged images are
+    left out and listed.
+    """
+
+    data: Positional[str]
+    """Images, any source; labels become .cls members."""
+    out: str
+    """Folder for the shards and index.json."""
+    size: Positive = 256
+    """Shorter side at most, pixels."""
+    quality: Positive = 90
+    """Of JPEGs, 1 to 100."""
+    shard_bytes: Positive = 500_000_000
+    """A shard is closed when it has so many bytes."""
+    channels: Positive | None = None
+    """Channels of images that have more than one way to be read, .npy arrays above all; none: found in the data."""
+    no_data: float | None = None
+    """Value of pixels without data, as stored, which must not blend into others; none: what a file itself names."""
+    workers: NotNegative | None = None
+    """Processes; none: one per core."""

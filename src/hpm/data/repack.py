@@ -1,0 +1,157 @@
+"""One image as ``hpm data pack`` writes it: its own bytes where they are small enough, else a smaller copy."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Shaped
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from hpm.data import jpeg
+from hpm.data.decode import Decoder, find_missing
+from hpm.data.formats import describe, read_stored
+from hpm.data.sources import Source
+from hpm.data.stored import DecodeError, Stored
+
+_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif",
+         "NPY": "npy", "NPZ": "npz", "DICOM": "dcm"}  # fmt: skip
+"""Endings of files that are taken as they are, by their format."""
+
+
+class Packed(NamedTuple):
+    """One member of a shard."""
+
+    content: bytes
+    ending: str
+    """Without the dot."""
+    as_it_was: bool
+    """The file's own bytes."""
+
+
+def repack(source: Source, index: int, *, size: int, quality: int, decoder: Decoder) -> Packed:
+    """What a shard holds for an image.
+
+    Args:
+        source: The images.
+        index: Of the image.
+        size: Shorter side at most, pixels.
+        quality: Of JPEGs.
+        decoder: How it will be read again: an image that it cannot read is damaged.
+
+    Raises:
+        DecodeError: The image is damaged.
+        OSError: It cannot be read at all.
+    """
+    if source.decoder is None:
+        made = source.read(index).image.permute(1, 2, 0).numpy()
+        return _encoded(_resized(made, size), quality, alpha=None)
+    content = source.content(index)
+    about = describe(content)
+    decoder(content)  # damaged files are found here, not in every epoch
+    if min(about.height, about.width) <= size and about.format in _KEPT:
+        return Packed(content, _KEPT[about.format], True)
+    header = jpeg.read_header(content, channels=3 if about.bands == 3 else 1)
+    if header is not None and decoder.no_data is None:
+        scale = jpeg.choose_scale((min(header.size), min(header.size)), (size, size))
+        image = jpeg.decode(content, header, channels=about.bands, scale=scale)
+        if image is not None:
+            return _encoded(_resized(image.permute(1, 2, 0).numpy(), size), quality, alpha=None)
+    stored = read_stored(content, channels=decoder.channels)
+    missing = find_missing(stored, decoder.no_data)
+    if (
+        stored.inverted
+        or stored.premultiplied
+        or (stored.is_deep and stored.alpha is not None)
+        or (missing is not None and not stored.is_deep)
+    ):
+        return Packed(content, _ending(about.format), True)
+    if missing is not None and stored.pixels.dtype.kind != "f" and (stored.no_data or decoder.no_data) is None:
+        return Packed(content, _ending(about.format), True)
+    if stored.is_deep or stored.pixels.shape[2] not in (1, 3):
+        return Packed(_array(_resized_values(stored, missing, decoder, size)), "npy", False)
+    return _encoded(_resized(stored.pixels, size), quality, alpha=stored.alpha)
+
+
+def _stays(stored: Stored, has_missing: bool, decoder: Decoder) -> bool:
+    """Would a smaller copy lose what the file says of its pixels?"""
+    if stored.inverted or stored.premultiplied or (stored.is_deep and stored.alpha is not None):
+        return True
+    named = stored.no_data is not None or decoder.no_data is not None
+    return has_missing and (not stored.is_deep or (stored.pixels.dtype.kind != "f" and not named))
+
+
+def _ending(name: str) -> str:
+    if name not in _KEPT:
+        raise DecodeError(f"{name} files of this kind cannot be packed")
+    return _KEPT[name]
+
+
+def target(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the shorter side at most ``size``."""
+    scale = min(1.0, size / min(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resized(pixels: Shaped[np.ndarray, "h w c"], size: int) -> Shaped[np.ndarray, "y x c"]:
+    """Bicubic, antialiased; of the same type."""
+    wanted = target(pixels.shape[0], pixels.shape[1], size)
+    if pixels.shape[:2] == wanted:
+        return pixels
+    given = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+    image = torch.from_numpy(np.require(given, requirements=["C", "W"])).permute(2, 0, 1)
+    made = functional.resize_image(image, list(wanted), InterpolationMode.BICUBIC, antialias=True)
+    values: np.ndarray = made.permute(1, 2, 0).numpy()
+    if pixels.dtype.kind in "ui" and values.dtype != pixels.dtype:
+        ends = np.iinfo(pixels.dtype)
+        values = values.astype(np.float64).round().clip(ends.min, ends.max)
+    return values.astype(pixels.dtype)
+
+
+def _resized_values(
+    stored: Stored, missing: Bool[np.ndarray, "h w"] | None, decoder: Decoder, size: int
+) -> Shaped[np.ndarray, "y x c"]:
+    """With what is missing kept apart: it is filled, resized, and marked again where it was."""
+    pixels = stored.pixels
+    if pixels.dtype.kind == "f":
+        unusable = ~np.isfinite(pixels).all(axis=2)
+        missing = unusable if missing is None else missing | unusable
+    if missing is None or not missing.any():
+        return _resized(pixels, size)
+    filled = pixels.copy()
+    filled[missing] = pixels[~missing].mean(axis=0, dtype=np.float64).astype(pixels.dtype)
+    made = _resized(filled, size)
+    value = stored.no_data if decoder.no_data is None else decoder.no_data
+    mask = torch.from_numpy(missing)[None].to(torch.uint8)
+    wanted = list(made.shape[:2])
+    there = functional.resize_image(mask, wanted, InterpolationMode.NEAREST)[0].bool().numpy()
+    made[there] = np.nan if pixels.dtype.kind == "f" else np.array(value).astype(pixels.dtype)
+    return made
+
+
+def _array(pixels: Shaped[np.ndarray, "h w c"]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return file.getvalue()
+
+
+def _encoded(
+    pixels: Shaped[np.ndarray, "h w c"],
+    quality: int,
+    *,
+    alpha: Shaped[np.ndarray, "y x"] | None,
+    premultiplied: bool = False,
+) -> Packed:
+    """A JPEG, or with transparency a PNG."""
+    file = io.BytesIO()
+    if alpha is None:
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "JPEG", quality=quality)
+        return Packed(file.getvalue(), "jpg", False)
+    clear = _resized(alpha[..., None], min(pixels.shape[:2]))
+    bands = [*np.moveaxis(pixels, 2, 0), clear[..., 0]]
+    Image.fromarray(np.stack(bands, -1)).save(file, "PNG")
+    return Packed(file.getvalue(), "png", False)
