@@ -120,7 +120,7 @@ def test_turn_times_exactly_the_steps_asked_for():
         (["step", "--data", "nowhere/"], "data: 'nowhere/'"),
         (["step", "--data", "shapes:8", "--batch-size", "16"], "data: needs at least batch_size"),
         (["stepp"], "did you mean step"),
-        ([], "benchmark: needs a name: step, peers"),
+        ([], "benchmark: needs a name: step, data, peers"),
     ],
 )
 def test_wrong_input_is_one_clear_message(arguments, message, capsys):
