@@ -1,0 +1,91 @@
+"""Rules between the fields of a config; what one field alone may be stands at the field."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hpm.errors import InputError
+
+if TYPE_CHECKING:
+    from hpm.config import Config
+
+
+def check_together(config: Config) -> None:
+    """Refuse fields that are fine each, and wrong together.
+
+    Raises:
+        InputError: Names the field, the rule and the value.
+    """
+    data, model, method, optimisation = config.data, config.model, config.method, config.optimisation
+    if optimisation.warmup_epochs is not None and optimisation.warmup_epochs >= optimisation.epochs:
+        raise InputError(
+            f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
+        )
+    shown = config.run.display_channels
+    if len(shown) not in (0, 1, 3) or any(channel >= data.channels for channel in shown):
+        raise InputError(f"display_channels: must be one or three of channels 0 to {data.channels - 1}, got {shown}")
+    if data.value_range and (len(data.value_range) != 2 or not data.value_range[0] < data.value_range[1]):
+        raise InputError(f"value_range: must be a lower and a higher number, got {data.value_range}")
+    if method.predicted_loss == "none" and _guide(method.mask) == "predicted_loss":
+        raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
+    if method.mining_threshold and method.predicted_loss == "none":
+        raise InputError("mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'")
+    if method.mining_threshold and _guide(method.mask) is None:
+        raise InputError(f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided")
+    if method.predictor_detached and (method.predicted_loss == "none" or method.predictor_view == "full"):
+        raise InputError(
+            "predictor_detached: with predicted_loss 'none' or predictor_view 'full' there is no gradient to cut"
+        )
+    if bool(method.target_model) != (method.target == "timm_features"):
+        raise InputError(
+            f"target_model: goes with target 'timm_features', and it with it; got {method.target_model!r} and "
+            f"target {method.target!r}"
+        )
+    if method.tokenizer and method.target != "tokens":
+        raise InputError(f"tokenizer: goes with target 'tokens', got target {method.target!r}")
+    if len(data.image_size) not in (1, 2):
+        raise InputError(f"image_size: must be one number or height and width, got {data.image_size}")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1]:
+        raise InputError(f"crop_scale: must go from a small area above 0 to a large one, got {data.crop_scale}")
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        if values and len(values) != data.channels:
+            raise InputError(f"{name}: needs one value per channel ({data.channels}), got {len(values)}")
+    if bool(data.mean) != bool(data.std):
+        raise InputError("mean, std: give both or neither")
+    if model.decoder_width % model.decoder_heads:
+        raise InputError(f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}")
+    if method.progressive_start < 1 and (method.target == "timm_features" or method.tokenizer):
+        raise InputError(
+            "progressive_start: must be 1 with target 'timm_features' or a tokenizer, which know one image size only; "
+            f"got {method.progressive_start}"
+        )
+    if config.run.keep_steps and config.run.keep_steps % method.steps_per_batch:
+        raise InputError(
+            f"keep_steps: must be divisible by steps_per_batch ({method.steps_per_batch}), within which no run can go "
+            f"on, got {config.run.keep_steps}"
+        )
+    if method.teacher_budget is not None and _guide(method.mask) is None and method.predictor_view == "masked":
+        raise InputError(f"teacher_budget: no teacher is asked with mask {method.mask!r}, got {method.teacher_budget}")
+    if optimisation.batch_size % method.masks_per_image:
+        raise InputError(f"masks_per_image: must divide batch_size {optimisation.batch_size}, "
+                         f"got {method.masks_per_image}")  # fmt: skip
+    if optimisation.batch_size % (method.masks_per_image * data.crops_per_image):
+        raise InputError(
+            f"crops_per_image: times masks_per_image ({method.masks_per_image}) must divide batch_size "
+            f"{optimisation.batch_size}, got {data.crops_per_image}"
+        )
+    if model.teacher_reduction > 1 and (method.target == "ema_features" or method.mask == "attention"):
+        raise InputError(
+            "teacher_reduction: must be 1 with target 'ema_features' or mask 'attention', which ask the teacher about "
+            f"every patch; got {model.teacher_reduction}"
+        )
+    if model.decoder_width % 4:
+        raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
+
+
+def _guide(mask: str) -> str | None:
+    """What a mask policy chooses by; asked only where a rule depends on it, for masking imports torch."""
+    from hpm.masking import MASKS
+
+    return MASKS[mask].guide
