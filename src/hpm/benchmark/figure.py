@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def draw_loaders(result: Mapping[str, Any], path: Path) -> None:
         axes.set_title(
             f"red: the step, {step['name']}: {needed:,.0f} images/s", fontsize=9, color="#d62728", loc="right"
         )
-    axes.set_xlabel(
-        f"images/s per core, crops of {result['settings']['image_size']} px\n{result['images']}", fontsize=8
-    )
+    about = textwrap.fill(result["images"], 90)
+    size = result["settings"]["image_size"]
+    axes.set_xlabel(f"images/s per core, crops of {size} px\n{about}", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
