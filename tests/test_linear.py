@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hpm.errors import InputError
 from hpm.evaluate import knn, linear
 from hpm.evaluate.config import KnnConfig, LinearConfig
 from hpm.evaluate.controls import Contender, open_contenders, standings
-from hpm.evaluate.features import pool
+from hpm.evaluate.features import pool, split_features, whole_split
 from hpm.evaluate.knn import knn_votes
 from hpm.evaluate.labelled import choose_per_class
 from hpm.pretrain import train
@@ -282,3 +283,32 @@ def test_the_command_prints_tables_keeps_the_figures_and_draws(runs, capsys):
     page = (runs / "run/report.html").read_text()
     assert "Linear probe" in page
     assert f"{result['top1']:.2f}" in page
+
+
+# The predicted loss as a feature
+
+
+def test_hardness_is_the_predicted_loss_standardised_within_each_image(runs):
+    loaded, source = LoadedRun(runs / "run"), open_source(TRAIN, image_size=(32, 32))
+    split = whole_split(source, source, [])
+    (contender, untrained) = open_contenders(loaded, (), pooling="hardness")
+    made = [
+        split_features(
+            c.encoder, split, c.normalise, size=(32, 32), pooling="hardness", device=loaded.device, bf16=False,
+            teacher=c.teacher,
+        ).train.values
+        for c in (contender, untrained)
+    ]  # fmt: skip
+    image = loaded.normalise(source.read(7).image[None])
+    scores = loaded.teacher.predict_loss(image)[0]
+    torch.testing.assert_close(made[0][7], (scores - scores.mean()) / scores.std(), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(made[0], made[1], atol=0.1), "the control predicts something else"
+
+
+def test_neighbours_by_what_is_hard(runs, timm_folder):
+    config = KnnConfig(str(runs / "run"), TRAIN, VAL, k=(5,), device="cpu", pooling="hardness",
+                       against=(str(runs / "other"),))  # fmt: skip
+    result = knn.run(config)
+    assert [row.kind for row in result.standings] == ["run", "untrained", "against"]
+    with pytest.raises(InputError, match="pooling: 'hardness' needs a loss predictor, and timm:local-dir"):
+        knn.run(replace(config, against=(f"timm:local-dir:{timm_folder}",)))

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from hpm.config import NotNegative, OpenShare, Positive, PositiveFloat, Share
 
-Pooling = Literal["class", "mean", "both"]
+Pooling = Literal["class", "mean", "both", "hardness"]
 """The class token, the mean of the patch tokens, or both side by side, each of length one."""
 
 
@@ -28,7 +28,8 @@ class KnnConfig:
     temperature: float = 0.07
     """Weight of a neighbour: exp(cosine similarity / temperature)."""
     pooling: Pooling = "mean"
-    """Feature of an image: class token, mean of the patch tokens, or both."""
+    """Feature of an image: class token, mean of the patch tokens, or both; hardness: no feature of the encoder, but the
+    teacher's predicted loss of every patch, standardised within the image."""
     against: tuple[str, ...] = ()
     """Other encoders by the same protocol: timm:NAME, timm:local-dir:PATH, or another run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -60,7 +61,8 @@ class LinearConfig:
     batch_size: int = 256
     """Of sgd: images per step; all where there are fewer."""
     pooling: Pooling = "mean"
-    """Feature of an image: class token, mean of the patch tokens, or both."""
+    """Feature of an image: class token, mean of the patch tokens, or both; hardness: no feature of the encoder, but the
+    teacher's predicted loss of every patch, standardised within the image."""
     labels_per_class: tuple[int, ...] = ()
     """Also learn from so few labelled images of every class, e.g. 5 10 50."""
     draws: int = 5

@@ -24,6 +24,7 @@ from hpm.data.loading import Normalise
 from hpm.errors import InputError
 from hpm.evaluate.accuracy import Interval, top_k_accuracy, wilson_interval
 from hpm.evaluate.config import Pooling
+from hpm.method import Teacher
 from hpm.run_folder import LoadedRun, arguments_of_encoder, load_encoder
 from hpm.weights.read import load_timm
 
@@ -43,6 +44,8 @@ class Contender(NamedTuple):
     """Height and width of the images it takes."""
     arguments: dict[str, Any]
     """With which ``timm.create_model`` builds it."""
+    teacher: Teacher | None = None
+    """What predicts the loss of every patch, where that is asked for."""
 
 
 def open_contenders(
@@ -82,11 +85,33 @@ def open_contenders(
                 "model of as many"
             )
         found.append(_contender(spec, "against", other.eval(), loaded.device, arguments))
+    if pooling == "hardness":
+        return [contender._replace(teacher=_teacher(contender, loaded)) for contender in found]
     for contender in found:
         if pooling != "mean" and not contender.encoder.has_class_token:
             whose = "this encoder" if contender.kind == "run" else contender.name
             raise InputError(f"pooling: {pooling!r} needs a class token, and {whose} has none; use mean")
     return found
+
+
+def _teacher(contender: Contender, loaded: LoadedRun) -> Teacher:
+    """The teacher that belongs to an encoder: of the run, of its random start, or of another run.
+
+    Raises:
+        InputError: It predicts no losses.
+    """
+    teacher = None
+    if contender.kind == "run":
+        teacher = loaded.teacher
+    elif contender.kind == "untrained":
+        teacher = Teacher(build_student(loaded.config, target_dim=loaded.method.target.dim).to(loaded.device))
+    elif not contender.name.startswith("timm:") and not contender.name.endswith(".safetensors"):
+        teacher = LoadedRun(contender.name, device=loaded.device).teacher
+    if teacher is None or teacher.model.predictor is None:
+        whose = "this run" if contender.kind == "run" else contender.name
+        raise InputError(f"pooling: 'hardness' needs a loss predictor, and {whose} has none")
+    choose_attention(teacher, loaded.device)
+    return teacher
 
 
 def _timm_model(spec: str, encoder: VisionTransformer) -> dict[str, Any]:

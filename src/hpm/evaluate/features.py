@@ -18,6 +18,7 @@ from hpm.distributed import gather_objects, is_main_of_environment, rank, world_
 from hpm.errors import InputError
 from hpm.evaluate.config import Pooling
 from hpm.log import tracked, warn
+from hpm.method import Teacher
 from hpm.vit import encode
 
 
@@ -79,6 +80,13 @@ def pool(tokens: Float[Tensor, "b t d"], vit: VisionTransformer, pooling: Poolin
     return first if pooling == "class" else torch.cat([F.normalize(first, dim=-1), F.normalize(mean, dim=-1)], dim=-1)
 
 
+def standardised(scores: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+    """Predicted losses to mean 0 and deviation 1 within each image: only their differences were ever learnt."""
+    scores = scores.float()
+    variance, mean = torch.var_mean(scores, dim=1, keepdim=True)
+    return (scores - mean) / (variance.sqrt() + 1e-12)
+
+
 @torch.no_grad()
 def extract_features(
     vit: VisionTransformer,
@@ -92,6 +100,7 @@ def extract_features(
     indices: list[int] | None = None,
     workers: int = 0,
     description: str = "features",
+    teacher: Teacher | None = None,
 ) -> Features:
     """Run the encoder over a source; with several processes each takes a part and all get the whole.
 
@@ -106,6 +115,7 @@ def extract_features(
         indices: Only these images.
         workers: Data processes.
         description: Name beside the bar.
+        teacher: Whose predicted loss is the feature, for pooling ``hardness``.
     """
     chosen = list(range(len(source))) if indices is None else indices
     mine = chosen[rank() :: world_size()]
@@ -117,9 +127,10 @@ def extract_features(
         for batch in tracked(batches, description, total=-(-len(mine) // 128)):
             damaged += batch.damaged
             if batch.indices:
+                pixels = normalise(batch.images.to(device))
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    tokens = encode(vit, normalise(batch.images.to(device)))
-                values.append(pool(tokens.float(), vit, pooling).cpu())
+                    found = encode(vit, pixels) if teacher is None else teacher.predict_loss(pixels)
+                values.append((pool(found.float(), vit, pooling) if teacher is None else standardised(found)).cpu())
                 kept += batch.indices
     finally:
         vit.train(was_training)
@@ -142,12 +153,13 @@ def split_features(
     device: torch.device,
     bf16: bool,
     workers: int = 0,
+    teacher: Teacher | None = None,
 ) -> SplitFeatures:
     """Features of the images that are learnt from or looked among, and of those that are classified."""
     return SplitFeatures(*(
         extract_features(
             vit, source, normalise, size=size, pooling=pooling, device=device, bf16=bf16,
-            indices=indices, workers=workers, description=name,
+            indices=indices, workers=workers, description=name, teacher=teacher,
         )
         for name, source, indices in (
             ("features of train", split.train, split.train_indices),

@@ -168,7 +168,7 @@ def _run(config: KnnConfig, device: torch.device) -> KnnResult:
     for contender in contenders:
         features = split_features(
             contender.encoder, split, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
-            bf16=has_bf16(device), workers=config.workers,
+            bf16=has_bf16(device), workers=config.workers, teacher=contender.teacher,
         )  # fmt: skip
         if contender.kind == "run":
             damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
