@@ -19,7 +19,7 @@ epoch need. Where the images are too many and too far away for any order, a sour
 """
 
 from hpm.data.sources.base import Blocks, Source, class_indices, fingerprint
-from hpm.data.sources.cache import Downloads
+from hpm.data.sources.downloads import Downloads
 from hpm.data.sources.files import FileSource
 from hpm.data.sources.opening import open_source
 from hpm.data.sources.shapes import ShapesSource

@@ -19,7 +19,7 @@ import numpy as np
 from hpm.data.decode import Decoder
 from hpm.data.sources import remote
 from hpm.data.sources.base import Blocks
-from hpm.data.sources.cache import Downloads
+from hpm.data.sources.downloads import Downloads
 from hpm.data.sources.parquet import index_parquet
 from hpm.data.sources.remote import UnreachableError
 from hpm.data.sources.shard_index import COMPRESSED, DamagedShardError, ShardIndex, index_tar, unpack

@@ -13,8 +13,8 @@ from braceexpand import braceexpand
 from hpm.data.decode import EXTENSIONS, RGB, Decoder
 from hpm.data.sources import hugging_face, parquet, remote
 from hpm.data.sources.base import Source
-from hpm.data.sources.cache import Downloads
 from hpm.data.sources.cached_shards import open_shards
+from hpm.data.sources.downloads import Downloads
 from hpm.data.sources.files import open_folder
 from hpm.data.sources.remote import UnreachableError
 from hpm.data.sources.shapes import ShapesSource
