@@ -16,7 +16,7 @@ from hpm.data.decode import Decoder
 from hpm.errors import InputError
 from hpm.evaluate.dense import detect
 from hpm.evaluate.dense.config import DetectConfig
-from hpm.evaluate.dense.detector import build_detector, check_patch, fitting_size
+from hpm.evaluate.dense.detector import adapted_samples, build_detector, check_patch, fitting_size
 from hpm.evaluate.dense.encoder import DenseEncoder
 from hpm.evaluate.dense.instances import InstanceCrops, clean_target
 from hpm.evaluate.dense.pyramid import SCALES, SimplePyramid, rescale
@@ -296,6 +296,11 @@ def test_wrong_values_are_refused(run_folder, blobs, tmp_path, changes, message)
     with pytest.raises(InputError, match=message):
         detect.run(DetectConfig(**values | changes))
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(("size", "samples"), [(1024, 512), (512, 512), (256, 256), (64, 64), (16, 32)])
+def test_small_images_are_learnt_from_by_fewer_proposals(size, samples):
+    assert adapted_samples(size) == samples
 
 
 def test_images_of_another_channel_count(run_folder, tmp_path):

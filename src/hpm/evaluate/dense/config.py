@@ -113,6 +113,8 @@ class DetectConfig(DenseConfig):
     """Range by which training images are enlarged before they are cropped to the square."""
     anchor_scale: float = 8.0
     """Side of the anchors, in strides of their pyramid level."""
+    samples_per_image: int | None = None
+    """Proposals per image that the heads learn from; none: 512, or as many as pixels of a side where that is less."""
     min_pixels: int = 4
     """from-masks: smaller parts are no instances."""
     drop_empty_boxes: bool = False

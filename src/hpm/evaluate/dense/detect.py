@@ -199,6 +199,8 @@ def _check(config: DetectConfig) -> None:
     check_max_damaged(config.max_damaged)
     if not 0 < config.scale[0] <= config.scale[1]:
         raise InputError(f"scale: must be a range above 0, got {config.scale}")
+    if config.samples_per_image is not None and config.samples_per_image < 1:
+        raise InputError(f"samples_per_image: must be at least 1, got {config.samples_per_image}")
     if config.anchor_scale <= 0:
         raise InputError(f"anchor_scale: must be above 0, got {config.anchor_scale}")
     alone = config.val_images.startswith("shapes:")
@@ -296,7 +298,8 @@ class Bench:
             torch.manual_seed(derive_seed(self.config.seed, Stream.INITIALISATION))
             model = build_detector(
                 encoder, num_classes=len(self.data.train.categories), masks=self.has_masks, size=self.size,
-                width=self.config.width, anchor_scale=self.config.anchor_scale, mean=mean, std=std,
+                width=self.config.width, anchor_scale=self.config.anchor_scale,
+                samples_per_image=self.config.samples_per_image, mean=mean, std=std,
             )  # fmt: skip
         return model.to(self.device)
 

@@ -68,6 +68,7 @@ def build_detector(
     size: int,
     width: int,
     anchor_scale: float,
+    samples_per_image: int | None = None,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> FasterRCNN:
@@ -83,6 +84,7 @@ def build_detector(
         size: Side of the square, a multiple of four patches.
         width: Channels of the pyramid; the heads grow with it (256: torchvision's own).
         anchor_scale: Side of the anchors in strides.
+        samples_per_image: Proposals that the heads learn from; None: adapted to ``size``.
         mean: Of the run's images.
         std: Of the run's images.
     """
@@ -99,6 +101,7 @@ def build_detector(
         "image_std": list(std),
         "size_divisible": size,
         "rpn_anchor_generator": anchors,
+        "box_batch_size_per_image": samples_per_image or adapted_samples(size),
         "box_roi_pool": _pool(strides, 7),
         "box_head": TwoMLPHead(width * 7 * 7, 4 * width),
         "box_predictor": FastRCNNPredictor(4 * width, num_classes + 1),
@@ -111,6 +114,14 @@ def build_detector(
         mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1),
     )
+
+
+def adapted_samples(size: int) -> int:
+    """torchvision's 512 proposals for squares of 512 pixels and more, below as many as pixels of a side, at least 32.
+
+    On small images most of 512 would be copies of each other, and the heads are nearly all of the time of a step.
+    """
+    return max(32, min(512, size))
 
 
 def _pool(strides: list[float], cells: int) -> MultiScaleRoIAlign:
