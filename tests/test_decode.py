@@ -316,7 +316,7 @@ def test_arrays_of_objects_are_not_unpickled():
     (as_npy(np.zeros((6, 5, 2), np.uint8)), 2, 1),
 ])  # fmt: skip
 def test_another_number_of_channels_is_refused_with_both_numbers(content, bands, channels):
-    with pytest.raises(DecodeError, match=rf"has {bands} bands.*as {channels} channels"):
+    with pytest.raises(DecodeError, match=rf"has {bands} bands?.*as {channels} channels?"):
         decode(content, channels)
 
 

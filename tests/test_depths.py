@@ -9,6 +9,8 @@ import torch
 
 from hpm.build import open_images
 from hpm.data.loading import TrainingImages
+from hpm.embed import embed
+from hpm.embed.config import EmbedConfig
 from hpm.errors import InputError
 from hpm.pretrain import train
 from hpm.run_folder import LoadedRun
@@ -90,3 +92,39 @@ def test_a_file_may_name_its_no_data_itself(scenes, tmp_path):
 def test_a_range_that_is_none_is_refused(scenes, wrong):
     with pytest.raises(InputError, match="value_range: must be a lower and a higher number"):
         told(scenes, value_range=wrong)
+
+
+def test_difficulty_leaves_out_what_is_no_data(scenes, tmp_path):
+    """Patches with a pixel without data are NaN, and an image is as hard as its patches with data are."""
+    train(told(scenes, image_size=(32, 32), epochs=1), tmp_path / "run")
+    config = EmbedConfig(
+        checkpoint=str(tmp_path / "run"), data=str(scenes), out=str(tmp_path / "table.npz"), hardness=True,
+        batch_size=4, device="cpu",
+    )  # fmt: skip
+    embed.run(config)
+    table = np.load(tmp_path / "table.npz")
+    error = table["reconstruction_error"]
+    whole = np.isfinite(error)
+    assert 0.2 < whole.mean() < 0.9
+    np.testing.assert_array_equal(np.isfinite(table["predicted_loss"]), whole)
+    np.testing.assert_allclose(table["difficulty"], np.nanmean(error.reshape(16, -1), axis=1), rtol=1e-5)
+    assert np.isfinite(table["contrast"]).all()
+
+
+def test_the_range_that_was_found_is_told_and_mixed_depths_are_warned_of(scenes, tmp_path, capsys):
+    open_images(told(scenes))
+    told_alone = capsys.readouterr().err
+    assert "values that are not 8-bit: 0 to 2" in told_alone or "values that are not 8-bit: 100 to 2" in told_alone
+    assert "some images are 8-bit" not in told_alone
+    np.save(scenes / "shallow.npy", np.zeros((5, 48, 60), np.uint8))
+    open_images(told(scenes))
+    assert "some images are 8-bit and some are deeper" in capsys.readouterr().err
+
+
+def test_pages_are_no_bands_and_the_refusal_says_so(tmp_path):
+    (tmp_path / "pages").mkdir()
+    for number in range(3):
+        pages = np.ones((13, 8, 8), np.uint16)
+        tifffile.imwrite(tmp_path / "pages" / f"{number}.tif", pages, photometric="minisblack")
+    with pytest.raises(InputError, match=r"has 1 band, which cannot be read as 13 channels: of its 13 pages or frames"):
+        open_images(tiny_config(data=str(tmp_path / "pages"), channels=13, mean=(), std=(), val="", knn=False))

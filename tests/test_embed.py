@@ -149,7 +149,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_bits(trained, photos, tmp_
 
     def count(job):
         describe = DESCRIBER(job)
-        return lambda images, indices: (described.append(indices), describe(images, indices))[1]
+        return lambda batch: (described.append(batch.indices), describe(batch))[1]
 
     def write_or_die(parts, number, part):
         if number == killed_at:

@@ -18,6 +18,7 @@ from hpm.data.device import (
 )
 from hpm.data.loading import Batch, TrainingImages, TrainingOrder, default_workers, last_read, training_batches
 from hpm.data.sources import Source
+from hpm.log import warn
 from hpm.run import Run
 
 
@@ -45,6 +46,8 @@ def open_batches(run: Run) -> Opened:
     )  # fmt: skip
     workers = default_workers() if config.run.workers is None else config.run.workers
     if config.run.cache == "device":
+        if device.type == "cpu":
+            warn("cache: 'device' is the CPU's memory here; --cache ram crops with less work and in data processes")
         on_device = ImagesOnDevice(training_images(config, run.source), device=device, workers=workers)
         return Opened(batches_kept_on_device(on_device, order), nullcontext())
     if config.run.augmentation == "device":

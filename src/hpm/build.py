@@ -16,9 +16,11 @@ from hpm.config import Config, DataConfig, OptimisationConfig
 from hpm.data.decode import Decoder
 from hpm.data.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise, measure_statistics, read_or_next
 from hpm.data.sources import Downloads, Source, open_source
-from hpm.data.value_range import find_value_range
+from hpm.data.value_range import find_value_range, has_shallow_images
+from hpm.distributed import is_main_of_environment
 from hpm.errors import InputError
 from hpm.frozen import TimmFeatureTarget, load_frozen
+from hpm.log import say, warn
 from hpm.masking import MASKS, num_hidden_patches
 from hpm.method import PREDICTED_LOSSES, Method, Student
 from hpm.schedules import NUM_STAGES, stage_side
@@ -266,6 +268,13 @@ def open_images(config: Config) -> tuple[Config, Source]:
     read_or_next(source, 0)  # a source of which nothing can be read is refused before it is looked through
     if not data.value_range and (found := find_value_range(source, max_images=LOOK_AT, no_data=data.no_data)):
         config = replace(config, data=replace(data, value_range=found))
+        if is_main_of_environment():
+            say(f"values that are not 8-bit: {found[0]:g} to {found[1]:g}, found in the images (--value-range)")
+            if has_shallow_images(source, max_images=LOOK_AT):
+                warn(
+                    "some images are 8-bit and some are deeper: the deeper ones share one range of values, which may "
+                    "leave them black or white. Better make a run of each (hpm data check lists depths)"
+                )
         source, data = opened(), config.data
     if not data.mean and (data.channels != 3 or data.value_range):
         mean, std = measure_statistics(source)

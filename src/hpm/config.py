@@ -67,7 +67,7 @@ class DataConfig:
     """Decode a JPEG at a half, a quarter or an eighth of its size where the crop is at least so many times larger than
     image_size: many times quicker for large photographs; crops shift by at most half a pixel."""
     mean: tuple[float, ...] = ()
-    """Channel means, of values in 0..1; empty: ImageNet's for 3 channels, measured on the data otherwise."""
+    """Channel means, of values in 0..1; empty: ImageNet's for 3 channels of 8 bits, measured on the data otherwise."""
     std: tuple[PositiveFloat, ...] = ()
     """Channel standard deviations; empty as for mean."""
 

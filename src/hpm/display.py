@@ -14,8 +14,8 @@ from hpm.build import build_normalise
 from hpm.config import Config
 from hpm.data.loading import Normalise
 
-DEVIATIONS = 2.0
-"""Where colours are stretched, black and white are so many standard deviations below and above the mean."""
+ENDS = (0.01, 0.99)
+"""Where colours are stretched, this share of the pixels is black, and that not yet white."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class Display:
 
     Args:
         normalise: The run's normalisation.
-        projection: Normalised channels to red, green and blue, each about standard normal; None: 8-bit grey or colour,
-            shown as it is.
+        projection: Normalised channels to red, green and blue, 0 to 1; None: 8-bit grey or colour, shown as it is.
+        offset: Added to these.
     """
 
     normalise: Normalise
     projection: Float[Tensor, "3 c"] | None = None
+    offset: Float[Tensor, " 3"] | None = None
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w k"]:
         """Normalised images as RGB."""
@@ -39,7 +40,7 @@ class Display:
             shown = shown.expand(-1, 3, -1, -1)
         else:
             colours = torch.einsum("kc,bchw->bkhw", self.projection, images)
-            shown = (0.5 + colours / (2 * DEVIATIONS)).clamp(0, 1)
+            shown = (colours if self.offset is None else colours + self.offset.view(-1, 1, 1)).clamp(0, 1)
         return np.asarray((shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
     def pixels(self, images: Shaped[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w k"]:
@@ -48,12 +49,12 @@ class Display:
 
 
 def build_display(config: Config, images: Iterable[Shaped[Tensor, "c h w"]]) -> Display:
-    """8-bit grey and colour as they are; other depths stretched by the run's statistics; of more channels those that
-    the run names (``display_channels``), else the first three principal components.
+    """8-bit grey and colour as they are, all else stretched between its :data:`ENDS`; of more channels than three those
+    that the run names (``display_channels``), else the first three principal components.
 
     Args:
         config: Of the run.
-        images: Some images as they are read, to find principal components of; they may differ in size.
+        images: Some images as they are read, to find ends and principal components of; they may differ in size.
     """
     normalise = build_normalise(config)
     channels, chosen = config.data.channels, config.run.display_channels
@@ -61,10 +62,22 @@ def build_display(config: Config, images: Iterable[Shaped[Tensor, "c h w"]]) -> 
         if not config.data.value_range:
             return Display(normalise)
         chosen = tuple(range(channels))
+    pixels = torch.cat([normalise(image.cpu().unsqueeze(0))[0].flatten(1) for image in images], dim=1)
     if chosen:
         rows = torch.eye(channels)[list(chosen)]
-        return Display(normalise, rows if len(rows) == 3 else rows[:1].expand(3, -1))
-    return Display(normalise, principal_components([normalise(image.cpu().unsqueeze(0))[0] for image in images]))
+        rows = rows if len(rows) == 3 else rows[:1].expand(3, -1)
+    else:
+        rows = principal_components([pixels.unsqueeze(1)])
+    low, high = _ends(rows @ pixels)
+    scale = 1 / (high - low).clamp(min=1e-6)
+    return Display(normalise, rows * scale.unsqueeze(1), -low * scale)
+
+
+def _ends(colours: Float[Tensor, "3 n"]) -> tuple[Float[Tensor, " 3"], Float[Tensor, " 3"]]:
+    """The values at :data:`ENDS` of each row, from at most a million pixels."""
+    some = colours[:, :: max(1, colours.shape[1] // 1_000_000)].sort(dim=1).values
+    low, high = (some[:, round(end * (some.shape[1] - 1))] for end in ENDS)
+    return low, high
 
 
 def principal_components(images: Sequence[Tensor]) -> Float[Tensor, "3 c"]:

@@ -96,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             "whole: make room and run the same command again"
         )
         raise SystemExit(2) from None
+    except BrokenPipeError:  # of `hpm ... | head`: nobody reads any more, and that is fine
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except KeyboardInterrupt:
         complain("stopped by Ctrl-C; what was saved before is whole, and the same command goes on from there")
         raise SystemExit(130) from None

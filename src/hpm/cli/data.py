@@ -111,7 +111,7 @@ def _below(data: str, name: str) -> str:
 
 def _more(items: Sequence[object]) -> None:
     if len(items) > _SHOWN:
-        print(f"... and {len(items) - _SHOWN:,} more; --out keeps them all")
+        print(f"... and {len(items) - _SHOWN:,} more (--json has all)")
 
 
 def _short(reason: str, most: int = 100) -> str:

@@ -214,7 +214,8 @@ def open_cache(
     if cache == "ram" and need.kept < 1:
         say(
             f"cache: {1 - need.kept:.0%} of the images are large JPEGs that are decoded at a fraction of their size "
-            "and so not kept; hpm data pack makes them smaller once, --no-jpeg-scaling keeps them whole"
+            f"and so not kept; hpm data pack with a --size below {2 * min(size)} makes them smaller once, "
+            "--no-jpeg-scaling keeps them whole"
         )
     fits = need.kept > 0 and need.bytes <= SHARE_OF_MEMORY * free
     wanted = distributed.any_process(cache == "ram" and need.kept > 0) or not distributed.any_process(not fits)

@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 from hpm.data.formats import EXTENSIONS, describe, read_stored
-from hpm.data.stored import DecodeError, Description, Stored
+from hpm.data.stored import ChannelsError, DecodeError, Description, Stored
 from hpm.errors import InputError
 
 __all__ = ["EXTENSIONS", "RGB", "DecodeError", "Decoder", "Description", "Sample", "decode", "describe", "to_sample"]
@@ -76,7 +76,15 @@ class Decoder:
         Raises:
             DecodeError: Damaged, too large, or of a kind that would not come out faithfully.
         """
-        return to_sample(read_stored(content, channels=self.channels), self)
+        try:
+            return to_sample(read_stored(content, channels=self.channels), self)
+        except ChannelsError as error:
+            if (pages := describe(content).frames) > 1:
+                raise ChannelsError(
+                    f"{error}: of its {pages} pages or frames the first alone is read (bands belong into one page: "
+                    "tifffile.imwrite(..., planarconfig='separate'), or .npy)"
+                ) from error
+            raise
 
 
 RGB = Decoder()
@@ -193,7 +201,10 @@ def _converted(pixels: Shaped[np.ndarray, "h w k"], stored: Stored, channels: in
             pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
         )  # as Pillow weights them: ITU-R 601
     alpha = " and alpha" if stored.alpha is not None else ""
-    raise DecodeError(f"the file has {bands} bands{alpha}, which cannot be read as {channels} channels")
+    raise ChannelsError(
+        f"the file has {bands} band{'s' * (bands != 1)}{alpha}, which cannot be read as {channels} "
+        f"channel{'s' * (channels != 1)}"
+    )
 
 
 def _on_black(pixels: Shaped[np.ndarray, "h w k"], stored: Stored) -> Shaped[np.ndarray, "h w k"]:

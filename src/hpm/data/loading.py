@@ -358,9 +358,21 @@ class OrderedBatch(NamedTuple):
     """True = foreground, where the source knows."""
     damaged: list[Damage]
     """Left out of the batch."""
+    valid: Bool[Tensor, "b h w"] | None = None
+    """False = no data; None: all pixels are data."""
 
 
-class _OrderedImages(Dataset[tuple[int, Tensor, Tensor | None, Damage | None]]):
+class _Ordered(NamedTuple):
+    """An image of a source, or why there is none."""
+
+    position: int
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    valid: Tensor | None = None
+    damage: Damage | None = None
+
+
+class _OrderedImages(Dataset[_Ordered]):
     def __init__(self, source: Source, indices: list[int], size: tuple[int, int]) -> None:
         self.source = source
         self.indices = indices
@@ -369,24 +381,30 @@ class _OrderedImages(Dataset[tuple[int, Tensor, Tensor | None, Damage | None]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor, Tensor | None, Damage | None]:
+    def __getitem__(self, position: int) -> _Ordered:
         index = self.indices[position]
         try:
             sample = self.source.read(index)
         except (DecodeError, OSError) as error:
-            return index, torch.empty(0), None, Damage(self.source.name(index), str(error))
-        mask = None if sample.mask is None else self.cover(sample.mask[None])[0]
-        return index, self.cover(sample.image), mask, None
+            return _Ordered(index, damage=Damage(self.source.name(index), str(error)))
+        mask, valid = (None if part is None else self.cover(part[None])[0] for part in (sample.mask, sample.valid))
+        return _Ordered(index, self.cover(sample.image), mask, valid)
 
 
-def _stack_ordered(items: list[tuple[int, Tensor, Tensor | None, Damage | None]]) -> OrderedBatch:
-    good = [(index, image, mask) for index, image, mask, damage in items if damage is None]
-    masks = [mask for _, _, mask in good if mask is not None]
+def _stack_ordered(items: list[_Ordered]) -> OrderedBatch:
+    images = [item.image for item in items if item.image is not None]
+    good = [item for item in items if item.image is not None]
+    masks = [item.mask for item in good if item.mask is not None]
+    valid = None
+    if any(item.valid is not None for item in good):
+        everything = torch.ones(images[0].shape[-2:], dtype=torch.bool)
+        valid = torch.stack([everything if item.valid is None else item.valid for item in good])
     return OrderedBatch(
-        images=stack_images([image for _, image, _ in good]) if good else torch.empty(0, 1, 1, 1, dtype=torch.uint8),
-        indices=[index for index, _, _ in good],
+        images=stack_images(images) if images else torch.empty(0, 1, 1, 1, dtype=torch.uint8),
+        indices=[item.position for item in good],
         masks=torch.stack(masks) if masks and len(masks) == len(good) else None,
-        damaged=[damage for *_, damage in items if damage is not None],
+        damaged=[item.damage for item in items if item.damage is not None],
+        valid=valid,
     )
 
 

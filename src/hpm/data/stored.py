@@ -25,6 +25,10 @@ class DecodeError(Exception):
     """The bytes are no image that can be decoded faithfully; the message is the reason."""
 
 
+class ChannelsError(DecodeError):
+    """A whole image, but of another number of channels than is asked for."""
+
+
 class Stored(NamedTuple):
     """One image, upright, with the values of its file."""
 

@@ -47,3 +47,14 @@ def stored_ends(stored: Stored, *, no_data: float | None = None) -> tuple[float,
     if pixels.dtype.kind == "f":
         pixels = pixels[np.isfinite(pixels)]
     return (float(pixels.min()), float(pixels.max())) if pixels.size else None
+
+
+def has_shallow_images(source: Source, *, max_images: int) -> bool:
+    """Are there 8-bit images among those looked at? Damaged ones are passed over."""
+    for index in source.spread(max_images):
+        try:
+            if not describe(source.content(index)).is_deep:
+                return True
+        except (DecodeError, OSError):
+            continue
+    return False

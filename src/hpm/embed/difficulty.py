@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from hpm.evaluate.foreground import patch_variance
+from hpm.feeding import whole_patches
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
 from hpm.visualize import average_loss
@@ -32,11 +33,11 @@ class Difficulty(NamedTuple):
     """Of some images."""
 
     difficulty: Float[Tensor, " b"]
-    """Mean reconstruction error."""
+    """Mean reconstruction error, over the patches with data."""
     reconstruction_error: Float[Tensor, "b n"]
-    """The student's loss on each patch, averaged over masks."""
+    """The student's loss on each patch, averaged over masks; NaN where pixels are no data."""
     predicted_loss: Float[Tensor, "b n"] | None
-    """The teacher's scores; None without a loss predictor."""
+    """The teacher's scores; NaN likewise; None without a loss predictor."""
     contrast: Float[Tensor, " b"]
     """Root mean variance of the pixels within a patch, in 0..1: what difficulty has to tell more than."""
 
@@ -49,7 +50,12 @@ def mask_order(seed: int, num_patches: int) -> Int[Tensor, " n"]:
 
 @torch.no_grad()
 def measure_difficulty(
-    run: LoadedRun, images: Shaped[Tensor, "b c h w"], order: Int[Tensor, " n"], *, bf16: bool = False
+    run: LoadedRun,
+    images: Shaped[Tensor, "b c h w"],
+    order: Int[Tensor, " n"],
+    *,
+    bf16: bool = False,
+    valid: Bool[Tensor, "b h w"] | None = None,
 ) -> Difficulty:
     """Measure images, each independently of the others beside it.
 
@@ -58,6 +64,7 @@ def measure_difficulty(
         images: On the run's device.
         order: Of :func:`mask_order`.
         bf16: Autocast.
+        valid: False = no data; None: all pixels are.
     """
     normalised = run.normalise(images)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
@@ -66,12 +73,18 @@ def measure_difficulty(
         error = average_loss(
             run.student, run.method, normalised, target, order.to(images.device).expand(len(images), -1)
         )
-    variance = patch_variance(images / 255, patch_size(run.student.encoder))
+    patch = patch_size(run.student.encoder)
+    variance = patch_variance(images / 255, patch)
+    scores = None if answers.scores is None else answers.scores.float()
+    if valid is not None:
+        hole = ~whole_patches(valid.to(images.device), (images.shape[2], images.shape[3]), patch)
+        error, variance = (values.float().masked_fill(hole, torch.nan) for values in (error, variance))
+        scores = None if scores is None else scores.masked_fill(hole, torch.nan)
     return Difficulty(
-        difficulty=error.mean(dim=1),
+        difficulty=error.nanmean(dim=1),
         reconstruction_error=error,
-        predicted_loss=None if answers.scores is None else answers.scores.float(),
-        contrast=variance.mean(dim=1).sqrt(),
+        predicted_loss=scores,
+        contrast=variance.nanmean(dim=1).sqrt(),
     )
 
 

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from hpm.build import build_decoder, build_downloads, choose_attention
 from hpm.checkpoint import write_atomically
-from hpm.data.loading import Cover, Damage, ordered_batches
+from hpm.data.loading import Cover, Damage, OrderedBatch, ordered_batches
 from hpm.data.sources import Source, fingerprint, open_source
 from hpm.display import build_display
 from hpm.distributed import barrier, choose_device, from_main, has_bf16, process_group, rank, world_size
@@ -238,7 +237,7 @@ def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
             batch = next(bar)
             damaged += batch.damaged
             if batch.indices:
-                rows.append(describe(batch.images.to(job.run.device), batch.indices))
+                rows.append(describe(batch))
         parts.write(number, Part(_stacked(rows), damaged))
         all_damaged += damaged
         if len(all_damaged) > config.max_damaged * len(job.source):  # no need to read the rest
@@ -247,7 +246,7 @@ def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
         pass
 
 
-def _describer(job: Job) -> Callable[[Shaped[Tensor, "b c h w"], list[int]], Rows]:
+def _describer(job: Job) -> Callable[[OrderedBatch], Rows]:
     """What turns a batch of images into rows."""
     run, config = job.run, job.config
     vit, grid, bf16 = run.student.encoder, grid_size(run.student.encoder), config.precision == "bf16"
@@ -265,20 +264,21 @@ def _describer(job: Job) -> Callable[[Shaped[Tensor, "b c h w"], list[int]], Row
         return array
 
     @torch.no_grad()
-    def describe(images: Shaped[Tensor, "b c h w"], indices: list[int]) -> Rows:
+    def describe(batch: OrderedBatch) -> Rows:
+        images = batch.images.to(run.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             tokens = encode(vit, run.normalise(images)).float()
         patches = tokens[:, vit.num_prefix_tokens :]
         kept = config.features
         rows = Rows(
-            position=np.array(indices, dtype=np.int64),
+            position=np.array(batch.indices, dtype=np.int64),
             class_token=stored(tokens[:, 0]) if kept in ("class", "both") else None,
             patch_mean=stored(patches.mean(dim=1)) if kept in ("mean", "both") else None,
             patch_tokens=stored(patches) if kept == "tokens" else None,
         )
         if not config.hardness:
             return rows
-        found = measure_difficulty(run, images, order, bf16=bf16)
+        found = measure_difficulty(run, images, order, bf16=bf16, valid=batch.valid)
         return rows._replace(
             difficulty=found.difficulty.float().cpu().numpy(),
             contrast=found.contrast.float().cpu().numpy(),

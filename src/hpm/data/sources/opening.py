@@ -54,7 +54,10 @@ def open_source(
     source = _open(spec, decoder, image_size, field, downloads or Downloads())
     if len(source) == 0:
         endings = ", ".join(sorted(EXTENSIONS))
-        raise InputError(f"{field}: no images in {spec!r} (looked for {endings})")
+        folder = Path(spec).expanduser()
+        shards = next((kind for kind in ("*.tar", "*.tar.gz") if folder.is_dir() and any(folder.glob(kind))), None)
+        hint = f"; it holds shards: give {str(folder / shards)!r}" if shards else ""
+        raise InputError(f"{field}: no images in {spec!r} (looked for {endings}){hint}")
     return source
 
 
