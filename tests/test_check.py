@@ -271,3 +271,12 @@ def test_the_table_agrees_with_the_manifest_of_nasty_files(capsys, tmp_path):
             assert rows[name]["frames"] == row["frames"], name
             assert rows[name]["orientation"] == (row["exif_orientation"] or "1"), name
     assert found["value_range"][1] >= 694
+
+
+def test_the_own_files_of_a_saved_data_set_are_no_strangers(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    pictures = [Image.fromarray(np.full((8, 8, 3), 9 * number, np.uint8)) for number in range(4)]
+    data = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+    data.save_to_disk(str(tmp_path / "saved"))
+    found = check.run(CheckConfig(str(tmp_path / "saved"), workers=0))
+    assert (found.loaded, found.skipped) == (4, [])

@@ -95,7 +95,8 @@ def run(config: CheckConfig) -> CheckResult:
     start = time.perf_counter()
     source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
     folder = Path(config.data).expanduser()
-    skipped = [str(path) for path in other_files(folder)] if folder.is_dir() else []
+    listed = folder.is_dir() and isinstance(source, FileSource)  # a folder saved by datasets has files of its own
+    skipped = [str(path) for path in other_files(folder)] if listed else []
     looks = look_at_source(source, config)
     result = _summed_up(looks, source, skipped, config, time.perf_counter() - start)
     if config.out:
