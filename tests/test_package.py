@@ -1,5 +1,6 @@
 """``import hpm`` and its help are quick: what is slow is imported when it is needed."""
 
+import os
 import subprocess
 import sys
 
@@ -48,3 +49,35 @@ def test_every_public_name_is_there():
         assert getattr(hpm, name)
     with pytest.raises(AttributeError, match="module 'hpm' has no attribute 'pretrian'"):
         hpm.pretrian  # noqa: B018
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["--help"]])
+def test_a_reader_that_leaves_ends_the_command_without_a_traceback(words):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "hpm", *words],
+            check=False,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_another_pipe_that_breaks_is_a_fault():
+    code = """
+import hpm.cli
+def broken(_): raise BrokenPipeError("a data process")
+hpm.cli.COMMANDS["recipes"] = hpm.cli.Command(broken, "")
+try:
+    hpm.cli.main(["recipes"])
+except BrokenPipeError:
+    print("raised")
+"""
+    assert python(code).strip() == "raised"

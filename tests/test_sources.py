@@ -351,3 +351,9 @@ def test_of_several_images_of_a_key_the_photograph_counts(tmp_path):
     source = open_source(write_tar(tmp_path / "a.tar", members))
     assert values(source) == [1, 2, 3, 4]
     assert source.labels == ["x", "y", "z", "z"]
+
+
+def test_a_folder_of_shards_says_how_to_name_them(tmp_path):
+    write_tar(tmp_path / "a.tar", MEMBERS)
+    with pytest.raises(InputError, match=r"no images in .*; it holds shards: give '.*/\*\.tar'"):
+        open_source(str(tmp_path))

@@ -1,13 +1,15 @@
 """The command ``hpm``: parses, calls, prints. Everything it does can be done from Python as well.
 
-Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving, 130 by Ctrl-C without; 1 a fault of
-hpm's. A new command is a function (arguments) -> None in one of the modules here, and a line in :data:`COMMANDS`.
+Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving, 130 by Ctrl-C without; 141 standard output
+was closed by whoever read it; 1 a fault of hpm's. A new command is a function (arguments) -> None in one of the modules
+here, and a line in :data:`COMMANDS`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
@@ -85,10 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _dispatch(given)
+        sys.stdout.flush()
     except InputError as error:
         complain(str(error))
         raise SystemExit(2) from None
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(141) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         complain(
@@ -96,9 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             "whole: make room and run the same command again"
         )
         raise SystemExit(2) from None
-    except BrokenPipeError:  # of `hpm ... | head`: nobody reads any more, and that is fine
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except KeyboardInterrupt:
         complain("stopped by Ctrl-C; what was saved before is whole, and the same command goes on from there")
         raise SystemExit(130) from None
@@ -107,6 +109,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             say_plainly(str(stopped))
         raise SystemExit(3) from None
     raise SystemExit(0)
+
+
+def _nobody_reads() -> bool:
+    """Is standard output closed at its other end, as by ``hpm ... | head``? Then what is left goes nowhere.
+
+    Another pipe that broke, say to a data process, is a fault and none of this.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # it is no file at all
+        return False
+    look = select.poll()
+    look.register(output, 0)
+    if not any(event & select.POLLERR for _, event in look.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _dispatch(arguments: list[str]) -> None:
