@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from hpm.ablation import ablate as ablation
+from hpm.ablation import clock
 from hpm.ablation.ablate import ablate
+from hpm.ablation.clock import seconds_of
 from hpm.ablation.measure import Accuracies
-from hpm.ablation.plan import plan
+from hpm.ablation.plan import choose_rows, plan
 from hpm.ablation.suites import SUITES, AblateConfig
 from hpm.ablation.table import Outcome, Table, View, cells, mean_and_spread
 from hpm.cli import main
@@ -35,6 +37,10 @@ MEASURED = {"knn_top1": 1.0, "linear_top1": 2.0}
 
 def setting(out, **changes):
     return AblateConfig(**{"suite": "mask-strategy", "out": str(out), "rows": ROWS, "seeds": (0, 1), **changes})
+
+
+def planned(config, fields, step_seconds=None):
+    return plan(config, choose_rows(config, fields), step_seconds)
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def test_every_row_of_every_suite_is_a_recipe():
 
 
 def test_plan_has_every_row_and_seed_and_gives_the_cheaper_rows_more_epochs(tmp_path):
-    jobs = plan(setting(tmp_path), FIELDS | {"epochs": 2})
+    jobs = planned(setting(tmp_path), FIELDS | {"epochs": 2})
     told = [(job.seed, job.row, job.budget, job.config.optimisation.epochs) for job in jobs]
     flops = {job.row: job.flops for job in jobs}
     longer = round(2 * flops["hpm"] / flops["mae"])
@@ -68,7 +74,56 @@ def test_plan_has_every_row_and_seed_and_gives_the_cheaper_rows_more_epochs(tmp_
     assert told == [(seed, *job) for seed in (0, 1) for job in expected]
     assert all(job.config.optimisation.seed == job.seed for job in jobs)
     assert len({job.folder for job in jobs}) == 6
-    assert len(plan(setting(tmp_path, equal_compute=False), FIELDS)) == 4
+    assert len(planned(setting(tmp_path, equal_compute=False), FIELDS)) == 4
+
+
+def test_equal_time_goes_by_the_clock_and_equal_compute_by_flops(tmp_path):
+    fields = FIELDS | {"epochs": 2}
+    jobs = planned(setting(tmp_path, seeds=(0,)), fields, {"mae": 0.01, "hpm": 0.044})
+    assert [(job.row, job.budget) for job in jobs] == [
+        ("mae", "epochs"), ("mae", "compute"), ("mae", "time"), ("hpm", "epochs"),
+    ]  # fmt: skip
+    assert jobs[2].epochs == round(2 * 4.4) == 9 != jobs[1].epochs
+    alone = planned(setting(tmp_path, seeds=(0,), equal_compute=False), fields, {"mae": 0.01, "hpm": 0.01})
+    assert [(job.row, job.budget) for job in alone] == [("mae", "epochs"), ("hpm", "epochs")]
+
+
+def test_ratios_of_steps_are_means_within_rounds():
+    """A round in which the machine was half as fast changes no ratio; a row that was slow in it alone does."""
+    steady = seconds_of({"mae": [100.0, 50.0], "hpm": [25.0, 12.5]})
+    assert steady["hpm"] / steady["mae"] == pytest.approx(4)
+    assert steady["mae"] == pytest.approx((1 / 100 + 1 / 50) / 2)
+    alone = seconds_of({"mae": [100.0, 100.0], "hpm": [25.0, 12.5]})
+    assert alone["hpm"] / alone["mae"] == pytest.approx(6)
+
+
+def test_equal_time_end_to_end_is_timed_once_and_kept(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(clock, "SECONDS", 0.2)
+    call = setting(tmp_path / "a", seeds=(0,), equal_compute=False, equal_time=True)
+    ablate(call, FIELDS | {"epochs": 2})
+    (file,) = (tmp_path / "a").glob("step-times-*.json")
+    known = json.loads(file.read_text())
+    assert known["images_per_second"]["mae"] > known["images_per_second"]["hpm"]
+    assert len(known["images_per_second_rounds"]["mae"]) == clock.ROUNDS
+    times = seconds_of(known["images_per_second_rounds"])
+    lines = list(csv.DictReader((tmp_path / "a/mask-strategy.csv").read_text().splitlines()))
+    (longer,) = (line for line in lines if line["budget"] == "time")
+    assert int(longer["epochs"]) == round(2 * times["hpm"] / times["mae"]) > 2
+    page = (tmp_path / "a/mask-strategy.md").read_text()
+    assert "## Equal time" in page
+    assert "## Equal compute" not in page
+    assert f"a step takes, of mae's: mae 1.00, hpm {times['hpm'] / times['mae']:.2f}." in page
+
+    def never(*_):
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(clock, "_rates", never)
+    ablate(call, FIELDS | {"epochs": 2})
+    assert len(trained) == 3
+    known["versions"]["device"] = "another machine"
+    file.write_text(json.dumps(known))
+    with pytest.raises(InputError, match="equal_time: the steps were timed on another machine"):
+        ablate(call, FIELDS | {"epochs": 2})
 
 
 def test_flops_of_a_step_follow_the_table_of_the_method():
@@ -231,7 +286,7 @@ def test_what_was_measured_before_the_linear_probe_is_measured_again_and_not_tra
 
 
 def test_a_table_without_accuracies_keeps_no_figure_of_another_call(tmp_path):
-    with_accuracy = Table("main", "mae", "hpm", "why?", OUTCOMES, {"mae"}, {}, {})
+    with_accuracy = Table("main", "mae", "hpm", "why?", OUTCOMES, {"compute": {"mae"}}, {}, {})
     with_accuracy.write(tmp_path)
     assert (tmp_path / "main.png").is_file()
     without = [dataclasses.replace(run, knn_top1=None, linear_top1=None) for run in OUTCOMES]
@@ -248,25 +303,25 @@ def test_runs_belong_to_the_images_not_to_the_spelling_of_their_path(tmp_path, m
             Image.new("RGB", (40, 40), (number * shade, 99, 20)).save(tmp_path / folder / f"{number}.png")
     monkeypatch.chdir(tmp_path)
     call = setting(tmp_path / "out", rows=("mae",), seeds=(0,))
-    folders = [plan(call, FIELDS | {"data": data})[0].folder for data in ("a", "./a/", str(tmp_path / "a"), "b")]
+    folders = [planned(call, FIELDS | {"data": data})[0].folder for data in ("a", "./a/", str(tmp_path / "a"), "b")]
     assert len(set(folders[:3])) == 1
     assert folders[3] != folders[0]
 
 
 def test_rows_that_are_the_same_run_are_done_once(tmp_path, capsys):
     call = setting(tmp_path, suite="predicted-loss", scale="micro", rows=("hpm", "hpm-shallow"), seeds=(0,))
-    assert [job.row for job in plan(call, {"data": "shapes:200"})] == ["hpm"]  # micro predictors have one block already
+    assert [job.row for job in planned(call, {"data": "shapes:200"})] == ["hpm"]  # micro predictors have one block already
     assert "hpm-shallow is the same run as hpm" in capsys.readouterr().err
 
 
 def test_a_row_dearer_than_the_reference_gets_fewer_epochs(tmp_path):
-    jobs = plan(setting(tmp_path, suite="main", rows=("mae", "hpm"), seeds=(0,)), FIELDS | {"epochs": 10})
+    jobs = planned(setting(tmp_path, suite="main", rows=("mae", "hpm"), seeds=(0,)), FIELDS | {"epochs": 10})
     dearest = {(job.row, job.budget): job.config.optimisation.epochs for job in jobs}
     assert dearest[("mae", "compute")] > 10  # hpm-norm-pix is not among the rows: the dearest is the measure
     wanted = SUITES["main"]._replace(reference="mae")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SUITES, "main", wanted)
-        jobs = plan(setting(tmp_path, suite="main", rows=("mae", "hpm"), seeds=(0,)), FIELDS | {"epochs": 10})
+        jobs = planned(setting(tmp_path, suite="main", rows=("mae", "hpm"), seeds=(0,)), FIELDS | {"epochs": 10})
     epochs = {(job.row, job.budget): job.config.optimisation.epochs for job in jobs}
     assert epochs[("hpm", "compute")] == round(10 * jobs[0].flops / jobs[1].flops)
     assert ("mae", "compute") not in epochs
@@ -347,7 +402,7 @@ OUTCOMES = [
 
 
 def test_differences_are_paired_by_seed():
-    view = View(OUTCOMES, "epochs", {"mae"})
+    view = View(OUTCOMES, "epochs", ())
     row = cells(view, "hpm", "mae")
     assert row[1] == f"{statistics.fmean([21, 26, 90]):.1f} ± {statistics.stdev([21, 26, 90]):.1f}"
     assert row[2] == "+1.5 ± 0.7"  # of seeds 0 and 1 alone: 1 and 2
@@ -378,7 +433,7 @@ def test_mean_and_spread(values, text):
 
 def test_columns_without_a_figure_are_left_out():
     page = Table(
-        "main", "mae", "hpm", "why?", OUTCOMES, {"mae"}, {0: Accuracies(10.0, 12.0)}, {"torch": "2"}
+        "main", "mae", "hpm", "why?", OUTCOMES, {"compute": {"mae"}}, {0: Accuracies(10.0, 12.0)}, {"torch": "2"}
     ).as_markdown()
     assert "foreground" not in page
     assert "random start: 20-NN top-1 10.0 %, linear top-1 12.0 %." in page

@@ -107,7 +107,7 @@ def test_turn_times_exactly_the_steps_asked_for():
         def flops_per_view(self, images):
             return 1.0
 
-    turn = timing.Turn(Counting(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"), 8, None)
+    turn = timing.Turn(Counting(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
     turn.seconds(5)
     assert calls == [2] * 6  # one more, which is not timed
 

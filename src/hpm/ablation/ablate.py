@@ -1,6 +1,7 @@
-"""``hpm ablate``: fill a table honestly. Recipes x seeds, the same evaluations, equal epochs and equal compute.
+"""``hpm ablate``: fill a table honestly. Recipes x seeds, the same evaluations, equal epochs, compute and time.
 
     OUT/runs/ROW-seedS-DIGEST/     one run per row, seed and budget; DIGEST is of all that decides a result
+    OUT/step-times-DIGEST.json     what a step of each row takes on this machine, where equal time is asked for
     OUT/untrained-DIGEST.json      the same evaluations of the untrained encoder
     OUT/SUITE.md  SUITE.csv  SUITE.png      the table, one line per run, the figure: written anew after every run
 
@@ -23,8 +24,9 @@ import torch
 import yaml
 
 from hpm import distributed
+from hpm.ablation.clock import StepTimes, known_by, step_times
 from hpm.ablation.measure import Accuracies, Images, measure, measure_untrained, open_images
-from hpm.ablation.plan import Job, chosen_suite, digest, plan
+from hpm.ablation.plan import Budget, Job, Rows, choose_rows, chosen_suite, digest, plan
 from hpm.ablation.suites import AblateConfig
 from hpm.ablation.table import Outcome, Table
 from hpm.checkpoint import write_text_atomically
@@ -51,22 +53,24 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
         InputError: A name, a field or the data breaks a rule, and nothing was trained; or every run diverged.
         Interrupted: A signal stopped a run after it was saved; the same call goes on.
     """
-    suite = chosen_suite(config)
-    jobs = plan(config, fields)
-    images = open_images(jobs[0].config, str(fields.get("val", "")))
-    device = distributed.choose_device(jobs[0].config.run.device)
+    rows = choose_rows(config, fields)
+    first = next(iter(rows.configs.values()))
+    images = open_images(first, str(fields.get("val", "")))
+    device = distributed.choose_device(first.run.device)
     with StopSignal() as stop, distributed.process_group(device):
+        times = _step_times(config, rows, device)
+        jobs = plan(config, rows, times)
         done = [outcome for job in jobs if (outcome := _outcome(job, images))]
-        say(f"{config.suite}: {suite.about}\n{len(jobs)} runs, {len(done)} of them done")
+        say(f"{config.suite}: {chosen_suite(config).about}\n{len(jobs)} runs, {len(done)} of them done")
         untrained = _untrained(Path(config.out).expanduser(), jobs, images, device)
-        _write(config, fields, jobs, images, untrained)
+        _write(config, fields, rows, jobs, images, untrained, times)
         for number, job in enumerate(jobs, 1):
             if _outcome(job, images) is None:
                 distributed.barrier()  # the others must have looked before one of them finishes it
                 say(f"run {number} of {len(jobs)}: {job.row}, seed {job.seed}, {job.epochs} epochs ({job.budget})")
                 _run(job, images, device)
                 distributed.barrier()
-                _write(config, fields, jobs, images, untrained)
+                _write(config, fields, rows, jobs, images, untrained, times)
             if distributed.any_process(stop.name is not None):
                 raise Interrupted(f"stopped by {stop.name or 'a signal'} after run {number} of {len(jobs)}; the same "
                                   "command goes on from there")  # fmt: skip
@@ -80,6 +84,18 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
         "untrained_linear": {seed: start.linear_top1 for seed, start in untrained.items()},
         "table": str(Path(config.out).expanduser() / f"{config.suite}.md"),
     }
+
+
+def _step_times(config: AblateConfig, rows: Rows, device: torch.device) -> StepTimes | None:
+    """What a step of every row takes on this device; None where the table has no view at equal time.
+
+    Raises:
+        InputError: They were timed on another device.
+    """
+    if not config.equal_time:
+        return None
+    file = Path(config.out).expanduser() / f"step-times-{digest(known_by(rows.configs))}.json"
+    return distributed.from_main(lambda: step_times(rows.configs, file, device))
 
 
 def _run(job: Job, images: Images, device: torch.device) -> None:
@@ -165,9 +181,11 @@ def _first_of_each_seed(jobs: list[Job]) -> Iterator[Job]:
 def _write(
     config: AblateConfig,
     fields: Mapping[str, Any],
+    rows: Rows,
     jobs: list[Job],
     images: Images,
     untrained: dict[int, Accuracies],
+    times: StepTimes | None,
 ) -> None:
     """Write the tables of what is done, with what a number needs beside it: who made it, and how."""
     if not distributed.is_main():
@@ -187,9 +205,12 @@ def _write(
         "runs made by": "; ".join(makers),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    longer = {job.row for job in jobs if job.budget == "compute"}
-    flops = {job.row: job.flops for job in jobs}
-    suite = chosen_suite(config)
-    reference = suite.reference if suite.reference in flops else max(flops, key=lambda row: flops[row])
-    table = Table(config.suite, jobs[0].row, reference, suite.about, outcomes, longer, untrained, about)
+    longer: dict[Budget, set[str]] = {}
+    for job in jobs:
+        if job.budget != "epochs":
+            longer.setdefault(job.budget, set()).add(job.row)
+    about_suite = chosen_suite(config).about
+    table = Table(
+        config.suite, jobs[0].row, rows.reference, about_suite, outcomes, longer, untrained, about, times or {}
+    )
     table.write(Path(config.out).expanduser())

@@ -18,7 +18,8 @@ from hpm.flops import training_flops
 from hpm.log import warn
 from hpm.recipes import METHODS, SCALES, TARGETS, recipe
 
-Budget = Literal["epochs", "compute"]
+Budget = Literal["epochs", "compute", "time"]
+"""What is equal for all rows."""
 
 
 class Job(NamedTuple):
@@ -38,8 +39,21 @@ class Job(NamedTuple):
         return self.config.optimisation.epochs
 
 
-def plan(config: AblateConfig, fields: Mapping[str, Any]) -> list[Job]:
-    """Every run of the table, checked; seeds are the outer loop.
+class Rows(NamedTuple):
+    """The rows of a table, checked, and what a step of each needs."""
+
+    configs: dict[str, Config]
+    """Of the first seed, at the epochs that all rows are given."""
+    data: str
+    """Fingerprint of the training images."""
+    flops: dict[str, float]
+    """Of a training step per image."""
+    reference: str
+    """Whose compute and time the others are given."""
+
+
+def choose_rows(config: AblateConfig, fields: Mapping[str, Any]) -> Rows:
+    """The rows that were asked for, each with its config.
 
     Raises:
         InputError: Names the field, the rule and the value.
@@ -49,18 +63,36 @@ def plan(config: AblateConfig, fields: Mapping[str, Any]) -> list[Job]:
         raise InputError(f"seeds: must be different numbers from 0 on, at least one, got {config.seeds}")
     configs, data = _configs(config, suite, fields)
     flops = {row: training_flops(base) for row, base in configs.items()}
-    budget_of = flops.get(suite.reference, max(flops.values()))
+    reference = suite.reference if suite.reference in flops else max(flops, key=lambda row: flops[row])
+    return Rows(configs, data, flops, reference)
+
+
+def plan(config: AblateConfig, rows: Rows, step_seconds: Mapping[str, float] | None = None) -> list[Job]:
+    """Every run of the table; seeds are the outer loop.
+
+    Args:
+        config: Seeds, folder, and which views there are.
+        rows: As checked.
+        step_seconds: What a step of each row takes, for the view at equal time; None: there is none.
+    """
+    prices: dict[Budget, Mapping[str, float]] = {}
+    if config.equal_compute:
+        prices["compute"] = rows.flops
+    if step_seconds is not None:
+        prices["time"] = step_seconds
     jobs = []
     for seed in config.seeds:
-        for row, base in configs.items():
+        for row, base in rows.configs.items():
             epochs = base.optimisation.epochs
-            equal = max(1, round(epochs * budget_of / flops[row]))
             budgets: list[tuple[Budget, int]] = [("epochs", epochs)]
-            if config.equal_compute and equal != epochs:
-                budgets.append(("compute", equal))
+            for budget, price in prices.items():
+                equal = max(1, round(epochs * price[rows.reference] / price[row]))
+                if equal != epochs:
+                    budgets.append((budget, equal))
             for budget, length in budgets:
                 chosen = with_fields(base, {"seed": seed, "epochs": length})
-                jobs.append(Job(row, seed, budget, chosen, flops[row], _folder(Path(config.out), row, chosen, data)))
+                folder = _folder(Path(config.out), row, chosen, rows.data)
+                jobs.append(Job(row, seed, budget, chosen, rows.flops[row], folder))
     return jobs
 
 

@@ -66,7 +66,7 @@ SUITES: dict[str, Suite] = {
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Compare recipes on your images: every row of a suite with several seeds, at equal epochs and at equal compute."""
+    """Compare recipes on your images: every row of a suite with several seeds, at equal epochs, compute and time."""
 
     suite: str
     """main, speed, mask-strategy, masks, predicted-loss or target."""
@@ -80,3 +80,6 @@ class AblateConfig:
     """Only these rows; any recipe without a scale may stand here, and the first is the baseline. None: the suite's."""
     equal_compute: bool = True
     """Also run every row for as many (whole) epochs as cost what the suite's reference costs."""
+    equal_time: bool = False
+    """Also run every row for as many (whole) epochs as take the time of the suite's reference on this machine: the
+    steps of all rows are timed in turns before the first run. Loading is not in it."""

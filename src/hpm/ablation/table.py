@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hpm.ablation.measure import Accuracies
+from hpm.ablation.plan import Budget
 from hpm.checkpoint import write_text_atomically
 from hpm.visualize import save_figure
 
@@ -28,7 +29,7 @@ class Outcome:
 
     row: str
     seed: int
-    budget: Literal["epochs", "compute"]
+    budget: Budget
     epochs: int
     samples: int
     gflop_per_image: float
@@ -49,20 +50,18 @@ class Outcome:
 
 
 class View:
-    """One of the two ways to compare: every row at its epochs, or every row at the reference's compute.
+    """One of the ways to compare: every row at its epochs, at the reference's compute, or at its time.
 
     Args:
         outcomes: All runs that are done.
         budget: Which view.
-        longer: Rows that are given other epochs for equal compute; the rest stand in both views.
+        longer: Rows that are given other epochs for this view; the rest stand in it as they are.
     """
 
-    def __init__(
-        self, outcomes: Sequence[Outcome], budget: Literal["epochs", "compute"], longer: Collection[str]
-    ) -> None:
+    def __init__(self, outcomes: Sequence[Outcome], budget: Budget, longer: Collection[str]) -> None:
         self.rows: dict[str, list[Outcome]] = {}
         for name in dict.fromkeys(outcome.row for outcome in outcomes):
-            wanted = "compute" if budget == "compute" and name in longer else "epochs"
+            wanted = budget if name in longer else "epochs"
             self.rows[name] = [run for run in outcomes if run.row == name and run.budget == wanted]
 
     def accuracies(self, name: str, measure: AccuracyName = "knn_top1") -> dict[int, float]:
@@ -79,17 +78,19 @@ class Table:
     baseline: str
     """Row that differences are quoted against."""
     reference: str
-    """Row whose compute the others are given."""
+    """Row whose compute and time the others are given."""
     question: str
     """What the table asks."""
     outcomes: Sequence[Outcome]
     """All runs that are done."""
-    longer: Collection[str]
-    """Rows that are given other epochs for equal compute."""
+    longer: Mapping[Budget, Collection[str]]
+    """The views beside equal epochs, each with the rows that are given other epochs for it."""
     untrained: Mapping[int, Accuracies]
     """Accuracies of a random start by seed."""
     about: Mapping[str, str]
     """Command, versions, hardware."""
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of a step per image by row, where the table has a view at equal time."""
 
     def write(self, out: Path) -> None:
         """Write ``SUITE.md``, ``SUITE.csv`` and, where there are accuracies, ``SUITE.png``."""
@@ -103,22 +104,23 @@ class Table:
             figure.unlink(missing_ok=True)
 
     def views(self) -> dict[str, View]:
-        """Both views by title; one where no row is given other epochs."""
-        views = {"Equal epochs": View(self.outcomes, "epochs", self.longer)}
-        if any(run.budget == "compute" for run in self.outcomes):
-            views["Equal compute"] = View(self.outcomes, "compute", self.longer)
+        """The views by title; those alone for which a run is done."""
+        views = {"Equal epochs": View(self.outcomes, "epochs", ())}
+        for budget, rows in self.longer.items():
+            if any(run.budget == budget for run in self.outcomes):
+                views[f"Equal {budget}"] = View(self.outcomes, budget, rows)
         return views
 
     def as_csv(self) -> str:
         """One line per run."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(Outcome)], lineterminator="\n")
+        writer = csv.DictWriter(text, [item.name for item in fields(Outcome)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(outcome) for outcome in self.outcomes)
         return text.getvalue()
 
     def as_markdown(self) -> str:
-        """Both views, each a table, with what a number needs beside it."""
+        """The views, each a table, with what a number needs beside it."""
         seeds = sorted({run.seed for run in self.outcomes})
         lines = [f"# {self.suite}", "", self.question, ""]
         lines += [f"Mean ± standard deviation over seeds ({', '.join(map(str, seeds)) or 'none yet'}). "
@@ -132,8 +134,14 @@ class Table:
         for title, view in self.views().items():
             lines += [f"## {title}", "", *_markdown_rows(view, self.baseline), ""]
         lines += ["Linear: the published probe on frozen features, 90 epochs at one learning rate.", ""]
-        if self.longer:
+        if self.longer.get("compute"):
             lines += [f"Equal compute: the FLOPs of {self.reference}, in whole epochs; PFLOP is what each came to.", ""]
+        if self.step_seconds:
+            told = ", ".join(
+                f"{row} {seconds / self.step_seconds[self.baseline]:.2f}" for row, seconds in self.step_seconds.items()
+            )
+            lines += [f"Equal time: that of {self.reference}, in whole epochs, by the time of a step as measured "
+                      f"before the first run; a step takes, of {self.baseline}'s: {told}.", ""]  # fmt: skip
         failed = [run for run in self.outcomes if run.failed]
         lines += [f"- {run.row}, seed {run.seed}: {run.failed}" for run in failed] + ([""] if failed else [])
         lines += [f"- {name}: {value}" for name, value in self.about.items()]

@@ -55,7 +55,7 @@ def measure(
     device: torch.device,
     source: Source | None = None,
 ) -> dict[str, Any]:
-    """Build, warm up and time every stepper, in turns.
+    """Build, warm up and time every stepper, in turns, and count what it needs.
 
     Args:
         builders: What makes each, by name.
@@ -81,22 +81,10 @@ def measure(
         flops[name] = stepper.flops_per_view(images)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(WARMUP_STEPS):
-            stepper.step(partial(_first, images, stepper.images_per_step))
-        synchronise(device)
+        warm_up(stepper, images, device)
         memory[name] = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-    turns = {name: Turn(stepper, images, device, config.image_size, source) for name, stepper in steppers.items()}
-    counts = {}
-    for name, turn in turns.items():
-        cycle = turn.stepper.cycle
-        counts[name] = cycle * max(1, math.ceil(config.seconds / config.rounds / turn.seconds(cycle)))
-    rates: dict[str, list[float]] = {name: [] for name in turns}
-    names = list(turns)
-    for number in range(config.rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            rates[name].append(counts[name] * batch_size / turns[name].seconds(counts[name]))
-        _say(f"round {number + 1} of {config.rounds}")
+    turns = {name: Turn(stepper, images, device, source) for name, stepper in steppers.items()}
+    rates = take_turns(turns, batch_size=batch_size, seconds=config.seconds, rounds=config.rounds)
     means = {name: statistics.fmean(values) for name, values in rates.items()}
     profiles = {name: profile(stepper, images, device) for name, stepper in steppers.items() if config.profile}
     return {
@@ -107,9 +95,42 @@ def measure(
         "peak_memory_bytes": memory,
         "gflops_per_image": {name: value / 1e9 for name, value in flops.items()},
         "matmul_peak_tflops": {name: value / 1e12 for name, value in peak_flops.items()},
-        "share_of_matmul_peak": {name: flops[name] * means[name] / peak_flops["bf16"] for name in names},
+        "share_of_matmul_peak": {name: flops[name] * means[name] / peak_flops["bf16"] for name in rates},
         **({"profile": profiles} if config.profile else {}),
     }
+
+
+def warm_up(stepper: Stepper, images: torch.Tensor, device: torch.device) -> None:
+    """Some steps before the clock runs: kernels are chosen and compiled, memory is taken."""
+    for _ in range(WARMUP_STEPS):
+        stepper.step(partial(_first, images, stepper.images_per_step))
+    synchronise(device)
+
+
+def take_turns(turns: Mapping[str, Turn], *, batch_size: int, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Time steppers that are warm: each once in every round, for about as long as the others.
+
+    Args:
+        turns: By name.
+        batch_size: Student views a step.
+        seconds: For each, over all rounds.
+        rounds: How often each has its turn.
+
+    Returns:
+        Student views per second of each in every round.
+    """
+    counts = {}
+    for name, turn in turns.items():
+        cycle = turn.stepper.cycle
+        counts[name] = cycle * max(1, math.ceil(seconds / rounds / turn.seconds(cycle)))
+    rates: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            rates[name].append(counts[name] * batch_size / turns[name].seconds(counts[name]))
+        _say(f"round {number + 1} of {rounds}")
+    return rates
 
 
 def profile(stepper: Stepper, images: torch.Tensor, device: torch.device) -> dict[str, float]:
@@ -134,22 +155,20 @@ class Turn:
 
     Args:
         stepper: What is measured.
-        images: Random images on the device.
+        images: Random images on the device, of the size that it takes.
         device: Where.
-        image_size: Side of the images, pixels.
         source: Where images come from instead; every turn has data processes of its own, which start before the clock.
     """
 
     def __init__(
-        self, stepper: Stepper, images: torch.Tensor, device: torch.device, image_size: int, source: Source | None
+        self, stepper: Stepper, images: torch.Tensor, device: torch.device, source: Source | None = None
     ) -> None:
         self.stepper, self.device = stepper, device
         self.images = images[: stepper.images_per_step]
         self.training = None
         if source is not None:
-            self.training = TrainingImages(
-                source, size=(image_size, image_size), crop_scale=(0.2, 1.0), flip=True, seed=0
-            )
+            size = (images.shape[2], images.shape[3])
+            self.training = TrainingImages(source, size=size, crop_scale=(0.2, 1.0), flip=True, seed=0)
 
     def seconds(self, num_steps: int) -> float:
         """Of ``num_steps`` steps, after one that is not counted."""
