@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from hpm.data.shapes import BLOCKS_PER_TILE, CLASSES, LEVELS, TILES_PER_SIDE, make_shape
+from hpm.data.shapes import BACKGROUNDS, BLOCKS_PER_TILE, CLASSES, LEVELS, TILES_PER_SIDE, make_shape
 
 PLAIN, PATTERN, CAMOUFLAGE = range(len(LEVELS))
 ROUND = len(CLASSES) * len(LEVELS)
@@ -166,3 +166,27 @@ def test_tile_is_balanced_at_the_camouflage_level():
         means = tiles.mean(1)
         assert np.ptp(means[per_patch(~shape.mask, 2 * BLOCKS_PER_TILE).all(1)]) < 1e-9
         assert np.ptp(means[per_patch(shape.mask, 2 * BLOCKS_PER_TILE).all(1)]) < 1e-9
+
+
+def test_a_background_is_what_its_label_says_at_any_size():
+    """The tile is found again in the corner of images whose object leaves it free."""
+    regular = {
+        "rows": lambda tile: (tile == tile[:, :1]).all(),
+        "columns": lambda tile: (tile == tile[:1]).all(),
+        "antidiagonal": lambda tile: (np.roll(tile, (1, -1), (0, 1)) == tile).all(),
+        "diagonal": lambda tile: (np.roll(tile, (1, 1), (0, 1)) == tile).all(),
+        "checks": lambda tile: (np.roll(tile, (2, 2), (0, 1)) == tile).all() and tile.mean() == 0.5,
+        "dots": lambda tile: tile.mean() in (0.25, 0.75),
+    }
+    seen = set()
+    for number in range(360):
+        shape = make_shape(3, number, 32, 32)
+        assert shape.background == make_shape(3, number, 8, 8).background
+        if BACKGROUNDS[shape.background] in regular and not shape.mask[:4, :4].any():
+            tile = shape.image[:4, :4].sum(2)
+            tile = (tile == tile.max()).astype(int)
+            seen.add(BACKGROUNDS[shape.background])
+            fitting = {name for name, fits in regular.items() if fits(tile)}
+            assert BACKGROUNDS[shape.background] in fitting
+            assert not fitting & {"rows", "columns"} - {BACKGROUNDS[shape.background]}
+    assert seen == set(regular)

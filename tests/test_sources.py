@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from hpm.data.decode import Decoder
+from hpm.data.shapes import BACKGROUNDS, CLASSES
 from hpm.data.sources import class_indices, fingerprint, open_source
 from hpm.errors import InputError
 
@@ -239,6 +240,19 @@ def test_shapes_with_another_seed_are_another_set():
     one, same, other = (open_source(spec, image_size=(32, 32)) for spec in ("shapes:9", "shapes:9@0", "shapes:9@1"))
     assert torch.equal(one.read(3).image, same.read(3).image)
     assert not torch.equal(one.read(3).image, other.read(3).image)
+
+
+def test_backgrounds_of_shapes_may_be_the_classes_of_the_same_images():
+    backgrounds = open_source("shapes:96@1:background", image_size=(32, 32))
+    silhouettes = open_source("shapes:96@1", image_size=(32, 32))
+    assert set(backgrounds.labels) == set(BACKGROUNDS)
+    assert set(silhouettes.labels) == set(CLASSES)
+    assert torch.equal(backgrounds.read(5).image, silhouettes.read(5).image)
+    for name, level in zip(backgrounds.labels, backgrounds.groups()):
+        assert (name == "gradient") == (level == "plain")
+        assert (name == "irregular") == (level == "camouflage")
+    assert open_source("shapes:96:background", image_size=(8, 8)).labels != backgrounds.labels
+    assert "with :background at its end" in refusal("shapes:8:colour")
 
 
 # Refusals

@@ -8,6 +8,9 @@ object on it cannot. So a working loss predictor finds the object, without label
     camouflage   background and object are random blocks of the same two colours; the background repeats one small
                  tile, the object never repeats: same variance, same edges, only predictability tells them apart
 
+An image has two labels: its silhouette, a global form that takes long to learn, and its background, a texture that
+reconstruction teaches soon.
+
 Images are made on the fly, each from (seed, index) alone; nothing is downloaded or stored.
 """
 
@@ -20,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 LEVELS = ("plain", "pattern", "camouflage")
+BACKGROUNDS = ("gradient", "rows", "columns", "antidiagonal", "diagonal", "checks", "dots", "irregular")
+"""The first is that of every plain image, the last that of every camouflaged one, the rest are the patterns."""
 TILES_PER_SIDE = 8
 """Background patterns repeat this many times over the image."""
 BLOCKS_PER_TILE = 4
@@ -41,6 +46,8 @@ class Shape(NamedTuple):
     """Index into :data:`CLASSES`."""
     level: int
     """Index into :data:`LEVELS`."""
+    background: int
+    """Index into :data:`BACKGROUNDS`."""
 
 
 def _polygon(corners: int, inner: float) -> Callable[[Coordinates, Coordinates], Mask]:
@@ -70,7 +77,7 @@ CLASSES: dict[str, Callable[[Coordinates, Coordinates], Mask]] = {
     "bar": lambda x, y: (abs(x) < 1.0) & (abs(y) < 0.42),
     "crescent": lambda x, y: (x**2 + y**2 < 0.9) & ((x - 0.5) ** 2 + y**2 > 0.45),
 }
-"""Silhouettes inside the unit disc; the class label is the silhouette alone, never colour or texture."""
+"""Silhouettes inside the unit disc; the label is the silhouette alone, never colour or texture."""
 
 
 def make_shape(seed: int, index: int, height: int, width: int) -> Shape:
@@ -89,15 +96,15 @@ def make_shape(seed: int, index: int, height: int, width: int) -> Shape:
     rows = np.arange(height) * TILES_PER_SIDE * BLOCKS_PER_TILE // height
     columns = np.arange(width) * TILES_PER_SIDE * BLOCKS_PER_TILE // width
     if LEVELS[level] == "plain":
-        background = _gradient(random, height, width)
+        kind, background = "gradient", _gradient(random, height, width)
     else:
-        tile = _pattern_tile(random) if LEVELS[level] == "pattern" else _random_tiles(random, 1)
+        kind, tile = _pattern_tile(random) if LEVELS[level] == "pattern" else ("irregular", _random_tiles(random, 1))
         background = colours[tile[np.ix_(rows % BLOCKS_PER_TILE, columns % BLOCKS_PER_TILE)]]
     # The object's blocks: at the camouflage level in the background's colours and proportions.
     object_colours = colours if LEVELS[level] == "camouflage" else _two_colours(random)
     blocks = _random_tiles(random, TILES_PER_SIDE)
     image = np.where(mask[..., None], object_colours[blocks[np.ix_(rows, columns)]], background)
-    return Shape((image * 255).round().astype(np.uint8), mask, label, level)
+    return Shape((image * 255).round().astype(np.uint8), mask, label, level, BACKGROUNDS.index(kind))
 
 
 def _silhouette(
@@ -139,8 +146,8 @@ def _gradient(random: np.random.Generator, height: int, width: int) -> Array:
     return blend
 
 
-def _pattern_tile(random: np.random.Generator) -> npt.NDArray[np.int64]:
-    """A regular tile of 4×4 blocks of two colours: stripes in four directions, checks or dots, at a random phase."""
+def _pattern_tile(random: np.random.Generator) -> tuple[str, npt.NDArray[np.int64]]:
+    """A regular tile of 4×4 blocks of two colours, at a random phase, and its name among :data:`BACKGROUNDS`."""
     i, j = np.indices((BLOCKS_PER_TILE, BLOCKS_PER_TILE))
     tiles = (
         i // 2,
@@ -150,5 +157,6 @@ def _pattern_tile(random: np.random.Generator) -> npt.NDArray[np.int64]:
         (i // 2 + j // 2) % 2,
         ((i < 2) & (j < 2)).astype(np.int64),
     )
-    tile = tiles[random.integers(len(tiles))]
-    return np.roll(tile, tuple(random.integers(0, BLOCKS_PER_TILE, 2)), axis=(0, 1))
+    number = random.integers(len(tiles))
+    tile = np.roll(tiles[number], tuple(random.integers(0, BLOCKS_PER_TILE, 2)), axis=(0, 1))
+    return BACKGROUNDS[1 + number], tile

@@ -17,7 +17,7 @@ from hpm.data.sources.cached_shards import open_shards
 from hpm.data.sources.downloads import Downloads
 from hpm.data.sources.files import open_folder
 from hpm.data.sources.remote import UnreachableError
-from hpm.data.sources.shapes import ShapesSource
+from hpm.data.sources.shapes import ShapeLabel, ShapesSource
 from hpm.data.sources.shard_index import ARCHIVES
 from hpm.data.sources.shards import LocalShard, ShardSource
 from hpm.data.sources.tables import TABLES, read_table
@@ -40,7 +40,7 @@ def open_source(
         spec: A folder (of images, or saved by Hugging Face ``datasets``); ``list.txt``, ``table.csv``,
             ``table.parquet``; tar shards, or parquet files with images inside (braces and stars are expanded); a URL of
             a table or of shards; ``hf:NAME[@split]``, ``hf-stream:NAME[@split]``; or ``shapes:N`` (``shapes:N@seed``
-            for another set of the same kind).
+            for another set of the same kind; with ``:background`` at the end the backgrounds are the classes).
         decoder: How the files are read.
         image_size: Size at which ``shapes`` are made.
         field: What to call the argument in a message.
@@ -92,14 +92,18 @@ def _open(spec: str, decoder: Decoder, image_size: tuple[int, int], field: str, 
 
 
 def _open_shapes(spec: str, decoder: Decoder, image_size: tuple[int, int], field: str) -> Source:
-    match = re.fullmatch(r"shapes:(\d+)(?:@(\d+))?", spec)
+    match = re.fullmatch(r"shapes:(\d+)(?:@(\d+))?(:background)?", spec)
     if not match:
-        raise InputError(f"{field}: must be shapes:N or shapes:N@seed, got {spec!r}")
+        raise InputError(
+            f"{field}: must be shapes:N or shapes:N@seed, with :background at its end where the backgrounds are to be "
+            f"the classes; got {spec!r}"
+        )
     if decoder.channels != 3:
         raise InputError(f"{field}: shapes have 3 channels, got channels={decoder.channels}")
     if int(match[1]) == 0:
         raise InputError(f"{field}: needs at least one image, got {spec!r}")
-    return ShapesSource(int(match[1]), size=image_size, seed=int(match[2] or 0))
+    label: ShapeLabel = "background" if match[3] else "silhouette"
+    return ShapesSource(int(match[1]), size=image_size, seed=int(match[2] or 0), label=label)
 
 
 def _open_parquet(spec: str, decoder: Decoder, field: str, downloads: Downloads) -> Source:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from hpm.data.decode import Sample
-from hpm.data.shapes import CLASSES, LEVELS, make_shape
+from hpm.data.shapes import BACKGROUNDS, CLASSES, LEVELS, make_shape
 from hpm.data.sources.base import Source
+
+ShapeLabel = Literal["silhouette", "background"]
+"""Which of the two labels of an image is its class."""
 
 
 class ShapesSource(Source):
@@ -18,13 +22,17 @@ class ShapesSource(Source):
         num_images: Size of the set.
         size: Height and width in pixels.
         seed: Which set.
+        label: What the classes are.
     """
 
-    def __init__(self, num_images: int, *, size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, num_images: int, *, size: tuple[int, int], seed: int, label: ShapeLabel = "silhouette"
+    ) -> None:
         self.num_images = num_images
         self.size = size
         self.seed = seed
-        self._labels = [list(CLASSES)[i % len(CLASSES)] for i in range(num_images)]
+        self.label = label
+        self._backgrounds: list[str] = []
 
     def __len__(self) -> int:
         return self.num_images
@@ -39,13 +47,18 @@ class ShapesSource(Source):
         return f"{self.seed} {index} {self.size}".encode()
 
     def name(self, index: int) -> str:
-        """Number, class and level."""
-        return f"shapes #{index}: {self._labels[index]}, {_level(index)}"
+        """Number, silhouette and level."""
+        return f"shapes #{index}: {list(CLASSES)[index % len(CLASSES)]}, {_level(index)}"
 
     @property
     def labels(self) -> Sequence[str]:
-        """The silhouettes."""
-        return self._labels
+        """The silhouettes, or the backgrounds."""
+        if self.label == "silhouette":
+            return [list(CLASSES)[index % len(CLASSES)] for index in range(self.num_images)]
+        if not self._backgrounds:  # what an image is does not depend on its size
+            made = (make_shape(self.seed, index, 8, 8) for index in range(self.num_images))
+            self._backgrounds = [BACKGROUNDS[shape.background] for shape in made]
+        return self._backgrounds
 
     def groups(self) -> Sequence[str]:
         """The difficulty levels."""
