@@ -310,7 +310,8 @@ def test_runs_belong_to_the_images_not_to_the_spelling_of_their_path(tmp_path, m
 
 def test_rows_that_are_the_same_run_are_done_once(tmp_path, capsys):
     call = setting(tmp_path, suite="predicted-loss", scale="micro", rows=("hpm", "hpm-shallow"), seeds=(0,))
-    assert [job.row for job in planned(call, {"data": "shapes:200"})] == ["hpm"]  # micro predictors have one block already
+    # Predictors of the scale micro have one block already.
+    assert [job.row for job in planned(call, {"data": "shapes:200"})] == ["hpm"]
     assert "hpm-shallow is the same run as hpm" in capsys.readouterr().err
 
 

@@ -25,9 +25,7 @@ class ShapesSource(Source):
         label: What the classes are.
     """
 
-    def __init__(
-        self, num_images: int, *, size: tuple[int, int], seed: int, label: ShapeLabel = "silhouette"
-    ) -> None:
+    def __init__(self, num_images: int, *, size: tuple[int, int], seed: int, label: ShapeLabel = "silhouette") -> None:
         self.num_images = num_images
         self.size = size
         self.seed = seed
