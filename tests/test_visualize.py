@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from hpm.build import build_method, build_student
+from hpm.build import build_method, build_normalise, build_student
 from hpm.config import Config, with_fields
+from hpm.data.decode import Decoder
+from hpm.data.sources import open_source
+from hpm.display import Display, hatched
 from hpm.masking import MASKS
-from hpm.method import Teacher
-from hpm.visualize import measure_hardness
+from hpm.method import Teacher, rank_correlation
+from hpm.visualize import draw_hardness, measure_hardness, spread_images
 from hpm.vit import class_attention
 from tiny import TINY
 
@@ -26,6 +30,7 @@ def test_the_figure_shows_a_mask_of_the_runs_own_kind(mask, predicted_loss):
 
     def remember(scores, noise, **numbers):
         seen.append((scores, noise))
+        assert numbers["valid"] is None
         return method.mask_policy(scores, noise, **numbers)
 
     hardness = measure_hardness(
@@ -39,3 +44,44 @@ def test_the_figure_shows_a_mask_of_the_runs_own_kind(mask, predicted_loss):
     hidden = MASKS[mask].policy((4, 4))(guide, noise, num_hidden=12, num_hard=6)
     assert torch.equal(hardness.hidden, hidden)
     assert (hardness.predicted_loss is None) == (predicted_loss == "none")
+
+
+def test_what_is_no_data_is_not_mined_not_counted_and_hatched(tmp_path):
+    """A third of the width holds the value that means no data."""
+    for number in range(4):
+        values = np.random.default_rng(number).integers(1, 255, (32, 32, 3), dtype=np.uint8)
+        values[:, 20:] = 0
+        np.save(tmp_path / f"{number}.npy", values)
+    config = with_fields(Config(), TINY | {"mask": "hard", "predicted_loss": "relative", "hard_share_end": 1.0})
+    source = open_source(str(tmp_path), decoder=Decoder(no_data=0), image_size=(32, 32))
+    pixels, valid = spread_images(source, 4, (32, 32))
+    assert valid.sum().item() == 4 * 32 * 20
+    student = build_student(config)
+    teacher, method, normalise = Teacher(student), build_method(config, student), build_normalise(config)
+    hardness = measure_hardness(
+        student, teacher, replace(method, num_hidden=6), normalise(pixels), share=1.0,
+        generator=torch.Generator().manual_seed(0), valid=valid,
+    )  # fmt: skip
+    there = hardness.whole.reshape(4, 4, 4)
+    assert there[:, :, :2].all()
+    assert not there[:, :, 2:].any()  # the third column of patches is data in half of its width
+    # 8 patches are whole; the 6 that are hidden, all by predicted loss, are among them.
+    assert (hardness.hidden & hardness.whole).sum(1).amin() == 6
+    both = (hardness.predicted_loss[hardness.whole].reshape(4, 8), hardness.true_loss[hardness.whole].reshape(4, 8))
+    assert hardness.rank_correlation == pytest.approx(float(rank_correlation(*both).mean()), abs=1e-5)
+    figure = draw_hardness(normalise(pixels), hardness, Display(normalise), (4, 4), "title", valid)
+    assert "hatched: no data" in figure.get_suptitle()
+    image, loss = (axis.images[0].get_array() for axis in figure.axes[:2])
+    assert set(np.unique(image[:, 20:])) == {120, 190}
+    assert np.ma.getmaskarray(np.ma.masked_invalid(loss))[:, 2:].all()
+    assert np.isfinite(loss[:, :2]).all()
+
+
+def test_pictures_without_holes_are_not_touched():
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    assert hatched(pictures, None) is pictures
+    valid = torch.ones(2, 8, 8, dtype=torch.bool)
+    valid[1, 0, 0] = False
+    changed = (hatched(pictures, valid) != pictures).any(axis=3)
+    assert changed.sum() <= 1
+    assert not changed[0].any()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from hpm.build import build_normalise
@@ -89,3 +89,16 @@ def principal_components(images: Sequence[Tensor]) -> Float[Tensor, "3 c"]:
     sums = directions.sum(dim=1, keepdim=True)
     rows = directions * torch.where(sums < 0, -1.0, 1.0) / variances.clamp(min=1e-12).sqrt().unsqueeze(1)
     return torch.cat([rows, rows.new_zeros(3 - len(rows), rows.shape[1])])
+
+
+def hatched(
+    pictures: UInt8[np.ndarray, "b h w k"], valid: Bool[Tensor, "b h w"] | None
+) -> UInt8[np.ndarray, "b h w k"]:
+    """The pictures with grey stripes where there is no data."""
+    if valid is None:
+        return pictures
+    height, width = pictures.shape[1:3]
+    stripe = max(2, width // 32)
+    rows, columns = np.indices((height, width))
+    stripes = np.where((rows + columns) // stripe % 2 == 0, np.uint8(190), np.uint8(120))
+    return np.asarray(np.where(valid.cpu().numpy()[..., None], pictures, stripes[None, :, :, None]))

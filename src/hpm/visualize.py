@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num, Shaped
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from hpm.build import build_decoder, build_downloads, choose_attention
 from hpm.checkpoint import write_atomically
 from hpm.data.loading import Cover, read_or_next, stack_images
 from hpm.data.sources import Source, open_source
-from hpm.display import Display, build_display
+from hpm.display import Display, build_display, hatched
 from hpm.errors import InputError
+from hpm.feeding import whole_patches
 from hpm.masking import split_patches
 from hpm.method import Method, Student, Teacher, rank_correlation
 from hpm.run_folder import LoadedRun
@@ -39,13 +41,15 @@ class Hardness(NamedTuple):
     """A mask of the run's own kind."""
     reconstruction: Float[Tensor, "b c h w"] | None
     """Normalised images with the hidden patches reconstructed; None where the target is no pixels."""
+    whole: Bool[Tensor, "b n"] | None = None
+    """Patches of pixels that are all data; None: all are."""
 
     @property
     def rank_correlation(self) -> float:
-        """Mean Spearman correlation of predicted and true loss over all patches of an image."""
+        """Mean Spearman correlation of predicted and true loss over all patches of an image that are data."""
         if self.predicted_loss is None:
             return float("nan")
-        return float(rank_correlation(self.predicted_loss, self.true_loss).mean())
+        return float(rank_correlation(self.predicted_loss, self.true_loss, self.whole).mean())
 
 
 @torch.no_grad()
@@ -58,6 +62,7 @@ def measure_hardness(
     share: float,
     generator: torch.Generator,
     bf16: bool = False,
+    valid: Bool[Tensor, "b h w"] | None = None,
 ) -> Hardness:
     """Measure the true loss over :data:`NUM_MASKS` masks, predict it, and set one exercise.
 
@@ -69,8 +74,11 @@ def measure_hardness(
         share: a_t of the exercise.
         generator: Of the masks, on the CPU.
         bf16: Autocast.
+        valid: False = no data, which is not chosen by predicted loss; None: all pixels are data.
     """
     was_training = student.training
+    patch, size = patch_size(student.encoder), (images.shape[2], images.shape[3])
+    whole = None if valid is None else whole_patches(valid.to(images.device), size, patch)
     student.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         answers = method.ask(teacher, images)
@@ -78,11 +86,12 @@ def measure_hardness(
         true_loss = average_loss(student, method, images, method.target(images, answers.features), order)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
         hidden = method.mask_policy(
-            answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share)
+            answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share), valid=whole
         )
         prediction = student(images, hidden, num_hidden=method.num_hidden).prediction.float()
     student.train(was_training)
-    return Hardness(true_loss, answers.scores, hidden, _fill_in(student, method, images, hidden, prediction))
+    filled = _fill_in(student, method, images, hidden, prediction)
+    return Hardness(true_loss, answers.scores, hidden, filled, whole)
 
 
 def average_loss(
@@ -138,8 +147,11 @@ def draw_hardness(
     display: Display,
     grid: tuple[int, int],
     title: str,
+    valid: Bool[Tensor, "b h w"] | None = None,
 ) -> Figure:
     """One row per image: input, true loss, predicted loss, masked input, reconstruction (what there is of these).
+
+    Pixels without data are hatched; so are patches that hold some, in the maps.
 
     Args:
         images: Normalised images.
@@ -147,10 +159,11 @@ def draw_hardness(
         display: How the run's images are shown.
         grid: Rows and columns of patches.
         title: Line above the figure.
+        valid: False = no data; None: all pixels are data.
     """
     patch = (images.shape[2] // grid[0], images.shape[3] // grid[1])
     covered = hardness.hidden.reshape(-1, *grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
-    shown = display(images)
+    shown = hatched(display(images), valid)
     pictures: dict[str, Any] = {
         "image": shown,
         f"loss, {NUM_MASKS} masks": hardness.true_loss,
@@ -158,7 +171,7 @@ def draw_hardness(
         "hidden": np.where(covered.cpu().numpy()[..., None], np.uint8(128), shown),
     }
     if hardness.reconstruction is not None:
-        pictures["reconstruction"] = display(hardness.reconstruction)
+        pictures["reconstruction"] = hatched(display(hardness.reconstruction), valid)
     columns = {name: content for name, content in pictures.items() if content is not None}
     height = 1.5 * images.shape[2] / images.shape[3]
     figure = Figure(figsize=(1.5 * len(columns), height * len(images) + 0.6), layout="constrained")
@@ -167,7 +180,7 @@ def draw_hardness(
         for column, (name, content) in enumerate(columns.items()):
             axis = axes[row, column]
             if isinstance(content, Tensor):
-                axis.imshow(content[row].float().reshape(grid).cpu().numpy(), cmap="magma", interpolation="nearest")
+                _draw_map(axis, content[row], grid, None if hardness.whole is None else hardness.whole[row])
             else:
                 axis.imshow(content[row], interpolation="nearest")
             axis.set_xticks([])
@@ -176,8 +189,19 @@ def draw_hardness(
                 side.set_visible(False)
             if row == 0:
                 axis.set_title(name, fontsize=9)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title + ("" if valid is None else "; hatched: no data"), fontsize=9)
     return figure
+
+
+def _draw_map(axis: Axes, values: Float[Tensor, " n"], grid: tuple[int, int], whole: Bool[Tensor, " n"] | None) -> None:
+    """A value per patch as colours; patches that are not whole are hatched."""
+    shown = values.float().reshape(grid).cpu().numpy()
+    if whole is not None:
+        there = whole.reshape(grid).cpu().numpy()
+        axis.set_facecolor("0.75")
+        axis.patch.set(hatch="////", edgecolor="0.45", linewidth=0)
+        shown = np.where(there, shown, np.nan)
+    axis.imshow(shown, cmap="magma", interpolation="nearest")
 
 
 def told_correlation(hardness: Hardness) -> str:
@@ -222,16 +246,16 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
         images, decoder=build_decoder(config.data), image_size=config.data.size, field="images",
         downloads=build_downloads(config),
     )  # fmt: skip
-    pixels = spread_images(source, count, config.data.size)
+    pixels, valid = spread_images(source, count, config.data.size)
     shown = loaded.normalise(pixels)
     choose_attention(loaded.student, loaded.device)
     hardness = measure_hardness(
         loaded.student, loaded.teacher, loaded.method, shown, share=config.method.largest_hard_share,
-        generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)),
+        generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)), valid=valid,
     )  # fmt: skip
     title = f"{checkpoint}, step {loaded.step}" + told_correlation(hardness)
     display = build_display(config, pixels)
-    figure = draw_hardness(shown, hardness, display, grid_size(loaded.student.encoder), title)
+    figure = draw_hardness(shown, hardness, display, grid_size(loaded.student.encoder), title, valid)
     try:
         save_figure(figure, out)
     except OSError as error:
@@ -239,8 +263,22 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     return hardness.rank_correlation
 
 
-def spread_images(source: Source, count: int, size: tuple[int, int]) -> Shaped[Tensor, "b c h w"]:
-    """``count`` images spread evenly over a source, as every evaluation sees them."""
+class SpreadImages(NamedTuple):
+    """Some images of a source, as every evaluation sees them."""
+
+    pixels: Shaped[Tensor, "b c h w"]
+    valid: Bool[Tensor, "b h w"] | None
+    """False = no data; None: all pixels are data."""
+
+
+def spread_images(source: Source, count: int, size: tuple[int, int]) -> SpreadImages:
+    """``count`` images spread evenly over a source."""
     cover = Cover(size)
     positions = torch.linspace(0, len(source) - 1, min(count, len(source))).long().tolist()
-    return stack_images([cover(read_or_next(source, position)[0].image) for position in positions])
+    samples = [read_or_next(source, position)[0] for position in positions]
+    pixels = stack_images([cover(sample.image) for sample in samples])
+    if all(sample.valid is None for sample in samples):
+        return SpreadImages(pixels, None)
+    everything = torch.ones(size, dtype=torch.bool)
+    valid = [everything if sample.valid is None else cover(sample.valid[None])[0] for sample in samples]
+    return SpreadImages(pixels, torch.stack(valid))

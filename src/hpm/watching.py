@@ -105,15 +105,16 @@ class Watcher:
 
     def _figures(self, step: int, student: Student, teacher: Teacher) -> dict[str, float]:
         run = self.run
-        images = self.normalise(self.images.to(run.device))
+        images, valid = self.normalise(self.images.pixels.to(run.device)), self.images.valid
         share = 0.0 if run.method.guide is None else run.config.method.largest_hard_share
         hardness = measure_hardness(
             student, teacher, run.method, images, share=share, bf16=run.bf16,
             generator=torch.Generator().manual_seed(derive_seed(run.config.optimisation.seed, Stream.FIGURES)),
+            valid=valid,
         )  # fmt: skip
         figure = draw_hardness(
-            images, hardness, build_display(run.config, self.images), grid_size(student.encoder),
-            f"step {step}" + told_correlation(hardness),
+            images, hardness, build_display(run.config, self.images.pixels), grid_size(student.encoder),
+            f"step {step}" + told_correlation(hardness), valid,
         )  # fmt: skip
         try:
             save_figure(figure, run.folder.figures / f"hardness_{step:08d}.png")

@@ -102,15 +102,16 @@ def measure(folder: Path, images: Images, device: torch.device) -> dict[str, flo
 def _rank_correlation(loaded: LoadedRun, shown: Source, bf16: bool) -> float:
     """In parts of a size that any device can hold."""
     generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
-    parts = spread_images(shown, NUM_HARDNESS_IMAGES, loaded.config.data.size).split(32)
+    pixels, valid = spread_images(shown, NUM_HARDNESS_IMAGES, loaded.config.data.size)
     total = 0.0
-    for part in parts:
+    for start in range(0, len(pixels), 32):
+        part = slice(start, start + 32)
         hardness = measure_hardness(
-            loaded.student, loaded.teacher, loaded.method, loaded.normalise(part.to(loaded.device)), share=0.0,
-            bf16=bf16, generator=generator,
+            loaded.student, loaded.teacher, loaded.method, loaded.normalise(pixels[part].to(loaded.device)), share=0.0,
+            bf16=bf16, generator=generator, valid=None if valid is None else valid[part],
         )  # fmt: skip
-        total += hardness.rank_correlation * len(part)
-    return total / sum(len(part) for part in parts)
+        total += hardness.rank_correlation * len(hardness.hidden)
+    return total / len(pixels)
 
 
 def _accuracies(

@@ -84,7 +84,8 @@ class Decoder:
                     f"{error}: of its {pages} pages or frames the first alone is read (bands belong into one page: "
                     "tifffile.imwrite(..., planarconfig='separate'), or .npy)"
                 ) from error
-            raise
+            bands = describe(content).bands
+            raise ChannelsError(f"{error}; a run with --channels {bands} reads such files") from error
 
 
 RGB = Decoder()

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from hpm.data.loading import Cover
 from hpm.data.sources import Source
-from hpm.display import Display
+from hpm.display import Display, hatched
 
 _COLUMNS = 8
 _TILE, _GAP, _CAPTION, _HEADING, _HISTOGRAM = 1.2, 0.06, 0.3, 0.34, 1.1
@@ -113,8 +113,10 @@ def _histogram(
 
 
 def _picture(source: Source, position: int, display: Display, size: tuple[int, int]) -> UInt8[np.ndarray, "h w k"]:
-    """An image as the encoder sees it."""
-    picture: np.ndarray = display.pixels(Cover(size)(source.read(position).image).unsqueeze(0))[0]
+    """An image as the encoder sees it, hatched where there is no data."""
+    sample, cover = source.read(position), Cover(size)
+    valid = None if sample.valid is None else cover(sample.valid[None])
+    picture: np.ndarray = hatched(display.pixels(cover(sample.image).unsqueeze(0)), valid)[0]
     return picture
 
 
