@@ -65,7 +65,7 @@ def test_what_is_no_data_is_not_mined_not_counted_and_hatched(tmp_path):
     there = hardness.whole.reshape(4, 4, 4)
     assert there[:, :, :2].all()
     assert not there[:, :, 2:].any()  # the third column of patches is data in half of its width
-    # Half of the patches are whole, so half of the 6 that are hidden are chosen by predicted loss: the hardest of these.
+    # Half of the patches are whole, so half of the 6 that are hidden are chosen by predicted loss: the hardest.
     hardest = hardness.predicted_loss.masked_fill(~hardness.whole, -torch.inf).topk(3, dim=1).indices
     assert hardness.hidden.gather(1, hardest).all()
     both = (hardness.predicted_loss[hardness.whole].reshape(4, 8), hardness.true_loss[hardness.whole].reshape(4, 8))
