@@ -1,0 +1,76 @@
+"""The script behind the table of shapes: its commands exist, and its figures are among what they return."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from hpm.cli.flags import parse
+from hpm.evaluate import finetune, knn, linear
+from hpm.evaluate.config import FinetuneConfig, ForegroundConfig, KnnConfig, LinearConfig
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks/shapes.py"
+CONFIGS = {"knn": KnnConfig, "linear": LinearConfig, "finetune": FinetuneConfig, "foreground": ForegroundConfig}
+RESULTS = {"knn": knn.KnnResult, "linear": linear.LinearResult, "finetune": finetune.FinetuneResult}
+"""Of the JSON line; that of foreground has a key per measure."""
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("shapes_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kinds():
+    """Configs and results by command; those of segmentation and detection need their extra."""
+    pytest.importorskip("pycocotools", reason="segmentation and detection need hpm[dense]")
+    pytest.importorskip("torchmetrics", reason="segmentation and detection need hpm[dense]")
+    from hpm.evaluate.dense import detect, segment
+    from hpm.evaluate.dense.config import DetectConfig, SegmentConfig
+
+    configs = CONFIGS | {"segment": SegmentConfig, "detect": DetectConfig}
+    return configs, RESULTS | {"segment": segment.SegmentResult, "detect": detect.DetectResult}
+
+
+def test_every_command_of_the_script_is_one_of_hpm(script):
+    configs, _ = kinds()
+    for words in script.EVALUATIONS.values():
+        command, *flags = words.replace("SEED", "3").split()
+        config = parse(configs[command], f"evaluate {command}", [*flags, "--checkpoint", "run"])
+        if command == "finetune":
+            assert config.rand_augment == ""
+        if hasattr(config, "seed"):
+            assert config.seed == 3  # or all seeds of the table would share a head, an order, a draw of labels
+
+
+def test_every_figure_of_the_script_is_in_the_result_of_its_evaluation(script):
+    _, results = kinds()
+    for name, *paths in script.FIGURES.values():
+        command = script.EVALUATIONS[name].split()[0]
+        if command == "foreground":
+            assert paths == ["predicted_loss.auroc", "others.untrained.predicted_loss.auroc"]
+            continue
+        known = {field.name for field in dataclasses.fields(results[command])} | {"few"}
+        assert all(path.split(".")[0] in known for path in paths)
+
+
+def test_the_table_pairs_run_and_untrained_by_seed(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "FIGURES", {"accuracy": ("knn", "top1", "few.5.untrained")})
+
+    def done(mine, theirs):
+        few = [
+            {"labels_per_class": 5, "kind": "run", "top1": 99.0},
+            {"labels_per_class": 5, "kind": "untrained", "top1": theirs},
+        ]
+        return {"knn": {"seconds": 60.0, "result": {"top1": mine, "few_labels": few}}}
+
+    script.write({0: done(20.0, 10.0), 1: done(30.0, 18.0)}, tmp_path)
+    assert "| accuracy | 25.0 ± 7.1 | 14.0 ± 5.7 | +11.0 ± 1.4 |" in (tmp_path / "shapes.md").read_text()
+    kept = json.loads((tmp_path / "shapes.json").read_text())
+    assert kept["figures"]["accuracy"] == {"run": [20.0, 30.0], "untrained": [10.0, 18.0]}
+    assert kept["minutes"] == {"knn": 1.0}
+    assert kept["versions"]["torch"]
