@@ -326,6 +326,26 @@ def test_overhead_is_the_time_of_the_step_over_that_of_mae(prepared, monkeypatch
     assert all(parameter.grad is None for parameter in run.state.student.parameters())
 
 
+def test_overhead_is_over_mae_that_decodes_all_that_is_hidden(prepared, monkeypatch):
+    """What decoding a part saves counts for the step, not for what it is held against."""
+    from hpm.method import Method
+    from hpm.overhead import TURNS, measure_overhead
+
+    decoded = []
+    choose = Method.choose_decoded
+
+    def spy(method, *arguments):
+        chosen = choose(method, *arguments)
+        decoded.append(chosen.shape[1])
+        return chosen
+
+    monkeypatch.setattr(Method, "choose_decoded", spy)
+    run = prepared(decoded_share=1 / 3)
+    assert run.method.num_hidden == 12
+    measure_overhead(run)
+    assert decoded == [4, 12] * (TURNS + 1)
+
+
 def test_mae_has_no_overhead(prepared):
     from hpm.overhead import measure_overhead
 

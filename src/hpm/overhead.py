@@ -26,7 +26,8 @@ class Overhead(NamedTuple):
     """Of one step, forward and backward, without data, optimizer and EMA."""
 
     over_mae: float
-    """Time of the step over that of plain MAE with the same encoder, decoder and batch."""
+    """Time of the step over that of plain MAE with the same encoder, decoder and batch, which decodes all that is
+    hidden."""
     spread: float
     """Standard deviation of that over the turns."""
     teacher_share: float
@@ -49,7 +50,7 @@ def measure_overhead(run: Run) -> Overhead | None:
     pixels = (views // config.method.masks_per_image, config.data.channels, rows * patch[0], columns * patch[1])
     images = build_normalise(config).to(device)(torch.randint(256, pixels, dtype=torch.uint8, device=device))
     noise = torch.rand(views, rows * columns, device=device)
-    plain = replace(method, predicted_loss=None, guide=None, mask_policy=hide_random)
+    plain = replace(method, predicted_loss=None, guide=None, mask_policy=hide_random, num_decoded=None)
     answers: Answers | None = None
 
     def ask() -> None:
