@@ -51,7 +51,11 @@ FIGURES: dict[str, tuple[str, str, str]] = {
     "backgrounds, 10-NN top-1 %": ("knn-background", "top1", "untrained_top1"),
     "backgrounds, linear top-1 %": ("linear-background", "top1", "untrained_top1"),
     "backgrounds, linear, 5 labels a class, top-1 %": ("linear-background", "few.5.run", "few.5.untrained"),
-    "foreground by predicted loss, AUROC": ("foreground", "predicted_loss.auroc", "others.untrained.predicted_loss.auroc"),
+    "foreground by predicted loss, AUROC": (
+        "foreground",
+        "predicted_loss.auroc",
+        "others.untrained.predicted_loss.auroc",
+    ),  # fmt: skip
     "segmentation, mean IoU %": ("segment", "miou", "untrained_miou"),
     "segmentation, IoU of the object %": ("segment", "per_class.1.iou", "per_class.1.untrained_iou"),
     "detection, AP of boxes %": ("detect", "ap", "untrained_ap"),
