@@ -55,7 +55,7 @@ FIGURES: dict[str, tuple[str, str, str]] = {
         "foreground",
         "predicted_loss.auroc",
         "others.untrained.predicted_loss.auroc",
-    ),  # fmt: skip
+    ),
     "segmentation, mean IoU %": ("segment", "miou", "untrained_miou"),
     "segmentation, IoU of the object %": ("segment", "per_class.1.iou", "per_class.1.untrained_iou"),
     "detection, AP of boxes %": ("detect", "ap", "untrained_ap"),
