@@ -19,9 +19,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 
-from hpm.run_folder import versions
+from hpm.checkpoint import write_text_atomically
 
 TRAIN, VAL = "shapes:4000@1", "shapes:1000@2"
 SHAPE_STAYS = "--crop-scale 1 1 --rand-augment= --mixup 0 --cutmix 0 --erasing 0"
@@ -66,7 +66,11 @@ FIGURES: dict[str, tuple[str, str, str]] = {
 
 
 def run_json(command: list[str], file: Path) -> dict[str, Any]:
-    """The JSON line of an hpm command, run once."""
+    """The JSON line of an hpm command, run once.
+
+    Raises:
+        SystemExit: The command failed, or the file is of another command.
+    """
     if not file.is_file():
         print("hpm", *command, file=sys.stderr, flush=True)
         start = time.perf_counter()
@@ -75,8 +79,11 @@ def run_json(command: list[str], file: Path) -> dict[str, Any]:
             raise SystemExit(done.returncode)
         found = json.loads(done.stdout.splitlines()[-1])
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"command": command, "seconds": time.perf_counter() - start, "result": found}))
+        content = {"command": command, "seconds": time.perf_counter() - start, "result": found}
+        write_text_atomically(file, json.dumps(content) + "\n")
     kept: dict[str, Any] = json.loads(file.read_text())
+    if kept["command"] != command:
+        raise SystemExit(f"{file} is of another command: hpm {' '.join(kept['command'])}; choose another --out")
     return kept
 
 
@@ -141,7 +148,8 @@ def write(results: dict[int, dict[str, dict[str, Any]]], out: Path) -> None:
     minutes = {
         name: statistics.fmean(done[name]["seconds"] for done in results.values()) / 60 for name in done_names(results)
     }
-    about = {"seeds": list(results), "minutes": minutes, "versions": versions(torch.device("cpu"))}
+    made_by = yaml.safe_load((out / f"seed{next(iter(results))}" / "run" / "config.yaml").read_text())["about"]
+    about = {"seeds": list(results), "minutes": minutes, "made_by": made_by}
     (out / "shapes.json").write_text(json.dumps({**about, "figures": rows}, indent=2) + "\n")
     (out / "shapes.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)

@@ -14,6 +14,7 @@ import torch
 
 from hpm.ablation import ablate as ablation
 from hpm.ablation import clock
+from hpm.ablation import measure as measuring
 from hpm.ablation.ablate import ablate
 from hpm.ablation.clock import seconds_of
 from hpm.ablation.measure import Accuracies
@@ -90,11 +91,16 @@ def test_equal_time_goes_by_the_clock_and_equal_compute_by_flops(tmp_path):
 
 def test_ratios_of_steps_are_means_within_rounds():
     """A round in which the machine was half as fast changes no ratio; a row that was slow in it alone does."""
-    steady = seconds_of({"mae": [100.0, 50.0], "hpm": [25.0, 12.5]})
+    steady = seconds_of({"mae": [100.0, 50.0], "hpm": [25.0, 12.5]}, "mae")
     assert steady["hpm"] / steady["mae"] == pytest.approx(4)
     assert steady["mae"] == pytest.approx((1 / 100 + 1 / 50) / 2)
-    alone = seconds_of({"mae": [100.0, 100.0], "hpm": [25.0, 12.5]})
+    rates = {"mae": [100.0, 100.0], "hpm": [25.0, 12.5], "fast": [100.0, 50.0]}
+    alone = seconds_of(rates, "mae")
     assert alone["hpm"] / alone["mae"] == pytest.approx(6)
+    assert seconds_of(rates, "hpm")["hpm"] / seconds_of(rates, "hpm")["fast"] == pytest.approx(1 / 0.25)
+    assert seconds_of(rates, "hpm")["mae"] / seconds_of(rates, "hpm")["hpm"] == pytest.approx(
+        (25 / 100 + 12.5 / 100) / 2
+    )
 
 
 def test_equal_time_end_to_end_is_timed_once_and_kept(tmp_path, trained, monkeypatch):
@@ -105,7 +111,7 @@ def test_equal_time_end_to_end_is_timed_once_and_kept(tmp_path, trained, monkeyp
     known = json.loads(file.read_text())
     assert known["images_per_second"]["mae"] > known["images_per_second"]["hpm"]
     assert len(known["images_per_second_rounds"]["mae"]) == clock.ROUNDS
-    times = seconds_of(known["images_per_second_rounds"])
+    times = seconds_of(known["images_per_second_rounds"], "hpm")
     lines = list(csv.DictReader((tmp_path / "a/mask-strategy.csv").read_text().splitlines()))
     (longer,) = (line for line in lines if line["budget"] == "time")
     assert int(longer["epochs"]) == round(2 * times["hpm"] / times["mae"]) > 2
@@ -124,6 +130,42 @@ def test_equal_time_end_to_end_is_timed_once_and_kept(tmp_path, trained, monkeyp
     file.write_text(json.dumps(known))
     with pytest.raises(InputError, match="equal_time: the steps were timed on another machine"):
         ablate(call, FIELDS | {"epochs": 2})
+
+
+@pytest.mark.parametrize("method", ["mae-tokens", "hpm-both-norm-pix", "random+lpred", "hpm-fast", "hpm-shared"])
+def test_every_kind_of_step_can_be_timed(method, monkeypatch):
+    """Codebooks that are not fitted, predictors without a teacher, several masks of an image."""
+    monkeypatch.setattr(clock, "SECONDS", 0.01)
+    monkeypatch.setattr(clock, "ROUNDS", 1)
+    config = recipe_with(method, FIELDS | {"batch_size": 8, "micro_batch_size": 4})
+    step = clock.TimedStep.of(config, torch.device("cpu"))
+    assert step.config.optimisation.batch_size == 4
+    (rates,) = clock._rates({method: step}, torch.device("cpu")).values()
+    assert len(rates) == 1
+    assert rates[0] > 0
+
+
+def test_step_times_belong_to_what_decides_them():
+    base = recipe_with("hpm", FIELDS)
+    steps = {"hpm": clock.TimedStep.of(base, torch.device("cpu"))}
+    for changed in ({"micro_batch_size": 4}, {"precision": "bf16"}, {"compile": "on"}, {"channels": 1},
+                    {"activation_checkpointing": True}, {"predictor_depth": 2}):  # fmt: skip
+        other = {"hpm": clock.TimedStep.of(recipe_with("hpm", FIELDS | changed), torch.device("cpu"))}
+        assert clock.known_by(other) != clock.known_by(steps), changed
+    longer = {"hpm": clock.TimedStep.of(recipe_with("hpm", FIELDS | {"epochs": 7}), torch.device("cpu"))}
+    assert clock.known_by(longer) == clock.known_by(steps)
+
+
+def test_labels_belong_to_the_images_of_a_table(tmp_path):
+    """The same images with other classes are measured anew."""
+    base = recipe_with("mae", FIELDS | {"data": "shapes:64"})
+    found = [measuring.open_images(with_data(base, spec), f"shapes:32@1{kind}").fingerprint
+             for spec, kind in (("shapes:64", ""), ("shapes:64:background", ":background"))]  # fmt: skip
+    assert found[0] != found[1]
+
+
+def with_data(config, spec):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=spec))
 
 
 def test_flops_of_a_step_follow_the_table_of_the_method():
@@ -346,7 +388,7 @@ def test_a_signal_while_a_run_is_measured_stops_after_it(tmp_path, trained, monk
         return {"knn_top1": 1.0}
 
     monkeypatch.setattr(ablation, "measure", signalled)
-    with pytest.raises(Interrupted, match="SIGTERM after run 1 of 3"):
+    with pytest.raises(Interrupted, match="SIGTERM before run 2 of 3"):
         ablate(setting(tmp_path, seeds=(0,)), FIELDS | {"epochs": 2})
     assert len(trained) == 1
     assert "mae" in (tmp_path / "mask-strategy.md").read_text()

@@ -49,13 +49,22 @@ def test_every_command_of_the_script_is_one_of_hpm(script):
 
 def test_every_figure_of_the_script_is_in_the_result_of_its_evaluation(script):
     _, results = kinds()
+    from hpm.evaluate.dense.segment import ClassFigures
+
     for name, *paths in script.FIGURES.values():
         command = script.EVALUATIONS[name].split()[0]
         if command == "foreground":
             assert paths == ["predicted_loss.auroc", "others.untrained.predicted_loss.auroc"]
             continue
-        known = {field.name for field in dataclasses.fields(results[command])} | {"few"}
-        assert all(path.split(".")[0] in known for path in paths)
+        known = {field.name for field in dataclasses.fields(results[command])}
+        for path in paths:
+            first, *rest = path.split(".")
+            if first == "few":
+                assert rest[0] in script.EVALUATIONS[name].partition("--labels-per-class")[2].split()
+                assert rest[1] in ("run", "untrained")
+            else:
+                assert first in known
+                assert not rest or (first == "per_class" and rest[1] in ClassFigures._fields)
 
 
 def test_the_table_pairs_run_and_untrained_by_seed(script, tmp_path, monkeypatch):
@@ -68,9 +77,19 @@ def test_the_table_pairs_run_and_untrained_by_seed(script, tmp_path, monkeypatch
         ]
         return {"knn": {"seconds": 60.0, "result": {"top1": mine, "few_labels": few}}}
 
+    (tmp_path / "seed0/run").mkdir(parents=True)
+    (tmp_path / "seed0/run/config.yaml").write_text("about: {device: a machine}")
     script.write({0: done(20.0, 10.0), 1: done(30.0, 18.0)}, tmp_path)
     assert "| accuracy | 25.0 ± 7.1 | 14.0 ± 5.7 | +11.0 ± 1.4 |" in (tmp_path / "shapes.md").read_text()
     kept = json.loads((tmp_path / "shapes.json").read_text())
     assert kept["figures"]["accuracy"] == {"run": [20.0, 30.0], "untrained": [10.0, 18.0]}
     assert kept["minutes"] == {"knn": 1.0}
-    assert kept["versions"]["torch"]
+    assert kept["made_by"] == {"device": "a machine"}
+
+
+def test_figures_of_another_command_are_not_taken(script, tmp_path):
+    file = tmp_path / "knn.json"
+    file.write_text(json.dumps({"command": ["evaluate", "knn"], "seconds": 1.0, "result": {}}))
+    assert script.run_json(["evaluate", "knn"], file)["seconds"] == 1.0
+    with pytest.raises(SystemExit, match="is of another command: hpm evaluate knn"):
+        script.run_json(["evaluate", "knn", "--k", "5"], file)

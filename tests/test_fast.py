@@ -346,6 +346,21 @@ def test_overhead_is_over_mae_that_decodes_all_that_is_hidden(prepared, monkeypa
     assert decoded == [4, 12] * (TURNS + 1)
 
 
+def test_overhead_that_does_not_fit_into_memory_stops_no_run(prepared, monkeypatch, capsys):
+    from hpm import overhead
+
+    def full(act, device):
+        act()
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(overhead, "_seconds", full)
+    run = prepared()
+    run.state.student.zero_grad()
+    assert overhead.measure_overhead(run) is None
+    assert all(parameter.grad is None for parameter in run.state.student.parameters())
+    assert "was not measured" in capsys.readouterr().err
+
+
 def test_mae_has_no_overhead(prepared):
     from hpm.overhead import measure_overhead
 

@@ -12,6 +12,7 @@ import torch
 
 from hpm.build import build_normalise
 from hpm.distributed import synchronise
+from hpm.log import warn
 from hpm.masking import hide_random
 from hpm.method import Answers
 from hpm.run import Run
@@ -35,7 +36,7 @@ class Overhead(NamedTuple):
 
 
 def measure_overhead(run: Run) -> Overhead | None:
-    """Time the step and plain MAE's in turns, on random images; None where there is nothing but MAE.
+    """Time the step and plain MAE's in turns, on random images; None where there is nothing but MAE, or no room for it.
 
     Nothing of the run changes: no image is fetched, no weight is moved, and random numbers are functions of the step.
     Under several processes all have to call it.
@@ -64,9 +65,14 @@ def measure_overhead(run: Run) -> Overhead | None:
         features = None if answers is None else answers._replace(scores=None, guide=None)
         plain.step(student, None, images, noise, num_hard=0, answers=features).total.backward()
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
-        rounds = [tuple(_seconds(act, device) for act in (ask, solve, mae)) for _ in range(TURNS + 1)][1:]
-    student.zero_grad(set_to_none=True)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
+            rounds = [tuple(_seconds(act, device) for act in (ask, solve, mae)) for _ in range(TURNS + 1)][1:]
+    except torch.OutOfMemoryError:  # plain MAE may need more memory than a run that decodes a part
+        warn("the cost of mining over plain MAE was not measured: plain MAE does not fit into the device's memory")
+        return None
+    finally:
+        student.zero_grad(set_to_none=True)
     kept = config.method.steps_per_batch
     ratios = [(asked / kept + solved) / alone for asked, solved, alone in rounds]
     shares = [asked / kept / (asked / kept + solved) for asked, solved, _ in rounds]

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from hpm import distributed
-from hpm.ablation.clock import StepTimes, known_by, step_times
+from hpm.ablation.clock import StepTimes, TimedStep, known_by, step_times
 from hpm.ablation.measure import Accuracies, Images, measure, measure_untrained, open_images
 from hpm.ablation.plan import Budget, Job, Rows, choose_rows, chosen_suite, digest, plan
 from hpm.ablation.suites import AblateConfig
@@ -65,15 +65,15 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
         untrained = _untrained(Path(config.out).expanduser(), jobs, images, device)
         _write(config, fields, rows, jobs, images, untrained, times)
         for number, job in enumerate(jobs, 1):
+            if distributed.any_process(stop.name is not None):
+                raise Interrupted(f"stopped by {stop.name or 'a signal'} before run {number} of {len(jobs)}; the same "
+                                  "command goes on from there")  # fmt: skip
             if _outcome(job, images) is None:
                 distributed.barrier()  # the others must have looked before one of them finishes it
                 say(f"run {number} of {len(jobs)}: {job.row}, seed {job.seed}, {job.epochs} epochs ({job.budget})")
                 _run(job, images, device)
                 distributed.barrier()
                 _write(config, fields, rows, jobs, images, untrained, times)
-            if distributed.any_process(stop.name is not None):
-                raise Interrupted(f"stopped by {stop.name or 'a signal'} after run {number} of {len(jobs)}; the same "
-                                  "command goes on from there")  # fmt: skip
     outcomes = [outcome for job in jobs if (outcome := _outcome(job, images))]
     if all(outcome.failed for outcome in outcomes):
         raise InputError(f"every run of the ablation failed; the first: {outcomes[0].failed}")
@@ -94,8 +94,9 @@ def _step_times(config: AblateConfig, rows: Rows, device: torch.device) -> StepT
     """
     if not config.equal_time:
         return None
-    file = Path(config.out).expanduser() / f"step-times-{digest(known_by(rows.configs))}.json"
-    return distributed.from_main(lambda: step_times(rows.configs, file, device))
+    timed = {row: TimedStep.of(base, device) for row, base in sorted(rows.configs.items())}
+    file = Path(config.out).expanduser() / f"step-times-{digest(known_by(timed))}.json"
+    return distributed.from_main(lambda: step_times(timed, rows.reference, file, device))
 
 
 def _run(job: Job, images: Images, device: torch.device) -> None:

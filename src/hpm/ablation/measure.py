@@ -18,6 +18,7 @@ from hpm.evaluate.controls import untrained_encoder
 from hpm.evaluate.features import split_features, whole_split
 from hpm.evaluate.foreground import predicted_loss_auroc
 from hpm.evaluate.knn import accuracy_of_features
+from hpm.evaluate.labelled import labelled_fingerprint
 from hpm.evaluate.probe import linear_accuracy
 from hpm.log import say
 from hpm.run_folder import LoadedRun
@@ -44,7 +45,7 @@ class Images(NamedTuple):
     data: Source
     val: Source | None
     fingerprint: str
-    """Of both: figures from other images are not figures of this table."""
+    """Of both, with their labels: figures from other images or classes are not figures of this table."""
 
 
 def open_images(base: Config, val_spec: str) -> Images:
@@ -64,7 +65,7 @@ def open_images(base: Config, val_spec: str) -> Images:
     class_indices(val.labels or [], sorted(set(data.labels or [])))
     if len(data) < NEIGHBOURS:
         raise InputError(f"data: needs at least {NEIGHBOURS} images for {NEIGHBOURS}-NN, got {len(data)}")
-    return Images(data, val, f"{fingerprint(data)} {fingerprint(val)}")
+    return Images(data, val, f"{labelled_fingerprint(data)} {labelled_fingerprint(val)}")
 
 
 def _open(spec: str, config: Config, field: str) -> Source:

@@ -1,4 +1,4 @@
-"""Which runs a table needs: every row with every seed, at its epochs and at equal compute; and where they live."""
+"""Which runs a table needs: every row with every seed, at equal epochs, compute and time; and where they live."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hpm.ablation.suites import SUITES, AblateConfig, Suite
+from hpm.budget import keep_to_budget
 from hpm.build import open_images
 from hpm.config import Config, decisions, resolve_schedule, suggest, with_fields
 from hpm.data.sources import fingerprint
@@ -120,7 +121,7 @@ def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> t
     same |= {name: getattr(looked_at.data, name) for name in ("value_range", "mean", "std")}
     different: dict[str, Config] = {}
     for row, base in configs.items():
-        chosen = with_fields(base, same)
+        chosen = keep_to_budget(with_fields(base, same))
         resolve_schedule(chosen.optimisation, len(source))
         if twin := next((name for name, other in different.items() if other == chosen), None):
             warn(f"{row} is the same run as {twin} here; left out")

@@ -12,7 +12,7 @@ class Suite(NamedTuple):
     rows: tuple[str, ...]
     """Names of recipes without a scale; the first is the baseline that differences are quoted against."""
     reference: str
-    """The row whose compute all others are given in the second view; the dearest row where it is not among them."""
+    """The row whose compute and time all others are given in the other views; the dearest, where it is not a row."""
     about: str
     """What the table asks."""
 

@@ -136,12 +136,15 @@ class Table:
         lines += ["Linear: the published probe on frozen features, 90 epochs at one learning rate.", ""]
         if self.longer.get("compute"):
             lines += [f"Equal compute: the FLOPs of {self.reference}, in whole epochs; PFLOP is what each came to.", ""]
-        if self.step_seconds:
-            told = ", ".join(
-                f"{row} {seconds / self.step_seconds[self.baseline]:.2f}" for row, seconds in self.step_seconds.items()
-            )
-            lines += [f"Equal time: that of {self.reference}, in whole epochs, by the time of a step as measured "
-                      f"before the first run; a step takes, of {self.baseline}'s: {told}.", ""]  # fmt: skip
+        if self.longer.get("time"):
+            base = self.step_seconds[self.baseline]
+            rows = dict.fromkeys(run.row for run in self.outcomes)
+            told = ", ".join(f"{row} {self.step_seconds[row] / base:.2f}" for row in rows)
+            lines += [
+                f"Equal time: that of {self.reference}, in whole epochs, by the time of a step, timed before the first "
+                "run without loading and without exchange between processes; a step takes, of "
+                f"{self.baseline}'s: {told}.", "",
+            ]  # fmt: skip
         failed = [run for run in self.outcomes if run.failed]
         lines += [f"- {run.row}, seed {run.seed}: {run.failed}" for run in failed] + ([""] if failed else [])
         lines += [f"- {name}: {value}" for name, value in self.about.items()]

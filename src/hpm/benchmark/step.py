@@ -24,6 +24,8 @@ from hpm.build import (
     build_target,
     choose_attention,
     compile_blocks,
+    embedded_codebook,
+    recompute_blocks,
 )
 from hpm.config import Config, with_fields
 from hpm.data.loading import Batch
@@ -80,20 +82,27 @@ class OurStep:
         self.batch_size, self.device, self.bf16 = config.optimisation.batch_size, device, bf16
         self.masks_per_image = config.method.masks_per_image
         self.images_per_step = self.batch_size // self.masks_per_image
-        self.student = build_student(config).to(device)
-        self.stages = build_stages(config, self.student, build_target(config))
+        target = build_target(config)
+        if codebook := embedded_codebook(target):  # any entries will do: what they are does not change the time
+            codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
+        if isinstance(target, torch.nn.Module):
+            target.to(device)
+        self.student = build_student(config, target_dim=target.dim).to(device)
+        self.stages = build_stages(config, self.student, target)
         self.method = self.stages[-1].method
         choose_attention(self.student, device)
-        self.teacher = Teacher(self.student) if self.method.needs_teacher else None
+        self.teacher = Teacher(self.student)
+        if config.run.activation_checkpointing:
+            recompute_blocks(self.student)
         if compiled:
-            compile_blocks(self.student, *([self.teacher] if self.teacher else []))
+            compile_blocks(self.student, self.teacher)
         self.optimizer = build_optimizer(config.optimisation, self.student)
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         self.clip = config.optimisation.gradient_clip or math.inf
         self.kept = config.method.steps_per_batch
         self.cycle = self.kept * len(self.stages)
         self.feed = Feed(
-            None if self.teacher is None else self._ask,
+            self._ask if self.method.needs_teacher else None,
             build_normalise(config).to(device),
             patch=patch_size(self.student.encoder),
             steps_per_batch=self.kept,
@@ -110,19 +119,19 @@ class OurStep:
         num_hard = int(stage.method.num_hidden * HARD_SHARE)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             (meal,) = self.feed.meals(self.steps_done, stage, lambda: Batch(fetch(), []))
+            teacher = self.teacher if self.method.needs_teacher else None
             losses = stage.method.step(
-                self.student, self.teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers
+                self.student, teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers
             )
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.teacher is not None:
+        if self.method.needs_teacher or self.student.predictor is not None:
             self.teacher.update(self.student, EMA_DECAY)
         self.steps_done += 1
 
     def _ask(self, stage: Stage, images: torch.Tensor) -> Answers:
-        assert self.teacher is not None
         return stage.method.ask(self.teacher, images)
 
     def flops_per_view(self, images: torch.Tensor) -> float:

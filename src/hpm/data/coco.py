@@ -196,6 +196,10 @@ def _of_shapes(annotations: str, images: str, decoder: Decoder, field: str, imag
         raise InputError(f"{field}_annotations: shapes know their own, leave it out; got {annotations!r}")
     source = open_source(images, decoder=decoder, image_size=image_size, field=f"{field}_images")
     assert isinstance(source, ShapesSource)
+    if source.label != "silhouette":
+        raise InputError(
+            f"{field}_images: the objects of shapes are silhouettes; leave :background out, got {images!r}"
+        )
     numbers = {name: number for number, name in enumerate(CLASSES, 1)}
     content: dict[str, Any] = {
         "images": [], "annotations": [],

@@ -79,13 +79,13 @@ class Decoder:
         try:
             return to_sample(read_stored(content, channels=self.channels), self)
         except ChannelsError as error:
-            if (pages := describe(content).frames) > 1:
+            found = describe(content)
+            if found.frames > 1:
                 raise ChannelsError(
-                    f"{error}: of its {pages} pages or frames the first alone is read (bands belong into one page: "
-                    "tifffile.imwrite(..., planarconfig='separate'), or .npy)"
+                    f"{error}: of its {found.frames} pages or frames the first alone is read (bands belong into one "
+                    "page: tifffile.imwrite(..., planarconfig='separate'), or .npy)"
                 ) from error
-            bands = describe(content).bands
-            raise ChannelsError(f"{error}; a run with --channels {bands} reads such files") from error
+            raise ChannelsError(f"{error} (where all files are like it: --channels {found.bands})") from error
 
 
 RGB = Decoder()

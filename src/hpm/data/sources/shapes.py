@@ -30,7 +30,7 @@ class ShapesSource(Source):
         self.size = size
         self.seed = seed
         self.label = label
-        self._backgrounds: list[str] = []
+        self._labels: list[str] = []
 
     def __len__(self) -> int:
         return self.num_images
@@ -51,12 +51,13 @@ class ShapesSource(Source):
     @property
     def labels(self) -> Sequence[str]:
         """The silhouettes, or the backgrounds."""
-        if self.label == "silhouette":
-            return [list(CLASSES)[index % len(CLASSES)] for index in range(self.num_images)]
-        if not self._backgrounds:  # what an image is does not depend on its size
-            made = (make_shape(self.seed, index, 8, 8) for index in range(self.num_images))
-            self._backgrounds = [BACKGROUNDS[shape.background] for shape in made]
-        return self._backgrounds
+        if not self._labels:
+            numbers = range(self.num_images)
+            if self.label == "silhouette":
+                self._labels = [list(CLASSES)[number % len(CLASSES)] for number in numbers]
+            else:  # what an image is does not depend on its size
+                self._labels = [BACKGROUNDS[make_shape(self.seed, number, 8, 8).background] for number in numbers]
+        return self._labels
 
     def groups(self) -> Sequence[str]:
         """The difficulty levels."""
