@@ -37,7 +37,7 @@ EVALUATIONS: dict[str, str] = {
     f"{SHAPE_STAYS} --untrained --seed SEED",
     "foreground": "foreground --images shapes:480@3",
     "segment": "segment --images shapes:400@1 --val-images shapes:200@2 --cache --seed SEED",
-    "detect": "detect --train-images shapes:240@1 --val-images shapes:80@2 --width 64 --epochs 5 --untrained "
+    "detect": "detect --train-images shapes:240@1 --val-images shapes:80@2 --width 64 --epochs 12 --untrained "
     "--seed SEED",
 }
 """Arguments of ``hpm evaluate``."""
