@@ -12,22 +12,24 @@ import pytest
 import torch
 from PIL import Image
 
-from hpm.build import choose_attention
+from hpm.build import build_normalise, choose_attention
 from hpm.cli import main
+from hpm.data.decode import Decoder
 from hpm.data.loading import Cover
 from hpm.data.sources import open_source
+from hpm.display import Display
 from hpm.embed import embed
 from hpm.embed.chunks import Parts
 from hpm.embed.config import EmbedConfig
 from hpm.embed.difficulty import mask_order, measure_difficulty, rank_agreement
-from hpm.embed.sheet import Ranked, ends
+from hpm.embed.sheet import Ranked, draw_sheet, ends
 from hpm.errors import InputError
 from hpm.method import relative_loss
 from hpm.run_folder import LoadedRun
 from hpm.visualize import NUM_MASKS
 from hpm.vit import encode
 from random_run import random_run
-from tiny import in_child
+from tiny import in_child, tiny_config
 
 torch.set_num_threads(1)
 
@@ -421,3 +423,23 @@ def test_command(trained, photos, tmp_path, capsys):
     exec("\n".join(line.strip() for line in lines), scope)
     assert scope["features"].shape == (19, 32)
     assert scope["paths"][0].endswith("00.png")
+
+
+@pytest.mark.parametrize("no_data", [None, 0])
+def test_contact_sheet_hatches_what_is_no_data_and_says_so(tmp_path, no_data):
+    for number in range(4):
+        values = np.random.default_rng(number).integers(1, 255, (16, 16, 3), dtype=np.uint8)
+        values[:, 8:] = 0
+        np.save(tmp_path / f"{number}.npy", values)
+    source = open_source(str(tmp_path), decoder=Decoder(no_data=no_data), image_size=(16, 16))
+    ranked = [Ranked(number, f"{number}.npy", float(number)) for number in range(4)]
+    figure = draw_sheet(
+        source, ranked[:2], ranked[2:], np.arange(4.0), display=Display(build_normalise(tiny_config())), size=(16, 16),
+        title="four images",
+    )  # fmt: skip
+    told = [text.get_text() for text in figure.texts]
+    assert ("four images; hatched: no data" in told) == (no_data == 0)
+    assert ("four images" in told) == (no_data is None)
+    pictures = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert len(pictures) == 4
+    assert all(({120, 190} == set(np.unique(picture[:, 8:]))) == (no_data == 0) for picture in pictures)

@@ -59,7 +59,7 @@ COMMANDS: dict[str, Command] = {
         evaluate_segment, "semantic segmentation: mean IoU of a head on the encoder's feature maps"
     ),
     "evaluate detect": Command(evaluate_detect, "detection and instance masks: COCO AP of Mask R-CNN on the encoder"),
-    "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs and at equal compute"),
+    "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs, compute and time"),
     "data check": Command(data_check, "what is in a source: sizes, channels, depths, damage, duplicates"),
     "data stats": Command(
         data_stats, "mean and deviation per channel over all pixels, exactly, and the flags to use them"

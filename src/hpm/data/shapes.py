@@ -85,7 +85,8 @@ def make_shape(seed: int, index: int, height: int, width: int) -> Shape:
 
     Args:
         seed: Which set; disjoint seeds give independent images.
-        index: Position in the set. Classes and levels take turns, so that every prefix is balanced.
+        index: Position in the set. Silhouettes and levels take turns, so that every prefix is balanced in them; in
+            backgrounds it is not, because two levels have one each and the third has six.
         height: Pixels.
         width: Pixels.
     """

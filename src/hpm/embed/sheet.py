@@ -77,9 +77,8 @@ def draw_sheet(
     def axis_at(left: float, top: float, wide: float, high: float) -> Axes:
         return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
 
-    figure.text(_GAP / width, 1 - 0.18 / height, title, fontsize=9, va="center")
     _histogram(axis_at(0.6, 0.36, width - 0.8, _HISTOGRAM), easiest, hardest, difficulty)
-    top = 0.36 + _HISTOGRAM + 0.5
+    top, some_without_data = 0.36 + _HISTOGRAM + 0.5, False
     for end, count, name in zip((easiest, hardest), rows, ("easiest", "hardest")):
         heading = f"{name} {len(end)}, {name} first"
         figure.text(_GAP / width, 1 - (top + 0.17) / height, heading, fontsize=10, fontweight="bold", va="center")
@@ -88,12 +87,16 @@ def draw_sheet(
             row, column = divmod(number, _COLUMNS)
             left = _GAP + column * (_TILE + _GAP)
             axis = axis_at(left, top + row * (tile_height + _CAPTION), _TILE, tile_height)
-            axis.imshow(_picture(source, item.position, display, size), interpolation="nearest", aspect="auto")
+            picture, whole = _picture(source, item.position, display, size)
+            some_without_data |= not whole
+            axis.imshow(picture, interpolation="nearest", aspect="auto")
             axis.axis("off")
             below = 1 - (top + row * (tile_height + _CAPTION) + tile_height + 0.02) / height
             caption = f"{item.difficulty:.3g}  #{item.position}\n{_short(item.path)}"
             figure.text(left / width, below, caption, fontsize=6, va="top", linespacing=1.1)
         top += count * (tile_height + _CAPTION)
+    title += "; hatched: no data" if some_without_data else ""
+    figure.text(_GAP / width, 1 - 0.18 / height, title, fontsize=9, va="center")
     return figure
 
 
@@ -112,12 +115,13 @@ def _histogram(
     axis.legend(fontsize=7, frameon=False)
 
 
-def _picture(source: Source, position: int, display: Display, size: tuple[int, int]) -> UInt8[np.ndarray, "h w k"]:
-    """An image as the encoder sees it, hatched where there is no data."""
+def _picture(
+    source: Source, position: int, display: Display, size: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "h w k"], bool]:
+    """An image as the encoder sees it, hatched where there is no data; is all of it data?"""
     sample, cover = source.read(position), Cover(size)
     valid = None if sample.valid is None else cover(sample.valid[None])
-    picture: np.ndarray = hatched(display.pixels(cover(sample.image).unsqueeze(0)), valid)[0]
-    return picture
+    return hatched(display.pixels(cover(sample.image).unsqueeze(0)), valid)[0], valid is None
 
 
 def _short(path: str, most: int = 26) -> str:
