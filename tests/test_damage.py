@@ -1,7 +1,9 @@
 """Damage during a run: each image named once, over processes and resumes; a worker that dies named with its image."""
 
+import multiprocessing
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,6 +177,25 @@ def test_other_errors_stay_as_they_are():
     dead = RuntimeError("DataLoader worker (pid 4) is killed by signal: Killed. ")
     assert "its first image" in str(noted.explained(dead))
     assert "Killed" in str(noted.explained(dead))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_connection_that_breaks_because_a_worker_died_names_it(error):
+    """What comes instead of PyTorch's word where a worker dies while it hands a batch over."""
+    context = multiprocessing.get_context("fork")
+    noted = LastRead(Numbers(), 2)
+    patient = context.Process(target=time.sleep, args=(60,))
+    dying = context.Process(target=time.sleep, args=(0.2,))
+    for number, process in enumerate((patient, dying)):
+        process.start()
+        noted._notes[number] = torch.tensor((process.pid, 40 + number))
+    told = noted.explained(error)
+    patient.kill()
+    patient.join()
+    assert "a data worker died (exited unexpectedly) while it read #41;" in str(told)
+    alone = LastRead(Numbers(), 1)
+    assert alone.explained(error) is error  # no worker ever noted anything
+    assert noted.explained(FileNotFoundError()).args == ()
 
 
 def test_damage_of_a_source_is_the_decoders_reason(folder):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,6 +16,10 @@ from torch.utils.data import Dataset, get_worker_info
 from hpm.errors import InputError
 
 Item = TypeVar("Item", covariant=True)
+
+LOADER_ERRORS = (RuntimeError, ConnectionError, EOFError)
+"""What reaches the main process when a worker dies: PyTorch's own word, or a connection that breaks while a batch is
+handed over."""
 
 
 class LastRead(Dataset[Item]):
@@ -51,17 +57,32 @@ class LastRead(Dataset[Item]):
         """
         try:
             yield
-        except RuntimeError as error:
+        except LOADER_ERRORS as error:
             if (told := self.explained(error)) is error:
                 raise
             raise told from error
 
-    def explained(self, error: RuntimeError) -> Exception:
+    def _no_longer_running(self) -> set[int]:
+        """The workers that have ended, or do so within two seconds: a connection breaks before its process is gone."""
+        noted = {pid for pid in self._notes[:, 0].tolist() if pid > 0}
+        until = time.monotonic() + 2
+        while not (ended := noted - {child.pid for child in multiprocessing.active_children()}):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
+        return ended
+
+    def explained(self, error: Exception) -> Exception:
         """What to raise in place of the loader's error: if a worker died, with the image that it was reading."""
         found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        if found is None:
+        if found is not None:
+            dead = {int(number) for number in re.findall(r"\d+", found[1])}
+        elif isinstance(error, (ConnectionError, EOFError)):
+            dead = self._no_longer_running()
+        else:
+            dead = set()
+        if not dead:
             return error
-        dead = {int(number) for number in re.findall(r"\d+", found[1])}
         numbers = [index for pid, index in self._notes.tolist() if pid in dead and index >= 0]
         source = getattr(self.images, "source", None)
         names = [f"#{number}" if source is None else source.name(number) for number in numbers]

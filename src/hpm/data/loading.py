@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from hpm.data.cache import SharedImages
 from hpm.data.crops import Box, covering, crop_numbers, draw_box, resample, resample_mask, whole
 from hpm.data.decode import DecodeError, Sample
-from hpm.data.last_read import LastRead
+from hpm.data.last_read import LOADER_ERRORS, LastRead
 from hpm.data.order import Ahead
 from hpm.data.order import Position as Position
 from hpm.data.order import TrainingOrder as TrainingOrder
@@ -339,7 +339,7 @@ def batches_in_order(
     except InputError as error:  # a worker's comes with its traceback in front
         problem: Exception = InputError(str(error).rpartition("InputError: ")[2].strip())
         error.__traceback__ = None  # it holds on to the workers; collected as garbage, they keep torch waiting for 10 s
-    except RuntimeError as error:
+    except LOADER_ERRORS as error:
         problem = noted.explained(error)
         problem.__cause__ = error if problem is not error else error.__cause__
     finally:
