@@ -2,9 +2,9 @@
 
     python benchmarks/shapes.py --out runs/shapes --seeds 0 1 2
 
-Runs the commands that a user would (12,000 images, 8 epochs, then all of ``hpm evaluate``); on two busy CPU cores a seed
-takes three quarters of an hour, half of it detection. What is done is not repeated. Writes OUT/shapes.json and OUT/shapes.md: mean and
-standard deviation over seeds; a seed is that of pre-training and of everything after it.
+Runs the commands that a user would (12,000 images, 8 epochs, then all of ``hpm evaluate``); on two busy CPU cores a
+seed takes three quarters of an hour, half of it detection. What is done is not repeated. Writes OUT/shapes.json and
+OUT/shapes.md: mean and standard deviation over seeds; a seed is that of pre-training and of everything after it.
 """
 
 from __future__ import annotations
