@@ -95,14 +95,15 @@ def step_times(steps: Mapping[str, TimedStep], reference: str, file: Path, devic
 
 
 def seconds_of(rates: Mapping[str, list[float]], reference: str) -> StepTimes:
-    """Seconds per view whose ratios to the reference are the mean ratios within rounds.
+    """Seconds per view whose ratios to the reference are the median ratios within rounds.
 
-    A machine that was slower in one round was so for all rows; so every round is brought to the reference's mean.
+    A machine that was slower in one round was so for all rows; so every round is brought to the reference's median.
+    Medians, because other work that begins between two turns of a round spoils that round alone.
     """
     base = rates[reference]
-    of_reference = statistics.fmean(1 / rate for rate in base)
+    of_reference = statistics.median(1 / rate for rate in base)
     return {
-        row: of_reference * statistics.fmean(there / rate for there, rate in zip(base, values, strict=True))
+        row: of_reference * statistics.median(there / rate for there, rate in zip(base, values, strict=True))
         for row, values in rates.items()
     }
 
