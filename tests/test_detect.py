@@ -97,15 +97,15 @@ def test_average_precision_leaves_its_arguments_alone():
 # The detector
 
 
-def tiny_encoder(size=64, patch=8):
+def tiny_encoder(size=64, patch=8, bf16=False):
     vit = create_encoder("vit_tiny_patch16_224", image_size=(32, 32), patch_size=patch, width=16, depth=1, heads=2)
-    return DenseEncoder(vit, size=(size, size), depths=(1,), trained=True)
+    return DenseEncoder(vit, size=(size, size), depths=(1,), trained=True, bf16=bf16)
 
 
-def tiny_detector(size=64, masks=True):
+def tiny_detector(size=64, masks=True, bf16=False):
     return build_detector(
-        tiny_encoder(size), num_classes=2, masks=masks, size=size, width=8, anchor_scale=4.0, mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
+        tiny_encoder(size, bf16=bf16), num_classes=2, masks=masks, size=size, width=8, anchor_scale=4.0,
+        mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
     )  # fmt: skip
 
 
@@ -146,6 +146,49 @@ def test_large_boxes_are_pooled_from_coarse_levels():
     sides = torch.tensor([27.0, 55, 57, 111, 113, 225])
     boxes = torch.stack([torch.zeros(6), torch.zeros(6), sides, sides], dim=1)
     assert pool.map_levels([boxes]).tolist() == [0, 0, 1, 1, 2, 3]
+
+
+def test_heads_compute_in_bf16_and_boxes_do_not():
+    """In bfloat16 a coordinate near 500 is a multiple of 2."""
+    torch.manual_seed(0)
+    model = tiny_detector(512, bf16=True).eval()
+    seen = {}
+
+    def look(name):
+        return lambda module, inputs, output: seen.update({name: output.dtype})
+
+    model.backbone.pyramid.module.levels[0][3].register_forward_hook(look("pyramid"))
+    model.rpn.head.module.cls_logits.register_forward_hook(look("rpn"))
+    model.roi_heads.box_head.module.fc7.register_forward_hook(look("box"))
+    model.roi_heads.mask_head.module[0].register_forward_hook(look("mask"))
+    model.roi_heads.mask_predictor.module.mask_fcn_logits.register_forward_hook(look("masks"))
+    proposals = []
+    model.rpn.register_forward_hook(lambda module, inputs, output: proposals.extend(output[0]))
+    found = model([torch.rand(3, 512, 512)])[0]
+    assert seen == dict.fromkeys(("pyramid", "rpn", "box", "mask", "masks"), torch.bfloat16)
+    assert found["boxes"].dtype == found["scores"].dtype == found["masks"].dtype == torch.float32
+    for boxes in (proposals[0], found["boxes"]):
+        inside = boxes[(boxes > 256) & (boxes < 512)]
+        assert len(inside) > 20
+        assert (inside != inside.bfloat16()).float().mean() > 0.9
+
+
+def test_bf16_changes_the_losses_by_rounding_alone():
+    torch.manual_seed(0)
+    plain, half = (tiny_detector(bf16=bf16).train() for bf16 in (False, True))
+    half.load_state_dict(plain.state_dict())
+    target = {"boxes": torch.tensor([[8.0, 8, 40, 48]]), "labels": torch.tensor([1]),
+              "masks": torch.ones(1, 64, 64, dtype=torch.uint8)}  # fmt: skip
+    losses = []
+    for model in (plain, half):
+        torch.manual_seed(1)
+        images = [torch.rand(3, 64, 64)]
+        losses.append({name: value.item() for name, value in model(images, [target]).items()})
+    assert losses[0].keys() == losses[1].keys()
+    assert len(losses[0]) == 5
+    for name in losses[0]:
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=0.02), name
+        assert losses[1][name] != losses[0][name], name
 
 
 def test_anchors_stand_on_the_strides_of_their_levels():

@@ -11,11 +11,13 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from hpm.errors import InputError
 from hpm.evaluate.dense.encoder import DenseEncoder
+from hpm.evaluate.dense.precision import Bf16
 from hpm.evaluate.dense.pyramid import SCALES, SimplePyramid
 from hpm.vit import patch_size
 
@@ -34,7 +36,7 @@ class PyramidBackbone(nn.Module):
     def __init__(self, encoder: DenseEncoder, *, width: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.pyramid = SimplePyramid(encoder.dim, width)
+        self.pyramid = Bf16(SimplePyramid(encoder.dim, width), enabled=encoder.bf16)
         self.out_channels = width
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> OrderedDict[str, Tensor]:
@@ -76,6 +78,7 @@ def build_detector(
 
     torchvision's transform fits every image into a square of ``size`` and brings results back to the image's own
     pixels. Anchors and the levels that boxes are pooled from count in strides, as in ViTDet at 16-pixel patches.
+    Pyramid and heads compute in bfloat16 where the encoder does; proposals, boxes and losses are float32.
 
     Args:
         encoder: With one depth, for images of ``size``.
@@ -93,6 +96,7 @@ def build_detector(
         sizes=tuple((anchor_scale * stride,) for stride in (*strides, 2 * strides[-1])),
         aspect_ratios=(RATIOS,) * (len(strides) + 1),
     )
+    bf16 = encoder.bf16
     common = {
         "backbone": PyramidBackbone(encoder, width=width),
         "min_size": size,
@@ -101,9 +105,10 @@ def build_detector(
         "image_std": list(std),
         "size_divisible": size,
         "rpn_anchor_generator": anchors,
+        "rpn_head": Bf16(RPNHead(width, len(RATIOS)), enabled=bf16),
         "box_batch_size_per_image": samples_per_image or adapted_samples(size),
         "box_roi_pool": _pool(strides, 7),
-        "box_head": TwoMLPHead(width * 7 * 7, 4 * width),
+        "box_head": Bf16(TwoMLPHead(width * 7 * 7, 4 * width), enabled=bf16),
         "box_predictor": FastRCNNPredictor(4 * width, num_classes + 1),
     }
     if not masks:
@@ -111,8 +116,8 @@ def build_detector(
     return MaskRCNN(
         **common,
         mask_roi_pool=_pool(strides, 14),
-        mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
-        mask_predictor=MaskRCNNPredictor(width, width, num_classes + 1),
+        mask_head=Bf16(MaskRCNNHeads(width, (width,) * 4, 1), enabled=bf16),
+        mask_predictor=Bf16(MaskRCNNPredictor(width, width, num_classes + 1), enabled=bf16),
     )
 
 

@@ -29,6 +29,7 @@ from hpm.evaluate.dense.crops import FeatureCache, SegmentationCrops, resize, st
 from hpm.evaluate.dense.encoder import DenseEncoder, check_size, choose_depths, parameter_groups
 from hpm.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
 from hpm.evaluate.dense.pictures import Segmented, draw_segmentations
+from hpm.evaluate.dense.precision import Bf16
 from hpm.evaluate.dense.segment_data import Data, open_data
 from hpm.evaluate.dense.training import (
     Task,
@@ -261,7 +262,8 @@ class Bench:
             if config.head == "linear":
                 head = LinearHead(encoder.dim, num_maps=len(depths), num_classes=len(self.data.names))
             else:
-                head = UperNetHead(encoder.dim, num_classes=len(self.data.names), width=config.width)
+                decoder = UperNetHead(encoder.dim, num_classes=len(self.data.names), width=config.width)
+                head = Bf16(decoder, enabled=encoder.bf16)
         return Segmenter(encoder, head).to(self.device)
 
     def _task(self, model: Segmenter, contender: Contender) -> Task:
