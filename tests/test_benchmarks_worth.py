@@ -1,25 +1,32 @@
-"""The script behind the table of shapes: its commands exist, and its figures are among what they return."""
+"""The script behind the tables of docs/evaluate.md: its commands exist, and its figures are among what they return."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from hpm.cli import pretraining
 from hpm.cli.flags import parse
 from hpm.evaluate import finetune, knn, linear
 from hpm.evaluate.config import FinetuneConfig, ForegroundConfig, KnnConfig, LinearConfig
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks/shapes.py"
+SCRIPT = Path(__file__).parent.parent / "benchmarks/worth.py"
 CONFIGS = {"knn": KnnConfig, "linear": LinearConfig, "finetune": FinetuneConfig, "foreground": ForegroundConfig}
 RESULTS = {"knn": knn.KnnResult, "linear": linear.LinearResult, "finetune": finetune.FinetuneResult}
 """Of the JSON line; that of foreground has a key per measure."""
 
 
+@pytest.fixture(scope="module", params=["shapes", "photographs"])
+def images(request, script):
+    return script.IMAGES[request.param]
+
+
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("shapes_benchmark", SCRIPT)
+    spec = importlib.util.spec_from_file_location("worth", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -36,23 +43,34 @@ def kinds():
     return configs, RESULTS | {"segment": segment.SegmentResult, "detect": detect.DetectResult}
 
 
-def test_every_command_of_the_script_is_one_of_hpm(script):
+def test_every_command_of_the_script_is_one_of_hpm(images):
     configs, _ = kinds()
-    for words in script.EVALUATIONS.values():
+    for words in images.evaluations.values():
         command, *flags = words.replace("SEED", "3").split()
         config = parse(configs[command], f"evaluate {command}", [*flags, "--checkpoint", "run"])
-        if command == "finetune":
+        if command == "finetune" and "shapes" in words:
             assert config.rand_augment == ""
         if hasattr(config, "seed"):
             assert config.seed == 3  # or all seeds of the table would share a head, an order, a draw of labels
 
 
-def test_every_figure_of_the_script_is_in_the_result_of_its_evaluation(script):
+def test_its_pre_training_is_one_of_hpm(images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        importlib.import_module("hpm.pretrain"), "train", lambda config, out, resume: seen.append(config) or {}
+    )
+    monkeypatch.setattr(pretraining, "report_run", lambda *_, **__: None)
+    pretraining.pretrain([*images.pretrain.split(), "--no-figures", "--seed", "3", "--out", "run"])
+    assert seen[0].optimisation.seed == 3
+    assert seen[0].method.predictor_view == "both"
+
+
+def test_every_figure_of_the_script_is_in_the_result_of_its_evaluation(images):
     _, results = kinds()
     from hpm.evaluate.dense.segment import ClassFigures
 
-    for name, *paths in script.FIGURES.values():
-        command = script.EVALUATIONS[name].split()[0]
+    for name, *paths in images.figures.values():
+        command = images.evaluations[name].split()[0]
         if command == "foreground":
             assert paths == ["predicted_loss.auroc", "others.untrained.predicted_loss.auroc"]
             continue
@@ -60,7 +78,7 @@ def test_every_figure_of_the_script_is_in_the_result_of_its_evaluation(script):
         for path in paths:
             first, *rest = path.split(".")
             if first == "few":
-                assert rest[0] in script.EVALUATIONS[name].partition("--labels-per-class")[2].split()
+                assert rest[0] in images.evaluations[name].partition("--labels-per-class")[2].split()
                 assert rest[1] in ("run", "untrained")
             else:
                 assert first in known
@@ -68,7 +86,8 @@ def test_every_figure_of_the_script_is_in_the_result_of_its_evaluation(script):
 
 
 def test_the_table_pairs_run_and_untrained_by_seed(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "FIGURES", {"accuracy": ("knn", "top1", "few.5.untrained")})
+    figures = {"accuracy": ("knn", "top1", "few.5.untrained"), "of one seed alone": ("linear", "top1", "top5")}
+    monkeypatch.setattr(script, "IMAGES", {"shapes": script.Images("", {}, figures)})
 
     def done(mine, theirs):
         few = [
@@ -78,13 +97,14 @@ def test_the_table_pairs_run_and_untrained_by_seed(script, tmp_path, monkeypatch
         return {"knn": {"seconds": 60.0, "result": {"top1": mine, "few_labels": few}}}
 
     (tmp_path / "seed0/run").mkdir(parents=True)
-    (tmp_path / "seed0/run/config.yaml").write_text("about: {device: a machine}")
-    script.write({0: done(20.0, 10.0), 1: done(30.0, 18.0)}, tmp_path)
+    (tmp_path / "seed0/run/config.yaml").write_text(f"about: {{command: hpm --out {tmp_path}/seed0}}")
+    script.write({0: done(20.0, 10.0) | {"linear": {}}, 1: done(30.0, 18.0)}, "shapes", tmp_path)
     assert "| accuracy | 25.0 ± 7.1 | 14.0 ± 5.7 | +11.0 ± 1.4 |" in (tmp_path / "shapes.md").read_text()
     kept = json.loads((tmp_path / "shapes.json").read_text())
     assert kept["figures"]["accuracy"] == {"run": [20.0, 30.0], "untrained": [10.0, 18.0]}
     assert kept["minutes"] == {"knn": 1.0}
-    assert kept["made_by"] == {"device": "a machine"}
+    assert kept["made_by"] == {"command": "hpm --out OUT/seed0"}  # no folder of this machine
+    assert kept["figures"].keys() == {"accuracy"}
 
 
 def test_figures_of_another_command_are_not_taken(script, tmp_path):
