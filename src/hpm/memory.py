@@ -61,8 +61,12 @@ class StepMemory(NamedTuple):
     @property
     def total(self) -> int:
         """Of a step."""
+        return self.of(self.views)
+
+    def of(self, views: int) -> int:
+        """Of a step with so many views in a micro-batch, where gradients are kept as they are here."""
         per_view = self.activations_per_view + self.recomputed_per_view
-        return self.standing + self.gathered + self.weight_copies + self.views * per_view
+        return self.standing + self.gathered + self.weight_copies + views * per_view
 
 
 def step_memory(config: Config, *, processes: int = 1, bf16: bool = True) -> StepMemory:

@@ -28,6 +28,7 @@ from hpm.cli.evaluating import (
 )
 from hpm.cli.looking import visualize
 from hpm.cli.output import complain, say_plainly
+from hpm.cli.planning import plan
 from hpm.cli.pretraining import demo, pretrain, recipes
 from hpm.cli.weights import convert, export
 from hpm.errors import InputError, Interrupted
@@ -44,6 +45,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(demo, "the main job on embedded data: pre-train, evaluate, figures, report"),
+    "plan": Command(plan, "images, a machine and a time budget -> model, sizes, batch, epochs, hours, memory"),
     "pretrain": Command(pretrain, "learn from images:  hpm pretrain --data photos/ --out runs/photos"),
     "evaluate knn": Command(evaluate_knn, "accuracy of the k nearest neighbours, beside the untrained encoder"),
     "evaluate linear": Command(

@@ -1,0 +1,67 @@
+"""``hpm plan``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpm.cli.flags import parse_with_json
+from hpm.cli.output import print_json, print_table
+
+
+def plan(arguments: list[str]) -> None:
+    """``hpm plan``."""
+    from hpm.planning.config import PlanConfig
+
+    config, as_json = parse_with_json(PlanConfig, "plan", arguments)
+
+    from hpm.planning.plan import run
+
+    result = run(config)
+    images = result["images"]
+    labels = f"{images['classes']} classes" if images["classes"] else "no labels"
+    print(f"{images['number']:,} images, about {images['width']}x{images['height']} px, {labels}; "
+          f"{result['versions']['device']}, {result['processes']} process(es)\n")  # fmt: skip
+    header = ("encoder", "parameters", "memory", "images/s", f"epochs in {config.budget}", "")
+    print_table(header, [_cells(row, result, images["number"]) for row in result["candidates"]])
+    print("~ reckoned by FLOPs, not timed; memory is counted, with a quarter on top; parameters with the decoders\n")
+    chosen = result["config"]
+    size = "x".join(map(str, chosen["image_size"]))
+    print(
+        f"proposed: {result['encoder']} on {size} px in patches of {chosen['patch_size']}, {result['epochs']} epochs "
+        f"({result['steps']:,} steps of {chosen['batch_size']}), about {duration(3600 * result['hours'])}"
+    )
+    for line in result["advice"]:
+        print(f"mind:  {line}")
+    if config.out:
+        print(f"next:  hpm pretrain --config {config.out} --out RUN")
+    else:
+        print(f"next:  {result['command']}")
+    if as_json:
+        print_json(result)
+
+
+def _cells(row: dict[str, Any], result: dict[str, Any], num_images: int) -> tuple[str, ...]:
+    notes = ["<- proposed"] if row["name"] == result["encoder"] else []
+    if not row["fits"]:
+        notes.append("does not fit")
+    if num_images < row["min_images"]:
+        notes.append(f"for {row['min_images']:,} images and more")
+    if row["micro_batch_size"]:
+        notes.append(f"micro-batches of {row['micro_batch_size']}")
+    if row["activation_checkpointing"]:
+        notes.append("recomputes activations")
+    if row["sharding"] != "none":
+        notes.append("sharded")
+    rate = f"{'' if row['measured'] else '~'}{row['images_per_second']:.3g}"
+    return (
+        row["name"], f"{row['parameters'] / 1e6:.1f} M", f"{row['memory_bytes'] / 1e9:.1f} GB", rate,
+        f"{row['epochs']:,}", ", ".join(notes),
+    )  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length or unit == "min":
+            return f"{seconds / length:.1f} {unit}"
+    raise AssertionError
