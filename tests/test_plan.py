@@ -120,21 +120,21 @@ def counted():
 @pytest.fixture
 def rates(monkeypatch, counted):
     """Views per second, given rather than timed; which encoders were asked for."""
+    originals = {name: getattr(plan, name) for name in ("step_memory", "training_flops")}
     asked = []
-    for name in ("step_memory", "training_flops"):
 
-        def once(config, *, count=getattr(plan, name), name=name, **how):
-            key = (
-                name,
-                repr((config.model, config.method, config.optimisation.batch_size, config.run)),
-                config.data.size,
-            )
-            key += (config.data.channels, *sorted(how.items()))
+    def once(count):
+        def known(config, **how):
+            decides = config.model, config.method, config.optimisation, config.run, config.data.size
+            key = count.__name__, repr((*decides, config.data.channels, sorted(how.items())))
             if key not in counted:
                 counted[key] = count(config, **how)
             return counted[key]
 
-        monkeypatch.setattr(plan, name, once)
+        return known
+
+    for name, count in originals.items():
+        monkeypatch.setattr(plan, name, once(count))
 
     def rate(candidate, device, seconds):
         asked.append(candidate.size.name)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,9 @@ from torch.utils.tensorboard import SummaryWriter
 from hpm.checkpoint import write_text_atomically
 
 Item = TypeVar("Item")
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Of :func:`tracked` where there is no terminal."""
 
 console = Console(stderr=True, highlight=False)
 """Logs and bars go to standard error; figures for the user go to standard output."""
@@ -144,29 +147,29 @@ def _bar(*extra: ProgressColumn) -> Progress:
 def tracked(
     items: Iterable[Item], description: str, *, total: int | None = None, images_per_item: int | None = None
 ) -> Iterator[Item]:
-    """Show a bar with time left while going through ``items``; nothing where there is no terminal.
+    """Show a bar with time left while going through ``items``; without a terminal a line every half minute.
 
     Args:
         items: What to go through.
         description: Name beside the bar.
         total: How many there are.
-        images_per_item: Show the rate in images too, and without a terminal a line now and then: for work of hours.
+        images_per_item: Show the rate in images as well.
     """
     if os.environ.get("RANK", "0") != "0":
         yield from items
     elif console.is_terminal:
         with _bar(*([] if images_per_item is None else [_ImageRate(images_per_item)])) as bar:
             yield from bar.track(items, description=description, total=total)
-    elif images_per_item is None:
-        yield from items
     else:
+        total = total if total is not None else len(items) if isinstance(items, Sized) else None
         started = last_line = time.monotonic()
         for number, item in enumerate(items, 1):
             yield item
-            if (now := time.monotonic()) - last_line > 30:
+            if (now := time.monotonic()) - last_line > SECONDS_BETWEEN_LINES:
                 last_line, each = now, (now - started) / number
+                rate = "" if images_per_item is None else f"  {images_per_item / each:.0f} img/s"
                 left = None if total is None else (total - number) * each
-                say(f"{description} {number}/{total}  {images_per_item / each:.0f} img/s  left {_clock(left)}")
+                say(f"{description} {number}/{'?' if total is None else total}{rate}  left {_clock(left)}")
 
 
 class _ImageRate(ProgressColumn):

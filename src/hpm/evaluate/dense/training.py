@@ -168,7 +168,8 @@ def train(task: Task, plan: Plan, *, device: torch.device, checkpoints: Path, id
 
     task.model.train()
     with StopSignal() as stop, closing(_batches(task, plan, first, device)) as batches:
-        for step in tracked(range(first, plan.total_steps), task.name, total=plan.total_steps - first):
+        bar = tracked(range(first, plan.total_steps), f"training, {task.name}", images_per_item=plan.batch_size)
+        for step in bar:
             rate = learning_rate(
                 step + 1, peak=plan.peak_learning_rate, warmup_steps=warmup, total_steps=plan.total_steps + 1
             )
