@@ -2,29 +2,37 @@
 
 import importlib
 import json
+import shlex
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hpm.cli import planning, pretraining
 from hpm.config import load_config
 from hpm.errors import InputError
-from hpm.planning import plan
-from hpm.planning.config import PlanConfig, parse_budget
-from hpm.planning.images import look_at, time_loading
+from hpm.planning import candidates, plan, timing
+from hpm.planning.candidates import Machine, make_candidate, sizes_for
+from hpm.planning.config import PlanConfig, duration, parse_budget
+from hpm.planning.images import Loading, look_at, open_images_of, time_loading
 from hpm.planning.sizes import (
     MAX_EPOCHS,
     SIZES,
     Size,
     choose_batch,
-    choose_image_size,
+    choose_grid,
     choose_patch,
+    choose_side,
+    enough_views,
     epochs_within,
     preferred,
 )
+from hpm.planning.timing import StepSeconds, loading_limit, reckoned, step_seconds, with_loading
+from hpm.recipes import recipe
 
 NAMES = [size.name for size in SIZES]
+CPU = torch.device("cpu")
 
 
 # The rules
@@ -43,36 +51,64 @@ def test_what_is_no_budget(text):
         parse_budget(text)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "side", "patch"),
-    [(500, 375, 224, 16), (224, 224, 224, 16), (64, 64, 64, 8), (96, 128, 96, 8), (32, 32, 32, 4), (10, 200, 8, 4)],
-)
-def test_crops_are_as_large_as_the_images_up_to_the_published_size(height, width, side, patch):
-    assert choose_image_size(height, width, None) == side
-    assert choose_patch(side) == patch
-    assert side % (2 * patch) == 0  # the teacher may look at half of it
-
-
-def test_crops_fit_the_patch_that_is_given():
-    assert choose_image_size(500, 500, 14) == 224
-    assert choose_image_size(100, 300, 14) == 84
+def test_durations():
+    assert [duration(s) for s in (0.5, 150, 7200, 5400, 259_200)] == ["0.5 s", "2.5 min", "2.0 h", "90.0 min", "3.0 d"]
 
 
 @pytest.mark.parametrize(
-    ("images", "processes", "masks", "batch"),
+    ("height", "width", "grid"),
     [
-        (1_281_167, 8, 1, 2048), (1_281_167, 1, 1, 256), (1_281_167, 64, 1, 2048), (1000, 1, 1, 64), (100, 1, 1, 16),
-        (7, 1, 1, 4), (100, 8, 4, 32),
+        ((500), 375, (224, 16)), (224, 224, (224, 16)), (223, 300, (224, 16)), (160, 160, (160, 16)),
+        (120, 120, (128, 16)), (100, 128, (96, 8)), (64, 64, (64, 8)), (63, 63, (64, 8)), (40, 72, (40, 4)),
+        (32, 32, (32, 4)), (28, 28, (32, 4)), (10, 200, (32, 4)),
     ],
 )  # fmt: skip
-def test_batches(images, processes, masks, batch):
-    assert choose_batch(images, processes, masks) == batch
+def test_crops_are_about_as_large_as_the_images_in_64_patches_or_more(height, width, grid):
+    assert choose_grid(height, width) == grid
+
+
+def test_every_grid_can_be_halved_for_the_teacher_and_leaves_a_choice():
+    for side in range(1, 400):
+        grid = choose_grid(side, side + 7)
+        patches = grid.side // grid.patch
+        assert grid.side % (2 * grid.patch) == 0
+        assert 8 <= patches <= 16
+        assert side < 32 or side > 224 or abs(grid.side - side) <= grid.patch
+
+
+def test_a_patch_or_a_size_that_is_given_holds():
+    assert choose_side(500, 500, 14) == 224
+    assert choose_side(100, 300, 14) == 112
+    assert [choose_patch(n, n) for n in (224, 240, 64, 32, 72, 16, 30)] == [16, 8, 8, 4, 4, 4, None]
+    assert choose_patch(96, 64) == 8
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "together", "batch"),
+    [
+        (1_281_167, 8, 1, 2048), (1_281_167, 1, 1, 256), (1_281_167, 12, 1, 1536), (2000, 1, 1, 128), (100, 1, 1, 64),
+        (7, 1, 1, 4), (100, 8, 4, 64), (1_281_167, 1, 3, 255),
+    ],
+)  # fmt: skip
+def test_batches(images, processes, together, batch):
+    found = choose_batch(images, processes, together)
+    assert found == batch
+    assert found % (processes * together) == 0
+    assert found <= images
+
+
+def test_enough_views():
+    assert enough_views(1_000_000) == 100_000_000
+    assert enough_views(1_281_167) == enough_views(10**9) == 128_000_000
+    assert enough_views(5_000) == 1_000_000
+    assert enough_views(100) == 160_000
 
 
 def test_epochs_within_a_time():
     assert epochs_within(3600, 10, 36_001) == 0
     assert epochs_within(3600, 10, 18_000) == 2
     assert epochs_within(1e9, 1e3, 100) == MAX_EPOCHS
+    assert epochs_within(-5, 10, 10) == 0
 
 
 @pytest.mark.parametrize(
@@ -80,17 +116,18 @@ def test_epochs_within_a_time():
     [
         ((800, 400, 200, 150, 100), 1_000_000, "ViT-L"),
         ((800, 400, 200, 150, 99), 1_000_000, "ViT-B"),
-        ((800, 400, 200, 150, 100), 499_999, "ViT-B"),
+        ((800, 400, 300, 280, 260), 499_999, "ViT-B"),
         ((1600, 1600, 1600, 1600, 1600), 500, "ViT-Ti"),
         ((50, 20, 9, 3, 1), 1_000_000, NAMES[0]),
+        ((100, 60, 30, 13, 9), 10_000_000, "ViT-B"),
         ((800, None, 400, None, None), 1_000_000, "ViT-S"),
         ((0, 0, 0, 0, 0), 1_000_000, None),
         ((None, 3, 1, 0, 0), 1_000_000, "ViT-Ti"),
     ],
 )
-def test_the_largest_encoder_that_sees_the_images_often_enough(epochs, images, chosen):
-    known = {name: number for name, number in zip(NAMES, epochs) if number is not None}
-    assert preferred(known, SIZES, images) == chosen
+def test_the_largest_encoder_that_sees_enough(epochs, images, chosen):
+    views = {name: number * images for name, number in zip(NAMES, epochs) if number is not None}
+    assert preferred(views, SIZES, images, enough=enough_views(images)) == chosen
 
 
 def test_sizes_grow():
@@ -119,128 +156,197 @@ def counted():
 
 @pytest.fixture
 def rates(monkeypatch, counted):
-    """Views per second, given rather than timed; which encoders were asked for."""
-    originals = {name: getattr(plan, name) for name in ("step_memory", "training_flops")}
+    """Seconds of a step, given rather than timed; which encoders were asked for."""
+    originals = {name: getattr(candidates, name) for name in ("step_memory", "training_flops")}
     asked = []
 
     def once(count):
         def known(config, **how):
             decides = config.model, config.method, config.optimisation, config.run, config.data.size
-            key = count.__name__, repr((*decides, config.data.channels, sorted(how.items())))
+            key = count.__name__, repr((*decides, config.data.channels, sorted(how.items(), key=str)))
             if key not in counted:
                 counted[key] = count(config, **how)
             return counted[key]
 
         return known
 
-    for name, count in originals.items():
-        monkeypatch.setattr(plan, name, once(count))
-
-    def rate(candidate, device, seconds):
+    def seconds(candidate, machine, _):
         asked.append(candidate.size.name)
-        return 1e12 / candidate.flops
+        return StepSeconds(candidate.flops / 1e12, 0.0)
 
-    monkeypatch.setattr(plan, "_step_rate", rate)
+    for name, count in originals.items():
+        monkeypatch.setattr(candidates, name, once(count))
+    monkeypatch.setattr(plan, "training_flops", candidates.training_flops)
+    monkeypatch.setattr(plan, "step_seconds", seconds)
+    monkeypatch.setattr(plan, "time_loading", lambda *_, **__: Loading(1e6, 400_000))
+    monkeypatch.setattr(plan, "sizes_for", lambda given: LITTLE if "encoder" not in given else sizes_for(given))
     return asked
 
 
-def propose(photos, **values):
-    return plan.run(PlanConfig(str(photos), **({"device": "cpu", "seconds": 0.01} | values)))
+TI = "vit_tiny_patch16_224"
+ONE: dict = {"encoder": TI, "encoder_depth": 1, "decoder_depth": 1, "predictor_depth": 1}
+"""A small encoder that is given."""
+LITTLE = tuple(
+    Size(size.name, {"encoder": TI, "encoder_depth": 2 + 2 * i, "decoder_depth": 1}, size.min_images)
+    for i, size in enumerate(SIZES)
+)
+"""In place of the five that are proposed: counting those takes half a minute."""
+
+
+def propose(photos, budget="10m", method="hpm-fast-norm-pix", memory=None, processes=None, out="", **given):
+    chosen = PlanConfig(budget, out, method, processes, memory, 0.01)
+    return plan.run(chosen, {"data": str(photos), "device": "cpu", **given})
 
 
 def test_a_plan(photos, rates):
-    found = propose(photos, budget="10m")
-    assert found["images"] == {"number": 40, "classes": 4, "height": 40, "width": 72, "decoded_bytes": 40 * 40 * 72 * 3}
+    found = propose(photos)
+    assert found["images"] == {"number": 40, "classes": 4, "height": 40, "width": 72}
     assert found["config"]["image_size"] == (40, 40)
     assert found["config"]["patch_size"] == 4
     assert found["config"]["channels"] == 3
-    assert found["cached"]
     assert [row["name"] for row in found["candidates"]] == NAMES
     chosen = next(row for row in found["candidates"] if row["name"] == found["encoder"])
     assert found["epochs"] == chosen["epochs"] > 0
     assert found["hours"] * 3600 <= 600
     assert found["steps"] == found["epochs"] * (40 // found["config"]["batch_size"])
-    assert found["advice"] == []
+    assert rates == [row["name"] for row in found["candidates"] if row["measured"]]
 
 
 def test_a_longer_budget_buys_epochs_in_proportion(photos, rates):
-    short, long = (propose(photos, budget=budget, encoder="vit_tiny_patch16_224") for budget in ("10s", "20s"))
+    short, long = (propose(photos, budget, **ONE, knn=False) for budget in ("10s", "20s"))
     assert long["epochs"] == pytest.approx(2 * short["epochs"], rel=0.1)
 
 
-def test_the_command_and_the_file_are_the_proposal(photos, rates, tmp_path, monkeypatch):
+def test_looks_at_accuracy_are_paid_for(photos, rates):
+    blind, looking = (propose(photos, "10s", **ONE, knn=knn) for knn in (False, True))
+    assert blind["epochs"] - looking["epochs"] in (11, 12, 13)  # twelve looks at all images
+
+
+@pytest.mark.parametrize("method", ["hpm-fast-norm-pix", "hpm-shared", "mae"])
+def test_the_command_and_the_file_are_the_proposal(photos, rates, tmp_path, monkeypatch, method):
     out = tmp_path / "plan.yaml"
-    found = propose(photos, budget="10m", out=str(out))
+    found = propose(photos, method=method, out=str(out), **ONE, crop_scale=(0.5, 1.0), flip=False)
     seen = []
     loop = importlib.import_module("hpm.pretrain")
     monkeypatch.setattr(loop, "train", lambda config, out, resume: seen.append(config) or {})
     monkeypatch.setattr(pretraining, "report_run", lambda *_, **__: None)
-    words = found["command"].split()
-    assert words[:2] == ["hpm", "pretrain"]
-    pretraining.pretrain(words[2:])
-    pretraining.pretrain(["--config", str(out), "--out", "RUN"])
+    for command in (found["command"], found["command_from_file"]):
+        words = shlex.split(command)
+        assert words[:2] == ["hpm", "pretrain"]
+        pretraining.pretrain(words[2:])
     assert seen[0] == seen[1] == load_config(out)
+    assert seen[0].run.device == "cpu"  # what was timed
+    assert seen[0].data.crop_scale == (0.5, 1.0)
     for part in (seen[0].data, seen[0].model, seen[0].method, seen[0].optimisation):
         for name, value in vars(part).items():
             assert found["config"][name] == value, name
 
 
-def test_several_processes_share_the_batch_and_start_by_torchrun(photos, rates):
-    one, two = (propose(photos, budget="10m", processes=n, encoder="vit_tiny_patch16_224") for n in (1, 2))
-    assert two["command"].startswith("torchrun --nproc-per-node 2 -m hpm pretrain --recipe hpm-fast-norm-pix ")
-    assert two["epochs"] > one["epochs"]
+def test_several_processes_start_by_torchrun_also_from_a_file(photos, rates, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "find_machine", lambda base, config: Machine(CPU, 2, 1e12))
+    found = propose(photos, **ONE, out=str(tmp_path / "plan.yaml"))
+    for name in ("command", "command_from_file"):
+        assert found[name].startswith("torchrun --nproc-per-node 2 -m hpm pretrain --")
+    assert found["config"]["batch_size"] % 2 == 0
 
 
-def test_a_small_memory_gets_micro_batches_then_recomputation(photos, rates):
-    roomy = propose(photos, encoder="vit_tiny_patch16_224", budget="10m")
-    needed = roomy["memory_bytes"] / 1e9
-    assert roomy["config"]["micro_batch_size"] is None
-    tight = propose(photos, encoder="vit_tiny_patch16_224", budget="10m", memory_gigabytes=0.9 * needed)
-    assert tight["memory_bytes"] <= 0.9 * needed * 1e9
-    assert tight["config"]["micro_batch_size"] or tight["config"]["activation_checkpointing"]
+def test_no_more_processes_than_devices(photos, rates):
+    with pytest.raises(InputError, match="processes: must be at most 1, the number of GPUs here"):
+        propose(photos, processes=2)
+
+
+def test_epochs_that_are_given_hold_and_are_held_against_the_budget(photos, rates):
+    found = propose(photos, "1h", **ONE, epochs=30)
+    assert found["epochs"] == 30
+    assert found["advice"] == []
+    found = propose(photos, "1s", **ONE, epochs=1500)
+    assert found["epochs"] == 1500
+    assert "more than the budget" in found["advice"][0]
+
+
+def test_fields_that_are_given_hold(photos, rates):
+    found = propose(photos, **ONE, batch_size=20, micro_batch_size=10, image_size=(64, 64))
+    for name, value in {**ONE, "batch_size": 20, "micro_batch_size": 10, "image_size": (64, 64)}.items():
+        assert found["config"][name] == value
+
+
+def test_a_small_memory_gets_micro_batches_of_32_then_recomputation_then_smaller_ones():
+    base = plan.with_fields(recipe("mae"), {"image_size": 64, "patch_size": 8})
+
+    def cut(memory):
+        found = make_candidate(LITTLE[-1], base, {}, 10_000, Machine(CPU, 1, memory))
+        run = found.config.run
+        assert found.memory_bytes <= memory or not found.fits
+        return found.fits, run.micro_batch_size, run.activation_checkpointing
+
+    roomy = make_candidate(LITTLE[-1], base, {}, 10_000, Machine(CPU, 1, 1e12)).memory_bytes
+    seen = [cut(roomy * share) for share in (1.001, 0.9, 0.5, 0.3, 0.27, 0.19, 0.01)]
+    assert seen[0] == (True, None, False)
+    assert seen[1] == (True, 128, False)
+    assert seen[-1][0] is False
+    ways = [(again, views or 256) for fits, views, again in seen if fits]
+    assert [again for again, _ in ways] == sorted(again for again, _ in ways)
+    for kind in (False, True):
+        sizes = [views for again, views in ways if again == kind]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(sizes) > 1
+    assert all(views >= 32 for again, views in ways if not again)
+
+
+def test_a_memory_that_is_too_small(photos, rates):
     with pytest.raises(InputError, match=r"memory_gigabytes: the smallest step needs about .* and 0\.0 may be taken"):
-        propose(photos, encoder="vit_tiny_patch16_224", memory_gigabytes=0.001)
+        propose(photos, **ONE, memory=0.001)
+
+
+def test_an_encoder_that_only_shards_hold_is_reckoned_from_a_smaller_one(photos, rates, monkeypatch):
+    monkeypatch.setattr(plan, "find_machine", lambda base, config: Machine(CPU, 2, 1e12))
+    found = propose(photos, "8h", **ONE, sharding="full")
+    assert rates == [NAMES[0]]
+    (row,) = found["candidates"]
+    assert (row["sharding"], row["measured"]) == ("full", False)
+    assert 0 < row["images_per_second"] < 1e9
 
 
 def test_what_is_far_too_slow_is_not_timed(photos, rates):
-    found = propose(photos, budget="5s")
+    found = propose(photos, "2s")
     timed = [row["measured"] for row in found["candidates"]]
     assert timed == sorted(timed, reverse=True)
     assert not timed[-1]
     assert len(rates) == sum(timed)
     speeds = [row["images_per_second"] for row in found["candidates"]]
     assert speeds == sorted(speeds, reverse=True)
-    assert found["advice"][0].startswith(f"{found['epochs']} epochs are few") or found["epochs"] >= 100
+    assert "would be better" in found["advice"][0]
 
 
-def test_a_model_that_is_not_timed_is_as_much_slower_as_its_flops(photos, rates):
-    found = propose(photos, budget="5s")
-    last, before = found["candidates"][-1], found["candidates"][-2]
-    assert not before["measured"]
-    costs = [plan._candidate(size, _config(found), 40, 1, 1e12, CPU).flops for size in SIZES[-2:]]
-    assert before["images_per_second"] / last["images_per_second"] == pytest.approx(costs[1] / costs[0], rel=0.1)
-
-
-CPU = plan.torch.device("cpu")
-
-
-def _config(found):
-    return plan.with_fields(plan.recipe(found["method"]), {k: found["config"][k] for k in ("image_size", "patch_size")})
+def test_a_step_that_is_not_timed_follows_from_flops_and_parameters():
+    base = plan.with_fields(recipe("mae"), {"image_size": 64, "patch_size": 8})
+    small, large = (make_candidate(LITTLE[i], base, {}, 10_000, Machine(CPU, 1, 1e12)) for i in (0, 3))
+    found = reckoned(large, small, StepSeconds(1.0, 1.0))
+    assert found.learn == pytest.approx(large.flops / small.flops)
+    assert found.finish == pytest.approx(large.parameters / small.parameters)
+    again = plan.replace(large, config=plan.with_fields(large.config, {"activation_checkpointing": True}))
+    assert reckoned(again, small, StepSeconds(1.0, 1.0)).learn == pytest.approx(4 / 3 * found.learn)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"budget": "soon"}, "budget: must be a number"),
-        ({"budget": ".001s"}, "budget: must allow for one pass over the 40 images, which takes"),
-        ({"method": "hpm-64px"}, "method: must be METHOD"),
-        ({"method": "hmp"}, "recipe: no recipe 'hmp'; did you mean"),
+        ({"budget": ".001s"}, "budget: must allow for one pass over the 40 images, which takes .* s here, got .001s"),
+        ({"method": "hpm-64px"}, "method: must be METHOD.* without a scale, got 'hpm-64px'"),
+        ({"method": "hmp"}, "method: .* got 'hmp'; did you mean hpm"),
         ({"out": "plan.json"}, r"out: must end in \.yaml, got 'plan.json'"),
-        ({"encoder": "resnet50"}, "encoder"),
-        ({"image_size": 30, "patch_size": 4}, "image_size"),
+        ({"out": "nowhere/plan.yaml"}, r"out: must be in a folder that is there"),
+        ({"encoder": "resnet50"}, "encoder: .*resnet50"),
+        ({"image_size": (30, 30)}, "image_size: .*30"),
+        ({"processes": 0}, "processes: .* got 0"),
+        ({"memory": -1.0}, "memory_gigabytes: .* got -1"),
+        ({"masks_per_image": 64, "batch_size": 64}, "data: needs an image or more for each of 1 processes with 64"),
     ],
 )
-def test_mistakes_are_named(photos, rates, values, message):
+def test_mistakes_are_named_before_anything_is_timed(photos, rates, values, message, monkeypatch):
+    if values.get("budget") != ".001s":
+        monkeypatch.setattr(plan, "time_loading", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(InputError, match=message):
         propose(photos, **values)
 
@@ -253,21 +359,76 @@ def test_data_that_is_not_there(tmp_path):
 def test_channels_are_those_of_the_images(tmp_path, rates):
     for i in range(16):
         np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).random((32, 32, 6), dtype=np.float32))
-    found = propose(tmp_path, budget="1m", encoder="vit_tiny_patch16_224")
+    found = propose(tmp_path, **ONE)
     assert found["config"]["channels"] == 6
-    assert found["config"]["mean"] == ()  # the run finds it again
+    assert found["config"]["mean"] == found["config"]["value_range"] == ()  # the run finds them
     assert " --channels 6 " in found["command"]
     assert found["images"]["classes"] == 0
+
+
+def test_an_encoder_keeps_its_own_patch_where_images_are_large_enough(tmp_path, rates):
+    for i in range(8):
+        Image.new("RGB", (150, 140), (i, i, i)).save(tmp_path / f"{i}.png")
+    own = propose(tmp_path, method="mae", encoder=TI, encoder_depth=1)
+    assert (own["config"]["image_size"], own["config"]["patch_size"]) == ((128, 128), None)
+    assert own["config"]["decoder_width"] == 256
+    given = propose(tmp_path, method="mae", encoder=TI, encoder_depth=1, image_size=(96, 96))
+    assert given["config"]["patch_size"] == 8
+
+
+# Loading
+
+
+def test_a_crop_serves_all_its_masks_and_steps():
+    loading = Loading(100.0, 0)
+    machine = Machine(torch.device("cuda"), 2, 1e9)
+    once = loading_limit(recipe("mae"), loading, machine)
+    shared = plan.with_fields(recipe("hpm-shared"), {"steps_per_batch": 2})
+    assert loading_limit(shared, loading, machine) == 8 * once
+    assert with_loading(1e9, recipe("mae"), loading, machine) == once
+    assert with_loading(1.0, recipe("mae"), loading, machine) == 1.0
+
+
+def test_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda _: set(range(16)))
+    limits = [loading_limit(recipe("mae"), Loading(1.0, 0), Machine(torch.device("cuda"), n, 1e9)) for n in (1, 2, 8)]
+    assert limits == [8, 14, 8]
+
+
+def test_on_a_cpu_loading_and_steps_share_the_cores():
+    machine = Machine(CPU, 1, 1e9)
+    limit = loading_limit(recipe("mae"), Loading(100.0, 0), machine)
+    assert limit == 100 * torch.get_num_threads()
+    assert with_loading(limit, recipe("mae"), Loading(100.0, 0), machine) == pytest.approx(limit / 2)
+
+
+def test_loading_is_timed_from_ram_where_a_run_would_keep_images_there(photos, monkeypatch):
+    config, source, found = open_images_of(plan.with_fields(recipe("hpm-fast"), {"data": str(photos)}), {})
+    assert found == look_at(source)
+    read = []
+    original = type(source).read
+    monkeypatch.setattr(type(source), "read", lambda self, index: read.append(index) or original(self, index))
+    threads = torch.get_num_threads()
+    loading = time_loading(config, source, seconds=0.2)
+    assert loading.cache_bytes >= 40 * 40 * 72 * 3
+    assert loading.crops_per_second > 0
+    assert len(read) <= 2 * 40  # once to estimate, once to keep
+    assert torch.get_num_threads() == threads
+    read.clear()
+    config = plan.with_fields(config, {"cache": "none"})
+    assert time_loading(config, source, seconds=0.05).cache_bytes == 0
 
 
 # On this machine
 
 
 def test_a_plan_that_is_timed_here(photos, capsys):
-    planning.plan(["--data", str(photos), "--encoder", "vit_tiny_patch16_224", "--budget", "1h", "--seconds", "0.05",
-          "--device", "cpu", "--json"])  # fmt: skip
+    flags = [word for name, value in ONE.items() for word in plan.flag(name, value)]
+    planning.plan(["--data", str(photos), *flags, "--budget", "1h", "--seconds",
+                   "0.05", "--device", "cpu", "--json"])  # fmt: skip
     text = capsys.readouterr().out
     found = json.loads(text.splitlines()[-1])
+    assert found["config"]["encoder_depth"] == 1
     assert found["candidates"][0]["measured"]
     assert 0 < found["images_per_second"] < 1e5
     assert "40 images, about 72x40 px, 4 classes" in text
@@ -275,19 +436,24 @@ def test_a_plan_that_is_timed_here(photos, capsys):
     assert f"next:  {found['command']}" in text
 
 
-def test_loading_is_timed_from_ram_where_a_run_would_keep_images_there(photos, monkeypatch):
-    config, source, found = plan._open(plan.recipe("hpm-fast"), PlanConfig(str(photos)))
-    assert found == look_at(source)
-    read = []
-    original = type(source).read
-    monkeypatch.setattr(type(source), "read", lambda self, index: read.append(index) or original(self, index))
-    loading = time_loading(config, source, seconds=0.2)
-    assert loading.cached
-    assert loading.images_per_second > 0
-    assert len(read) <= 2 * 40  # once to estimate, once to keep
+def test_a_step_is_timed_in_its_two_parts(monkeypatch):
+    """Of a micro-batch; the optimizer counts once a step, however many micro-batches there are."""
+    base = plan.with_fields(recipe("mae"), {"image_size": 32, "patch_size": 4})
+    found = make_candidate(LITTLE[0], base, {"batch_size": 64, "micro_batch_size": 8}, 1000, Machine(CPU, 1, 1e12))
+    built = []
+    original = timing.OurStep
+    monkeypatch.setattr(timing, "OurStep", lambda config, **how: built.append(config) or original(config, **how))
+    seconds = step_seconds(found, Machine(CPU, 1, 1e12), 0.1)
+    assert built[0].optimisation.batch_size == 8
+    assert seconds.learn > 0
+    assert seconds.finish > 0
 
 
-def test_one_encoder_alone(photos, rates):
-    found = propose(photos, encoder="vit_tiny_patch16_224", budget="10m")
-    assert [row["name"] for row in found["candidates"]] == ["vit_tiny_patch16_224"]
-    assert plan._sizes(PlanConfig("x", encoder="a")) == (Size("a", "a", {}, 0),)
+def test_a_step_that_does_not_fit_after_all_is_not_timed(monkeypatch):
+    def none(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "OurStep", none)
+    machine = Machine(CPU, 1, 1e12)
+    found = make_candidate(LITTLE[0], plan.with_fields(recipe("mae"), {"image_size": 32}), {}, 1000, machine)
+    assert step_seconds(found, machine, 1.0) is None

@@ -69,13 +69,16 @@ class StepMemory(NamedTuple):
         return self.standing + self.gathered + self.weight_copies + views * per_view
 
 
-def step_memory(config: Config, *, processes: int = 1, bf16: bool = True) -> StepMemory:
+def step_memory(
+    config: Config, *, processes: int = 1, bf16: bool = True, device: torch.device | None = None
+) -> StepMemory:
     """Count the memory of a run's step; ``sharding``, ``activation_checkpointing`` and ``micro_batch_size`` count.
 
     Args:
         config: Of the run.
         processes: Over which the batch, and a sharded model, are divided.
         bf16: Autocast.
+        device: Where it would run; None: on CUDA. On a CPU attention is not fused, and its matrices are kept.
 
     Raises:
         InputError: A size does not fit.
@@ -95,7 +98,7 @@ def step_memory(config: Config, *, processes: int = 1, bf16: bool = True) -> Ste
     sharded = config.run.sharding == "full" and processes > 1
     shards = processes if sharded else 1
     largest = max(_bytes(block) for block in blocks(student))
-    kept = _kept(student, teacher, method, config, bf16=bf16)
+    kept = _kept(student, teacher, method, config, bf16=bf16, device=device or torch.device("cuda"))
     return StepMemory(
         parameters=whole // shards,
         gradients=trained // (shards if views == share else 1),  # shards exchange them only after the last micro-batch
@@ -122,10 +125,12 @@ class _Kept(NamedTuple):
     recomputed_per_view: int
 
 
-def _kept(student: Student, teacher: Teacher, method: Method, config: Config, *, bf16: bool) -> _Kept:
+def _kept(
+    student: Student, teacher: Teacher, method: Method, config: Config, *, bf16: bool, device: torch.device
+) -> _Kept:
     """Two passes of different size tell what is kept per view from what is kept once."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    choose_attention(student, torch.device("cuda"))
+    choose_attention(student, device)
     for model in (student, teacher):
         _pretend(model, mode)
     masks = config.method.masks_per_image

@@ -112,6 +112,11 @@ class OurStep:
 
     def step(self, fetch: Callable[[], torch.Tensor]) -> None:
         """One training step, without a wait for the device; stages of a progressive run take turns."""
+        self.learn(fetch)
+        self.finish()
+
+    def learn(self, fetch: Callable[[], torch.Tensor]) -> None:
+        """Forward and backward, teacher included: what every micro-batch costs."""
         stage = self.stages[self.steps_done // self.kept % len(self.stages)]
         noise = mask_noise(
             0, self.steps_done, batch_size=self.batch_size, num_patches=math.prod(stage.grid), device=self.device
@@ -124,6 +129,9 @@ class OurStep:
                 self.student, teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers
             )
         losses.total.backward()
+
+    def finish(self) -> None:
+        """Clipping, optimizer and EMA: what a step costs once."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

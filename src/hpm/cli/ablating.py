@@ -6,7 +6,7 @@ from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hpm.cli.flags import parse
+from hpm.cli.flags import given_flags, parse
 from hpm.cli.output import print_json
 
 
@@ -27,8 +27,7 @@ def ablate(arguments: list[str]) -> None:
     )
     command = parse(with_settings, "ablate", arguments)
     # Every row has defaults of its own: only the flags that were given hold for all of them.
-    flags = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-    given = flags | {name.removeprefix("no_") for name in flags}
+    given = given_flags(arguments)
     values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
     chosen = AblateConfig(**{item.name: getattr(command, item.name) for item in fields(AblateConfig)})
 

@@ -19,3 +19,9 @@ def parse_with_json(kind: type[Any], prog: str, arguments: list[str]) -> tuple[A
     """Evaluations are configured by their own dataclass; ``--json`` is the command line's."""
     as_json = "--json" in arguments
     return parse(kind, f"{prog} [--json]", [word for word in arguments if word != "--json"]), as_json
+
+
+def given_flags(arguments: list[str]) -> set[str]:
+    """Names of the fields that flags set, where only what was given holds and the rest has other defaults."""
+    flags = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    return flags | {name.removeprefix("no_") for name in flags}

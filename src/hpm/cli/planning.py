@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, field, fields, make_dataclass
+from typing import Annotated, Any
 
-from hpm.cli.flags import parse_with_json
+from hpm.cli.flags import given_flags, parse
 from hpm.cli.output import print_json, print_table
 
 
 def plan(arguments: list[str]) -> None:
     """``hpm plan``."""
-    from hpm.planning.config import PlanConfig
+    import tyro
 
-    config, as_json = parse_with_json(PlanConfig, "plan", arguments)
+    from hpm.config import Config
+    from hpm.planning.config import PlanConfig, duration
+
+    settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+    with_settings = make_dataclass(
+        "PlanCommand",
+        [("settings", settings, field(default=Config())), ("json", bool, field(default=False))],
+        bases=(PlanConfig,),
+        namespace={"__doc__": PlanConfig.__doc__},
+        frozen=True,
+    )
+    command = parse(with_settings, "plan", arguments)
+    values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
+    given = {name: value for name, value in values.items() if name in given_flags(arguments)}
+    config = PlanConfig(**{item.name: getattr(command, item.name) for item in fields(PlanConfig)})
 
     from hpm.planning.plan import run
 
-    result = run(config)
+    result = run(config, given)
     images = result["images"]
     labels = f"{images['classes']} classes" if images["classes"] else "no labels"
     print(f"{images['number']:,} images, about {images['width']}x{images['height']} px, {labels}; "
@@ -25,18 +40,16 @@ def plan(arguments: list[str]) -> None:
     print_table(header, [_cells(row, result, images["number"]) for row in result["candidates"]])
     print("~ reckoned by FLOPs, not timed; memory is counted, with a quarter on top; parameters with the decoders\n")
     chosen = result["config"]
-    size = "x".join(map(str, chosen["image_size"]))
+    height, width = chosen["image_size"]
+    patches = "the encoder's patches" if chosen["patch_size"] is None else f"patches of {chosen['patch_size']}"
     print(
-        f"proposed: {result['encoder']} on {size} px in patches of {chosen['patch_size']}, {result['epochs']} epochs "
+        f"proposed: {result['encoder']} on {width}x{height} px in {patches}, {result['epochs']} epochs "
         f"({result['steps']:,} steps of {chosen['batch_size']}), about {duration(3600 * result['hours'])}"
     )
     for line in result["advice"]:
         print(f"mind:  {line}")
-    if config.out:
-        print(f"next:  hpm pretrain --config {config.out} --out RUN")
-    else:
-        print(f"next:  {result['command']}")
-    if as_json:
+    print(f"next:  {result['command_from_file' if config.out else 'command']}")
+    if command.json:
         print_json(result)
 
 
@@ -57,11 +70,3 @@ def _cells(row: dict[str, Any], result: dict[str, Any], num_images: int) -> tupl
         row["name"], f"{row['parameters'] / 1e6:.1f} M", f"{row['memory_bytes'] / 1e9:.1f} GB", rate,
         f"{row['epochs']:,}", ", ".join(notes),
     )  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """In the unit that suits it."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length or unit == "min":
-            return f"{seconds / length:.1f} {unit}"
-    raise AssertionError

@@ -1,10 +1,10 @@
-"""What ``hpm plan`` can be told."""
+"""What ``hpm plan`` can be told, beside every field of the run itself."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -16,32 +16,23 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Propose a run for your images, your machine and your time: model, sizes, batch, epochs; hours and memory."""
+    """Propose a run for your images, your machine and your time: model, sizes, batch, epochs; hours and memory.
 
-    data: str
-    """Images to learn from, as for hpm pretrain."""
+    The fields of the config below are those of hpm pretrain: what you give holds, the rest is chosen.
+    """
+
     budget: str = "8h"
     """How long the run may take: a number and s, m, h or d, e.g. 90m, 8h, 2d."""
     out: str = ""
     """Also write the proposal as a config, for hpm pretrain --config FILE.yaml."""
     method: str = "hpm-fast-norm-pix"
     """Recipe without a scale, METHOD[-TARGET], see hpm recipes."""
-    encoder: str = ""
-    """Any timm VisionTransformer; none: one of four sizes is chosen."""
-    image_size: Positive | None = None
-    """Side of the crops, pixels; none: by the images, at most 224."""
-    patch_size: Positive | None = None
-    """Side of a patch, pixels; none: by the image size."""
-    channels: Positive | None = None
-    """Channels; none: as the images have."""
     processes: Positive | None = None
-    """Training processes, one per GPU; none: as many as this machine has GPUs, or 1."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the run will be; auto: CUDA, then MPS, then CPU."""
+    """Training processes, one per GPU; none: as many as this machine has GPUs; 1 on a CPU."""
     memory_gigabytes: PositiveFloat | None = None
     """Memory of one device that the run may take; none: nine tenths of what is free here."""
     seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
-    """Time each encoder's step for about as long."""
+    """Time each encoder's step, and loading, for about as long."""
 
 
 def parse_budget(text: str) -> float:
@@ -54,3 +45,11 @@ def parse_budget(text: str) -> float:
     if found is None or float(found[1]) <= 0:
         raise InputError(f"budget: must be a number above 0 and s, m, h or d (90m, 8h, 2d), got {text!r}")
     return float(found[1]) * _UNITS[found[2]]
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

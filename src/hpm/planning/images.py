@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
 
 from hpm.batches import training_images
-from hpm.config import Config
+from hpm.build import build_decoder, open_images
+from hpm.config import Config, with_fields
 from hpm.data.cache import SHARE_OF_MEMORY, SharedImages, estimate, free_memory
 from hpm.data.decode import DecodeError
-from hpm.data.sources import Source
+from hpm.data.describing import find_channels
+from hpm.data.sources import Source, open_source
 from hpm.errors import InputError
+from hpm.planning.sizes import MIN_GRID, choose_grid, choose_patch, choose_side
+from hpm.vit import create_encoder, patch_size
 
 LOOK_AT = 64
 """Images that are read."""
@@ -26,17 +33,15 @@ class ImagesFound(NamedTuple):
     height: int
     """Median, pixels."""
     width: int
-    decoded_bytes: int
-    """Of all images."""
 
 
 class Loading(NamedTuple):
     """What it takes to crop them."""
 
-    images_per_second: float
+    crops_per_second: float
     """Of one core."""
-    cached: bool
-    """Would ``--cache auto`` keep all decoded images in RAM?"""
+    cache_bytes: int
+    """What ``--cache auto`` would keep in RAM; 0: nothing."""
 
 
 def look_at(source: Source) -> ImagesFound:
@@ -52,21 +57,56 @@ def look_at(source: Source) -> ImagesFound:
         except (DecodeError, OSError) as error:
             reason = reason or f"; the first: {source.name(index)}: {error}"
             continue
-        shapes.append((image.shape[1], image.shape[2], image.numel() * image.element_size()))
+        shapes.append((image.shape[1], image.shape[2]))
     if not shapes:
         raise InputError(f"data: no image of {min(len(source), LOOK_AT)} can be read{reason}")
-    heights, widths, sizes = zip(*shapes)
+    heights, widths = zip(*shapes)
     return ImagesFound(
         number=len(source),
         classes=len(set(source.labels)) if source.labels else 0,
         height=round(statistics.median(heights)),
         width=round(statistics.median(widths)),
-        decoded_bytes=round(statistics.fmean(sizes) * len(source)),
     )
 
 
+def open_images_of(base: Config, given: Mapping[str, Any]) -> tuple[Config, Source, ImagesFound]:
+    """The images, and the config with all that follows from them."""
+    channels = base.data.channels
+    if "channels" not in given:
+        channels = find_channels(open_source(base.data.data, image_size=base.data.size))
+    # Numbers that stand for mean and deviation until the run measures them: they change no time.
+    stand_in = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    base = with_fields(base, {"channels": channels, **{k: v for k, v in stand_in.items() if k not in given}})
+    base, source = open_images(base)
+    found = look_at(source)
+    base = with_fields(base, _grid(base, given, found))
+    if source.decoder is None:  # images that are made, at the size that is asked for
+        source = open_source(base.data.data, decoder=build_decoder(base.data), image_size=base.data.size)
+    return base, source, found
+
+
+def _grid(base: Config, given: Mapping[str, Any], found: ImagesFound) -> dict[str, Any]:
+    """Image size and patch, as far as they are not given."""
+    own = None
+    if "encoder" in given:
+        with torch.device("meta"):
+            own = patch_size(create_encoder(base.model.encoder, image_size=(224, 224)))[0]
+    if "image_size" in given and "patch_size" in given:
+        return {}
+    if "image_size" in given:
+        height, width = base.data.size
+        if own and height % own == width % own == 0 and min(height, width) >= MIN_GRID * own:
+            return {}
+        return {"patch_size": choose_patch(height, width)}
+    if "patch_size" in given or (own and min(found.height, found.width) >= MIN_GRID * own):
+        side = choose_side(found.height, found.width, base.model.patch_size or own or 16)
+        return {"image_size": (side, side)}
+    grid = choose_grid(found.height, found.width)
+    return {"image_size": (grid.side, grid.side), "patch_size": grid.patch}
+
+
 def time_loading(config: Config, source: Source, *, seconds: float) -> Loading:
-    """Crop images as training does, in this process; from RAM, where a run would keep them there.
+    """Crop images as training does, on one core; from RAM, where a run would keep them there.
 
     Args:
         config: Of the run.
@@ -75,14 +115,20 @@ def time_loading(config: Config, source: Source, *, seconds: float) -> Loading:
     """
     data = config.data
     need = estimate(source, size=data.size, jpeg_scaling=data.jpeg_scaling, num_read=LOOK_AT)
-    cached = need.kept == 1 and need.bytes <= SHARE_OF_MEMORY * free_memory()
+    cached = need.kept == 1 and need.bytes <= SHARE_OF_MEMORY * free_memory() and config.run.cache in ("auto", "ram")
     cache = SharedImages(len(source), 2 * LOOK_AT * need.largest + 2**20) if cached else None
     images = training_images(config, source, cache=cache)
     indices = source.spread(LOOK_AT)
-    for index in indices if cached else indices[:1]:
-        images.batch([(0, index)])
-    done, start = 0, time.perf_counter()
-    while done == 0 or time.perf_counter() - start < seconds:
-        images.batch([(1 + done // len(indices), indices[done % len(indices)])])
-        done += 1
-    return Loading(done * data.crops_per_image / (time.perf_counter() - start), cached)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for index in indices if cached else indices[:1]:
+            images.batch([(0, index)])
+        done, start = 0, time.perf_counter()
+        while done == 0 or time.perf_counter() - start < seconds:
+            images.batch([(1 + done // len(indices), indices[done % len(indices)])])
+            done += 1
+        rate = done * data.crops_per_image / (time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return Loading(rate, need.bytes if cached else 0)
