@@ -366,3 +366,11 @@ def test_a_category_that_training_does_not_know(run_folder, blobs, tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match=r"category 1 \(horse\) is not among those"):
         detect.run(config)
+
+
+@pytest.mark.parametrize(
+    ("scores", "drawn"),
+    [([0.9, 0.6, 0.4], [True, True, False]), ([0.4, 0.3], [True, False]), ([0.1, 0.3], [False, True]), ([], [])],
+)
+def test_pictures_show_what_is_likely_or_else_the_best(scores, drawn):
+    assert detect.worth_drawing(torch.tensor(scores)).tolist() == drawn

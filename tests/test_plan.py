@@ -270,7 +270,7 @@ def test_fields_that_are_given_hold(photos, rates):
         assert found["config"][name] == value
 
 
-def test_a_small_memory_gets_micro_batches_of_32_then_recomputation_then_smaller_ones():
+def test_a_small_memory_gets_micro_batches_of_32_then_recomputation_then_smaller_ones(rates):
     base = plan.with_fields(recipe("mae"), {"image_size": 64, "patch_size": 8})
 
     def cut(memory):

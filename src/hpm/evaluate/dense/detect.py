@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
@@ -51,7 +52,7 @@ from hpm.visualize import save_figure
 from hpm.vit import patch_size
 
 SHOWN_SCORE = 0.5
-"""Detections of a lower score are not drawn."""
+"""Detections of a lower score are not drawn, but for the best of an image that has none above it."""
 
 
 class Precision(NamedTuple):
@@ -375,21 +376,31 @@ class Bench:
                 told = [names[label - 1] if len(names) > 1 else "" for label in labels.tolist()]
                 columns = {"truth": Detected(boxes.numpy(), told, None if masks is None else masks.numpy())}
                 for title, model in models.items():
-                    columns[f"{title}, score above {SHOWN_SCORE:g}"] = self._drawable(model, index, names)
+                    columns[title] = self._drawable(model, index, names)
                 rows.append((image, columns))
             display = build_display(run_config, [image for image, _ in rows])
-            save_figure(draw_detections(rows, display, f"{self.config.checkpoint}: detection"), path)
+            about = f"detection, scores above {SHOWN_SCORE:g}, else the best"
+            save_figure(draw_detections(rows, display, f"{self.config.checkpoint}: {about}"), path)
         return path
 
     def _drawable(self, model: FasterRCNN, index: int, names: list[str]) -> Detected:
         found = self.predict(model, index)
-        kept = found["scores"] > SHOWN_SCORE
-        told = [
-            f"{names[label - 1]} {score:.2f}" if len(names) > 1 else ""
-            for label, score in zip(found["labels"][kept].tolist(), found["scores"][kept].tolist())
-        ]
+        kept = worth_drawing(found["scores"])
+        several = len(names) > 1
+        told = []
+        for label, score in zip(found["labels"][kept].tolist(), found["scores"][kept].tolist()):
+            number = f"{score:.2f}" if several or score <= SHOWN_SCORE else ""  # of many alike it would be clutter
+            told.append(f"{names[label - 1]} {number}" if several else number)
         masks = found["masks"][kept, 0].numpy() > 0.5 if self.has_masks else None
         return Detected(found["boxes"][kept].numpy(), told, masks)
+
+
+def worth_drawing(scores: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """The detections above :data:`SHOWN_SCORE`, or the best alone where there are none."""
+    above = scores > SHOWN_SCORE
+    if len(scores) and not above.any():
+        above[scores.argmax()] = True
+    return above
 
 
 _INDIFFERENT = frozenset({
