@@ -94,11 +94,11 @@ PHOTOGRAPHS = Images(
         "foreground": f"foreground {HORSES}",
         "foreground-boxes": "foreground --images SHARED/nature/val-*.tar.gz --boxes SHARED/nature/boxes_val.npy",
         "segment": f"segment {HORSES} --binary --cache --seed SEED",
-        "segment-upernet": f"segment {HORSES} --binary --head upernet --finetune --width 64 --epochs 30 --seed SEED",
+        "segment-upernet": f"segment {HORSES} --binary --head upernet --finetune --width 64 --batch-size 8 --seed SEED",
         "segment-nuclei": f"segment --images {NUCLEI}/images --masks {NUCLEI}/masks --binary --cache --short-side 0 "
         "--val-share 0.4 --seed SEED",
         "detect-nuclei": f"detect --train-images {NUCLEI}/images --train-annotations from-masks:{NUCLEI}/masks "
-        "--size 256 --width 64 --samples-per-image 128 --epochs 40 --batch-size 8 --val-share 0.4 --untrained "
+        "--size 256 --width 64 --samples-per-image 128 --epochs 40 --batch-size 2 --val-share 0.4 --untrained "
         "--seed SEED",
     },
     figures={

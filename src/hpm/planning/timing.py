@@ -24,6 +24,10 @@ LOOKS = 12
 """Looks at kNN accuracy in a run."""
 SPARE = 0.05
 """Share of the budget for figures, checkpoints and the start."""
+LOOK_COST = 0.5
+"""Features of an image, of a training view: all patches, but neither decoder nor backward pass."""
+START_SECONDS = 30.0
+"""Imports, first images, the report at the end."""
 COMPILE_SECONDS = 60.0
 
 
@@ -113,5 +117,5 @@ def seconds_beside(budget: float, candidate: Candidate, found: ImagesFound, mach
     run_config = candidate.config.run
     looks = LOOKS * min(found.number, run_config.knn_images) if run_config.knn and found.classes else 0
     compiled = machine.device.type == "cuda" and run_config.compile != "off"
-    # Features of an image take about as long as a view: no decoder and no backward pass, but all patches.
-    return SPARE * budget + looks / candidate.views_per_second + (COMPILE_SECONDS if compiled else 0)
+    fixed = START_SECONDS + (COMPILE_SECONDS if compiled else 0)
+    return SPARE * budget + fixed + LOOK_COST * looks / candidate.views_per_second
