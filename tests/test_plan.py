@@ -179,6 +179,7 @@ def rates(monkeypatch, counted):
     monkeypatch.setattr(plan, "training_flops", candidates.training_flops)
     monkeypatch.setattr(plan, "step_seconds", seconds)
     monkeypatch.setattr(plan, "time_loading", lambda *_, **__: Loading(1e6, 400_000))
+    monkeypatch.setattr(timing, "START_SECONDS", 0.0)
     monkeypatch.setattr(plan, "sizes_for", lambda given: LITTLE if "encoder" not in given else sizes_for(given))
     return asked
 
