@@ -72,6 +72,12 @@ def hpm_cross() -> Fields:
     return hpm_fast() | {"decoder": "cross"}
 
 
+def random_lpred_fast() -> Fields:
+    """hpm-fast without teacher and mining: random masks, a third decoded, a one-block predictor. Is the teacher worth
+    its price?"""
+    return random_lpred() | {"decoded_share": 1 / 3, "predictor_depth": 1}
+
+
 def mae_third() -> Fields:
     """MAE that decodes a third of the hidden patches: what hpm-fast is without mining, and what it costs on top."""
     return mae() | {"decoded_share": 1 / 3}
@@ -198,6 +204,7 @@ METHODS: dict[str, Callable[[], Fields]] = {
     "hpm": hpm,
     "mae": mae,
     "random+lpred": random_lpred,
+    "random+lpred-fast": random_lpred_fast,
     "colormae": colormae,
     "crossmae": crossmae,
     "hpm-fast": hpm_fast,
