@@ -1,12 +1,17 @@
 """``import hpm`` and its help are quick: what is slow is imported when it is needed."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hpm
+from hpm.extras import install
+
+SOURCES = sorted(Path(hpm.__file__).parent.rglob("*.py"))
 
 SLOW = ("torch", "timm", "sklearn", "matplotlib")
 
@@ -24,7 +29,7 @@ def test_importing_hpm_imports_nothing_slow():
 
 @pytest.mark.parametrize("words", [
     "", "--help", "recipes", "evaluate", "evaluate --help", "demo --help", "ablate --help", "visualize --help",
-    "convert --help",
+    "convert --help", "plan --help",
     "evaluate knn --help", "evaluate foreground --help", "pretrain --help", "pretrain --recipe hpm-norm-pix --help",
 ])  # fmt: skip
 def test_help_imports_nothing_slow(words):
@@ -81,3 +86,23 @@ except BrokenPipeError:
     print("raised")
 """
     assert python(code).strip() == "raised"
+
+
+def test_what_an_extra_needs_is_installed_package_by_package():
+    """``pip install 'hpm[dense]'`` would fetch another project of that name from the package index."""
+    command = install("dense")
+    assert command.startswith("pip install ")
+    for package in ("segmentation-models-pytorch>=", "torchmetrics>=", "pycocotools>="):
+        assert package in command
+    assert "pyarrow" not in command
+    used = {name for file in SOURCES for name in re.findall(r"""install\(["'](\w+)["']\)""", file.read_text())}
+    used |= {"http", "s3", "hf", "onnx"}
+    assert len(used) >= 9
+    for name in used:
+        assert "hpm" not in install(name)
+
+
+def test_no_message_tells_to_install_hpm_from_the_index():
+    root = Path(__file__).parent.parent
+    for file in (*SOURCES, root / "README.md", *(root / "docs").glob("*.md")):
+        assert file.name in ("log.md", "extras.py") or "install 'hpm[" not in file.read_text(), file

@@ -73,8 +73,7 @@ def hpm_cross() -> Fields:
 
 
 def random_lpred_fast() -> Fields:
-    """hpm-fast without teacher and mining: random masks, a third decoded, a one-block predictor. Is the teacher worth
-    its price?"""
+    """hpm-fast without teacher and mining, the control: random masks, a third decoded, a one-block predictor."""
     return random_lpred() | {"decoded_share": 1 / 3, "predictor_depth": 1}
 
 

@@ -17,6 +17,7 @@ VARIANTS: dict[str, str] = {
     "mae-third": "MAE that decodes a third of the hidden patches",
     "crossmae": "MAE with cross-attention decoders, a third decoded",
     "fast": "recipe hpm-fast",
+    "random+lpred-fast": "recipe random+lpred-fast: fast without teacher and mining",
     "shared": "recipe hpm-shared",
     "cross": "recipe hpm-cross",
     "exact+third": "exact, a third of the hidden patches decoded",
@@ -30,7 +31,8 @@ VARIANTS: dict[str, str] = {
 """What can be measured, in the order of the table."""
 
 VariantName = Literal[
-    "reference", "mae", "exact", "random+lpred", "mae-third", "crossmae", "fast", "shared", "cross",
+    "reference", "mae", "exact", "random+lpred", "mae-third", "crossmae", "fast",
+    "random+lpred-fast", "shared", "cross",
     "exact+third", "exact+cross", "exact+shallow", "exact+half-teacher", "exact+4-masks", "exact+4-steps",
     "exact+progressive",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ from hpm.benchmark.timing import Stepper, measure, ratios_to
 from hpm.build import build_normalise
 from hpm.config import Config
 from hpm.errors import InputError
+from hpm.extras import install
 from hpm.run_folder import versions
 from hpm.vit import create_encoder, patch_size, patchify
 
@@ -165,7 +166,7 @@ def run(config: PeersConfig) -> dict[str, Any]:
     there = [name for name in PEERS if importlib.util.find_spec(name)]
     missing = [name for name in PEERS if name not in there]
     if not there:
-        raise InputError("peers: neither transformers nor lightly is installed; pip install 'hpm[bench]'")
+        raise InputError(f"peers: neither transformers nor lightly is installed; {install('bench')}")
     batch_size = config.batch_size or (256 if device.type == "cuda" else 16)
     chosen = variant_config("mae", config, batch_size)
     bf16, compiled = is_bf16(config, device), is_compiled(config, device)

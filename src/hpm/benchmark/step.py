@@ -50,6 +50,7 @@ RECIPES = {
     "mae-third": "mae-third-norm-pix",
     "crossmae": "crossmae",
     "fast": "hpm-fast-norm-pix",
+    "random+lpred-fast": "random+lpred-fast-norm-pix",
     "shared": "hpm-shared-norm-pix",
     "cross": "hpm-cross-norm-pix",
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from hpm.embed.chunks import Parts, Rows
 from hpm.errors import InputError
+from hpm.extras import install
 
 
 class Table(NamedTuple):
@@ -46,7 +47,7 @@ def check_format(path: Path) -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
-            raise InputError("out: writing .parquet needs pyarrow; pip install 'hpm[parquet]', or use .npz") from None
+            raise InputError(f"out: writing .parquet needs pyarrow, or use .npz; {install('parquet')}") from None
 
 
 def write_table(table: Table, to: Path, *, kind: str) -> None:

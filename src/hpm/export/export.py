@@ -26,6 +26,7 @@ from hpm.export import graphs, huggingface, timm_format
 from hpm.export.backbone import Backbone, Computed, Pooled, random_images, read_backbone
 from hpm.export.card import model_card
 from hpm.export.config import ExportConfig, ExportFormat, Output
+from hpm.extras import install
 
 
 class Format(NamedTuple):
@@ -148,7 +149,7 @@ def _checked_form(config: ExportConfig) -> Format:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"export runs in one process, got {os.environ['WORLD_SIZE']}; call it without torchrun")
     if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
-        raise InputError(f"format: {config.format!r} needs {', '.join(missing)}; pip install 'hpm[{form.extra}]'")
+        raise InputError(f"format: {config.format!r} needs {', '.join(missing)}; {install(form.extra)}")
     if config.pooling is not None and config.pooling not in get_args(Output):
         raise InputError(f"pooling: must be one of {', '.join(get_args(Output))}, got {config.pooling!r}")
     if config.pooling is not None and not form.has_outputs:

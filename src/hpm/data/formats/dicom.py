@@ -1,6 +1,6 @@
 """DICOM: the first frame, rescaled to the units that the file names (Hounsfield for CT).
 
-Needs ``pip install 'hpm[dicom]'``. The window for display is not applied. Values that are all padding count as no data.
+Needs pydicom (extra ``dicom``). The window for display is not applied. Values that are all padding count as no data.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpm.data.stored import DecodeError, Description, Kind, Stored, check_size, type_range
+from hpm.extras import install
 
 _BY_IMAGECODECS = {
     "1.2.840.10008.1.2.4.57": "jpegsof3",
@@ -129,7 +130,7 @@ def _pydicom() -> Any:
         import pydicom.encaps
         import pydicom.pixels
     except ImportError:
-        raise DecodeError("reading DICOM needs pydicom; pip install 'hpm[dicom]'") from None
+        raise DecodeError(f"reading DICOM needs pydicom; {install('dicom')}") from None
     return pydicom
 
 

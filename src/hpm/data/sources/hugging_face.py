@@ -20,6 +20,7 @@ from hpm.data.sources.base import Source
 from hpm.data.sources.compact import LabelBuilder, Labels
 from hpm.data.sources.shard_index import ARCHIVES
 from hpm.errors import InputError
+from hpm.extras import install
 
 Loaded = TypeVar("Loaded")
 
@@ -230,7 +231,7 @@ def _library(field: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{field}: Hugging Face datasets need pip install 'hpm[datasets]'") from None
+        raise InputError(f"{field}: Hugging Face datasets need {install('datasets')}") from None
     return datasets
 
 

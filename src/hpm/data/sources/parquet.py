@@ -13,6 +13,7 @@ import numpy as np
 from hpm.data.sources.compact import LabelBuilder, Strings
 from hpm.data.sources.shard_index import DamagedShardError, ShardIndex
 from hpm.errors import InputError
+from hpm.extras import install
 
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
 """What a column of classes is called where nothing else says which it is, most likely first."""
@@ -45,7 +46,7 @@ def open_parquet(file: Path, *, field: str) -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise InputError(f"{field}: reading {file} needs pyarrow; pip install 'hpm[parquet]'") from None
+        raise InputError(f"{field}: reading {file} needs pyarrow; {install('parquet')}") from None
     try:
         return parquet.ParquetFile(file, memory_map=True)
     except (ValueError, OSError) as error:  # pyarrow's own errors derive from them

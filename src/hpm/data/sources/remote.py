@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from hpm.errors import InputError
+from hpm.extras import install
 from hpm.log import warn
 
 Fetched = TypeVar("Fetched")
@@ -213,7 +214,7 @@ def _file_system(url: str, timeout: float) -> Any:
         return _opened(scheme, timeout, os.getpid())
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
-        hint = f"pip install 'hpm[{extra}]'" if extra else str(error)
+        hint = install(extra) if extra else str(error)
         raise InputError(f"data: reading {url} needs a package that is not installed: {hint}") from None
     except ValueError as error:  # a protocol that fsspec has never heard of
         raise InputError(f"data: {url}: {error}") from None

@@ -45,6 +45,7 @@ from hpm.evaluate.dense.training import (
     train,
 )
 from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
+from hpm.extras import install
 from hpm.log import say, tracked
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
@@ -195,7 +196,7 @@ def _check(config: DetectConfig) -> None:
     try:
         import pycocotools  # noqa: F401
     except ImportError:
-        raise InputError("detect: needs pycocotools; pip install 'hpm[dense]'") from None
+        raise InputError(f"detect: needs pycocotools; {install('dense')}") from None
     check_training(config)
     check_max_damaged(config.max_damaged)
     if not 0 < config.scale[0] <= config.scale[1]:

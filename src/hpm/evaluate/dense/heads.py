@@ -11,6 +11,7 @@ from hpm.data.class_masks import IGNORED
 from hpm.errors import InputError
 from hpm.evaluate.dense.encoder import DenseEncoder
 from hpm.evaluate.dense.pyramid import SCALES, rescale
+from hpm.extras import install
 
 
 class LinearHead(nn.Module):
@@ -61,7 +62,7 @@ class UperNetHead(nn.Module):
             from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
         except ImportError:
             raise InputError(
-                "head: upernet needs segmentation_models_pytorch; pip install 'hpm[dense]', or take linear"
+                f"head: upernet needs segmentation_models_pytorch, or take linear; {install('dense')}"
             ) from None
         levels = [rescale(dim, scale) for scale in SCALES]
         self.levels = nn.ModuleList(step for step, _ in levels)

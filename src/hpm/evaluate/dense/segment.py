@@ -42,6 +42,7 @@ from hpm.evaluate.dense.training import (
 )
 from hpm.evaluate.dense.windows import most_likely, slide
 from hpm.evaluate.features import check_max_damaged
+from hpm.extras import install
 from hpm.log import tracked
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
@@ -171,7 +172,7 @@ def _check(config: SegmentConfig) -> None:
     try:
         import torchmetrics  # noqa: F401
     except ImportError:
-        raise InputError("segment: needs torchmetrics; pip install 'hpm[dense]'") from None
+        raise InputError(f"segment: needs torchmetrics; {install('dense')}") from None
     check_training(config)
     check_max_damaged(config.max_damaged)
     if config.finetune and config.head == "linear":

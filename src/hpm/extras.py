@@ -1,0 +1,21 @@
+"""Packages that only some commands need: how a user gets them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib.metadata import requires
+
+
+def install(extra: str) -> str:
+    """The command that installs what an extra of hpm's needs, package by package.
+
+    Not ``pip install 'hpm[EXTRA]'``: the package index has another project of that name.
+    """
+    wanted = []
+    for line in requires("hpm") or ():
+        package, _, condition = line.partition(";")
+        if re.fullmatch(rf"""\s*extra == ["']{re.escape(extra)}["']\s*""", condition):
+            wanted.append(package.strip())
+    assert wanted, f"hpm has no extra {extra!r}"
+    return "pip install " + shlex.join(wanted)
