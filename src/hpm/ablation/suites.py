@@ -24,10 +24,13 @@ SUITES: dict[str, Suite] = {
         "Does mining pay, against an honest MAE and a free rival?",
     ),
     "speed": Suite(
-        ("mae-norm-pix", "mae-third-norm-pix", "crossmae", "hpm-norm-pix", "hpm-fast-norm-pix", "hpm-shared-norm-pix"),
+        (
+            "mae-norm-pix", "mae-third-norm-pix", "random+lpred-fast-norm-pix", "crossmae", "hpm-norm-pix",
+            "hpm-fast-norm-pix", "hpm-shared-norm-pix",
+        ),
         "hpm-norm-pix",
-        "Does mining at MAE's price lose anything against HPM as published, and what do MAE and CrossMAE make of its "
-        "time?",
+        "Does mining at MAE's price lose anything against HPM as published, what do MAE and CrossMAE make of its time, "
+        "and is the teacher worth its price?",
     ),
     "mask-strategy": Suite(
         (
