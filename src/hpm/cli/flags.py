@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, field, fields, make_dataclass
+from typing import Annotated, Any
 
 
 def parse(kind: type[Any], prog: str, arguments: list[str]) -> Any:
@@ -21,7 +22,25 @@ def parse_with_json(kind: type[Any], prog: str, arguments: list[str]) -> tuple[A
     return parse(kind, f"{prog} [--json]", [word for word in arguments if word != "--json"]), as_json
 
 
-def given_flags(arguments: list[str]) -> set[str]:
-    """Names of the fields that flags set, where only what was given holds and the rest has other defaults."""
+def parse_with_fields(kind: type[Any], prog: str, arguments: list[str]) -> tuple[Any, dict[str, Any], bool]:
+    """For commands that also take every field of a run's config: their own dataclass, the fields that were given
+    (alone: whatever is not has other defaults), and whether the figures are wanted as JSON."""
+    import tyro
+
+    from hpm.config import Config
+
+    settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+    json = Annotated[bool, tyro.conf.arg(help="Print the figures as one JSON object in the last line.")]
+    with_settings = make_dataclass(
+        kind.__name__,
+        [("settings", settings, field(default=Config())), ("json", json, field(default=False))],
+        bases=(kind,),
+        namespace={"__doc__": kind.__doc__},
+        frozen=True,
+    )
+    command = parse(with_settings, prog, arguments)
     flags = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-    return flags | {name.removeprefix("no_") for name in flags}
+    flags |= {name.removeprefix("no_") for name in flags}
+    values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
+    own = kind(**{item.name: getattr(command, item.name) for item in fields(kind)})
+    return own, {name: value for name, value in values.items() if name in flags}, command.json

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, field, fields, make_dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from hpm.cli.flags import given_flags, parse
+from hpm.cli.flags import parse_with_fields
 from hpm.cli.output import print_json, print_table
 
 
 def plan(arguments: list[str]) -> None:
     """``hpm plan``."""
-    import tyro
-
-    from hpm.config import Config
     from hpm.planning.config import PlanConfig, duration
 
-    settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
-    with_settings = make_dataclass(
-        "PlanCommand",
-        [("settings", settings, field(default=Config())), ("json", bool, field(default=False))],
-        bases=(PlanConfig,),
-        namespace={"__doc__": PlanConfig.__doc__},
-        frozen=True,
-    )
-    command = parse(with_settings, "plan", arguments)
-    values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
-    given = {name: value for name, value in values.items() if name in given_flags(arguments)}
-    config = PlanConfig(**{item.name: getattr(command, item.name) for item in fields(PlanConfig)})
+    config, given, as_json = parse_with_fields(PlanConfig, "plan", arguments)
 
     from hpm.planning.plan import run
 
@@ -49,7 +34,7 @@ def plan(arguments: list[str]) -> None:
     for line in result["advice"]:
         print(f"mind:  {line}")
     print(f"next:  {result['command_from_file' if config.out else 'command']}")
-    if command.json:
+    if as_json:
         print_json(result)
 
 
