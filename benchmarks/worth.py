@@ -218,9 +218,9 @@ def write(results: dict[int, dict[str, dict[str, Any]]], name: str, out: Path) -
         lines.append(f"| {figure} | {' | '.join(cells)} |")
     minutes = {key: statistics.fmean(done[key]["seconds"] for done in results.values()) / 60 for key in common}
     made_by = yaml.safe_load((out / f"seed{next(iter(results))}" / "run" / "config.yaml").read_text())["about"]
+    made_by = {key: value.replace(str(out), "OUT") if key == "command" else value for key, value in made_by.items()}
     about = {"seeds": list(results), "minutes": minutes, "made_by": made_by}
-    text = json.dumps({**about, "figures": rows}, indent=2).replace(str(out), "OUT")
-    (out / f"{name}.json").write_text(text + "\n")
+    (out / f"{name}.json").write_text(json.dumps({**about, "figures": rows}, indent=2) + "\n")
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 

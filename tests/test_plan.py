@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import random
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from hpm.planning.sizes import (
 )
 from hpm.planning.timing import StepSeconds, loading_limit, reckoned, step_seconds, with_loading
 from hpm.recipes import recipe
+from hpm.rules import split_batch
 
 NAMES = [size.name for size in SIZES]
 CPU = torch.device("cpu")
@@ -180,7 +183,9 @@ def rates(monkeypatch, counted):
     monkeypatch.setattr(plan, "step_seconds", seconds)
     monkeypatch.setattr(plan, "time_loading", lambda *_, **__: Loading(1e6, 400_000))
     monkeypatch.setattr(timing, "START_SECONDS", 0.0)
-    monkeypatch.setattr(plan, "sizes_for", lambda given: LITTLE if "encoder" not in given else sizes_for(given))
+    monkeypatch.setattr(
+        plan, "sizes_for", lambda given: sizes_for(given) if given.keys() & {"encoder", "init_from"} else LITTLE
+    )
     return asked
 
 
@@ -308,6 +313,59 @@ def test_an_encoder_that_only_shards_hold_is_reckoned_from_a_smaller_one(photos,
     assert 0 < row["images_per_second"] < 1e9
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_asked_the_proposal_is_a_run_that_would_start(rates, seed):
+    chance = random.Random(seed)
+    masks, crops, processes = chance.choice((1, 2, 3, 4)), chance.choice((1, 2)), chance.choice((1, 2, 3))
+    fields = {"image_size": 32, "patch_size": 4, "masks_per_image": masks, "crops_per_image": crops}
+    given = {"batch_size": masks * crops * processes * chance.choice((5, 8, 25))} if seed % 2 else {}
+    base = plan.with_fields(recipe("mae"), {"batch_size": 24, **fields})
+    machine = Machine(CPU, processes, 1e12)
+    whole = make_candidate(LITTLE[0], base, given, 2000, machine)
+    for share in (1.001, 0.8, 0.5, 0.3, 0.2):
+        found = make_candidate(LITTLE[0], base, given, 2000, replace(machine, memory=share * whole.memory_bytes))
+        assert split_batch(found.config, processes=processes) >= 1
+        assert found.memory_bytes <= share * whole.memory_bytes or not found.fits
+        assert found.fits or share < 0.8
+
+
+def test_the_optimizer_is_paid_once_a_step_however_it_is_cut(photos, rates, monkeypatch):
+    monkeypatch.setattr(plan, "step_seconds", lambda *_: StepSeconds(0.01, 1.0))
+    found = {n: propose(photos, "1h", **ONE, batch_size=n)["images_per_second"] for n in (10, 40)}
+    cut = propose(photos, "1h", **ONE, batch_size=40, micro_batch_size=10)["images_per_second"]
+    assert found[10] == pytest.approx(10 / 1.1, rel=0.01)
+    assert found[40] == pytest.approx(40 / 1.4, rel=0.01)
+    assert cut == pytest.approx(found[40])
+
+
+def test_what_does_not_fit_when_it_is_tried_is_not_proposed(photos, rates, monkeypatch):
+    given = plan.step_seconds
+
+    def tried(candidate, *how):
+        return None if candidate.size.name == NAMES[1] else given(candidate, *how)
+
+    monkeypatch.setattr(plan, "step_seconds", tried)
+    found = propose(photos, "30d")
+    assert [row["fits"] for row in found["candidates"]] == [True, False, True, True, True]
+    assert found["encoder"] == NAMES[0]  # 40 images are too few for the others
+
+
+def test_a_run_takes_as_long_whatever_the_budget(photos, rates):
+    hours = [propose(photos, budget, **ONE, epochs=20)["hours"] for budget in ("1h", "30d")]
+    assert hours[0] == pytest.approx(hours[1])
+
+
+def test_more_epochs_than_were_ever_published(photos, rates):
+    found = propose(photos, "30d", epochs=2000)
+    assert found["epochs"] == 2000
+    assert found["advice"] == []
+    assert found["encoder"] == propose(photos, "30d", epochs=1000)["encoder"] == NAMES[1]
+
+
+def test_a_warmup_that_is_given_is_held_against_the_final_epochs(photos, rates):
+    assert propose(photos, "1h", **ONE, epochs=30, warmup_epochs=5.0)["config"]["warmup_epochs"] == 5
+
+
 def test_what_is_far_too_slow_is_not_timed(photos, rates):
     found = propose(photos, "2s")
     timed = [row["measured"] for row in found["candidates"]]
@@ -342,6 +400,11 @@ def test_a_step_that_is_not_timed_follows_from_flops_and_parameters():
         ({"image_size": (30, 30)}, "image_size: .*30"),
         ({"processes": 0}, "processes: .* got 0"),
         ({"memory": -1.0}, "memory_gigabytes: .* got -1"),
+        ({"sharding": "full", **ONE}, "sharding: 'full' cuts the model over processes and needs at least 2"),
+        ({"batch_size": 30, "micro_batch_size": 4, **ONE}, "micro_batch_size: must divide the 30 images"),
+        ({"batch_size": 50, **ONE}, r"batch_size: must be at most the number of images \(40\), got 50"),
+        ({"init_from": "runs/old"}, "init_from: also name the --encoder"),
+        ({"teacher_budget": 0.001, **ONE}, "teacher_budget: must be at least"),
         ({"masks_per_image": 64, "batch_size": 64}, "data: needs an image or more for each of 1 processes with 64"),
     ],
 )
@@ -398,9 +461,11 @@ def test_processes_share_the_cores(monkeypatch):
 
 def test_on_a_cpu_loading_and_steps_share_the_cores():
     machine = Machine(CPU, 1, 1e9)
-    limit = loading_limit(recipe("mae"), Loading(100.0, 0), machine)
+    many = plan.with_fields(recipe("mae"), {"workers": 64})
+    limit = loading_limit(many, Loading(100.0, 0), machine)
     assert limit == 100 * torch.get_num_threads()
-    assert with_loading(limit, recipe("mae"), Loading(100.0, 0), machine) == pytest.approx(limit / 2)
+    assert loading_limit(plan.with_fields(recipe("mae"), {"workers": 0}), Loading(100.0, 0), machine) == 100
+    assert with_loading(limit, many, Loading(100.0, 0), machine) == pytest.approx(limit / 2)
 
 
 def test_loading_is_timed_from_ram_where_a_run_would_keep_images_there(photos, monkeypatch):

@@ -52,6 +52,7 @@ from hpm.mining import MiningGate, mining_threshold
 from hpm.parallel import check_sharding, exchanging, gathered, parallel, shard
 from hpm.recipes import recipe as named_recipe
 from hpm.reporter import reporting
+from hpm.rules import split_batch
 from hpm.run import Run, State
 from hpm.run_folder import RunFolder
 from hpm.schedules import ema_decay, untouched_share
@@ -220,29 +221,10 @@ def _position(config: Config) -> Position:
     Raises:
         InputError: It does not divide, or a micro-batch is larger than the share of a process.
     """
-    batch, processes = config.optimisation.batch_size, distributed.world_size()
+    processes = distributed.world_size()
     if config.run.sharding == "full":
         check_sharding(processes=processes)
-    if batch % processes:
-        raise InputError(f"batch_size: must be divisible by the number of processes ({processes}), got {batch}")
-    share = batch // processes
-    micro = config.run.micro_batch_size or share
-    if micro > share:
-        raise InputError(f"micro_batch_size: must be at most the {share} images per process and step, got {micro}")
-    if share % micro:
-        raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
-    masks, crops = config.method.masks_per_image, config.data.crops_per_image
-    if micro % masks:
-        raise InputError(
-            f"masks_per_image: must divide the {micro} views of a forward pass (batch_size, processes, "
-            f"micro_batch_size), got {masks}"
-        )
-    if micro % (masks * crops):
-        raise InputError(
-            f"crops_per_image: times masks_per_image ({masks}) must divide the {micro} views of a forward pass "
-            f"(batch_size, processes, micro_batch_size), got {crops}"
-        )
-    return Position(distributed.rank(), processes, share // micro)
+    return Position(distributed.rank(), processes, split_batch(config, processes=processes))
 
 
 def _check_disk(path: Path, student: Student, keep_last: int) -> None:

@@ -84,6 +84,35 @@ def check_together(config: Config) -> None:
         raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
 
 
+def split_batch(config: Config, *, processes: int) -> int:
+    """Micro-batches of each process in a step.
+
+    Raises:
+        InputError: The batch does not divide, or a micro-batch is larger than the share of a process.
+    """
+    batch = config.optimisation.batch_size
+    if batch % processes:
+        raise InputError(f"batch_size: must be divisible by the number of processes ({processes}), got {batch}")
+    share = batch // processes
+    micro = config.run.micro_batch_size or share
+    if micro > share:
+        raise InputError(f"micro_batch_size: must be at most the {share} images per process and step, got {micro}")
+    if share % micro:
+        raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
+    masks, crops = config.method.masks_per_image, config.data.crops_per_image
+    if micro % masks:
+        raise InputError(
+            f"masks_per_image: must divide the {micro} views of a forward pass (batch_size, processes, "
+            f"micro_batch_size), got {masks}"
+        )
+    if micro % (masks * crops):
+        raise InputError(
+            f"crops_per_image: times masks_per_image ({masks}) must divide the {micro} views of a forward pass "
+            f"(batch_size, processes, micro_batch_size), got {crops}"
+        )
+    return share // micro
+
+
 def _guide(mask: str) -> str | None:
     """What a mask policy chooses by; asked only where a rule depends on it, for masking imports torch."""
     from hpm.masking import MASKS

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from hpm import distributed
+from hpm.budget import keep_to_budget
 from hpm.build import build_student
 from hpm.config import Config, with_fields
 from hpm.data.cache import free_memory
 from hpm.errors import InputError
 from hpm.flops import training_flops
-from hpm.memory import step_memory
+from hpm.memory import StepMemory, step_memory
+from hpm.parallel import check_sharding
 from hpm.planning.config import PlanConfig
-from hpm.planning.sizes import LIGHT, LIGHT_WIDTH, MIN_MICRO_BATCH, SIZES, Size, choose_batch
+from hpm.planning.sizes import LIGHT, LIGHT_WIDTH, MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, Size, choose_batch
+from hpm.rules import split_batch
 from hpm.vit import create_encoder
 
 FREE_SHARE = 0.9
@@ -44,7 +47,7 @@ class Candidate:
 
     size: Size
     config: Config
-    """Of a single epoch."""
+    """Of the longest run."""
     parameters: int
     """Of the student: encoder, decoder and predictor."""
     memory_bytes: int
@@ -83,6 +86,10 @@ def find_machine(base: Config, config: PlanConfig) -> Machine:
 def sizes_for(given: Mapping[str, Any]) -> tuple[Size, ...]:
     """The encoders that come into question."""
     if "encoder" not in given:
+        if given.get("init_from"):
+            raise InputError(
+                f"init_from: also name the --encoder that these weights are of, got {given['init_from']!r}"
+            )
         return SIZES
     with torch.device("meta"):
         width = create_encoder(given["encoder"], image_size=(224, 224)).embed_dim
@@ -96,11 +103,14 @@ def with_size(size: Size, base: Config, given: Mapping[str, Any], num_images: in
         chosen["predictor_depth"] = chosen["decoder_depth"]  # not chosen by the method itself
     views_per_image = base.method.masks_per_image * base.data.crops_per_image
     chosen["batch_size"] = choose_batch(num_images, machine.processes, views_per_image)
-    config = with_fields(base, {"epochs": 1, **chosen, **{k: v for k, v in given.items() if k != "epochs"}})
-    if config.optimisation.batch_size % machine.processes:
-        raise InputError(
-            f"batch_size: must be divisible by the {machine.processes} processes, got {config.optimisation.batch_size}"
-        )
+    chosen["epochs"] = MAX_EPOCHS  # stands for those that the budget allows
+    config = keep_to_budget(with_fields(base, {**chosen, **given}))
+    batch = config.optimisation.batch_size
+    if batch > num_images:
+        raise InputError(f"batch_size: must be at most the number of images ({num_images}), got {batch}")
+    if config.run.sharding == "full":
+        check_sharding(processes=machine.processes)
+    split_batch(config, processes=machine.processes)
     return config
 
 
@@ -108,7 +118,6 @@ def make_candidate(size: Size, base: Config, given: Mapping[str, Any], num_image
     """A run with an encoder, with micro-batches, recomputation and shards as memory asks for."""
     config = with_size(size, base, given, num_images, machine)
     share = config.optimisation.batch_size // machine.processes
-    views_per_image = config.method.masks_per_image * config.data.crops_per_image
     bf16 = is_bf16(config, machine.device)
     ways = [(sharding, again) for sharding in ("none", "full") for again in (False, True)]
     ways = [
@@ -117,7 +126,11 @@ def make_candidate(size: Size, base: Config, given: Mapping[str, Any], num_image
         and sharding == given.get("sharding", sharding)
         and again == given.get("activation_checkpointing", again)
     ]  # fmt: skip
-    counted = {}
+    together = config.method.masks_per_image * config.data.crops_per_image
+    cuts = [n for n in range(share, 0, -1) if share % n == 0 and n % together == 0]
+    if "micro_batch_size" in given:
+        cuts = [given["micro_batch_size"] or share]
+    counted: dict[tuple[str, bool], StepMemory] = {}
     least = math.inf
     for smallest in (MIN_MICRO_BATCH, 1):
         for sharding, again in ways:
@@ -129,17 +142,13 @@ def make_candidate(size: Size, base: Config, given: Mapping[str, Any], num_image
                     config, processes=machine.processes, bf16=bf16, device=machine.device
                 )
             whole = counted[sharding, again]
-            views = min(share, given.get("micro_batch_size") or share)
-            while views >= min(share, max(smallest, views_per_image)) and views % views_per_image == 0:
+            for views in (n for n in cuts if n >= smallest or n == cuts[0]):
                 kept = whole.gradients * (machine.processes - 1) if sharding == "full" and views < share else 0
                 needed = UNCOUNTED * (whole.of(views) + kept)  # whole gradients are kept until they are exchanged
                 least = min(least, needed)
                 if needed <= machine.memory:
                     config = with_fields(config, {"micro_batch_size": None if views == share else views})
                     return with_costs(size, config, needed, fits=True)
-                if given.get("micro_batch_size"):
-                    break
-                views //= 2
     return with_costs(size, config, least, fits=False)
 
 

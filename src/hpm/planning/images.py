@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hpm.batches import training_images
-from hpm.build import build_decoder, open_images
+from hpm.build import build_decoder, build_downloads, open_images
 from hpm.config import Config, with_fields
 from hpm.data.cache import SHARE_OF_MEMORY, SharedImages, estimate, free_memory
 from hpm.data.decode import DecodeError
@@ -73,7 +73,8 @@ def open_images_of(base: Config, given: Mapping[str, Any]) -> tuple[Config, Sour
     """The images, and the config with all that follows from them."""
     channels = base.data.channels
     if "channels" not in given:
-        channels = find_channels(open_source(base.data.data, image_size=base.data.size))
+        source = open_source(base.data.data, image_size=base.data.size, downloads=build_downloads(base))
+        channels = find_channels(source)
     # Numbers that stand for mean and deviation until the run measures them: they change no time.
     stand_in = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
     base = with_fields(base, {"channels": channels, **{k: v for k, v in stand_in.items() if k not in given}})

@@ -18,13 +18,13 @@ from hpm.log import say
 from hpm.planning.candidates import Candidate, Machine, find_machine, make_candidate, sizes_for, with_costs, with_size
 from hpm.planning.config import PlanConfig, duration, parse_budget
 from hpm.planning.images import ImagesFound, Loading, open_images_of, time_loading
-from hpm.planning.sizes import MIN_MICRO_BATCH, SIZES, enough_views, epochs_within, preferred
+from hpm.planning.sizes import MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, enough_views, epochs_within, preferred
 from hpm.planning.timing import (
-    SPARE,
     StepSeconds,
     loading_limit,
     reckoned,
-    seconds_beside,
+    seconds_for_training,
+    seconds_of_run,
     step_seconds,
     with_loading,
 )
@@ -68,9 +68,9 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     if config.memory_gigabytes is None and machine.device.type == "cpu":
         machine = replace(machine, memory=machine.memory - loading.cache_bytes)
     candidates = [make_candidate(size, base, given, found.number, machine) for size in sizes]
-    candidates = _timed(candidates, config, given, budget, loading, machine, found)
     wanted = given.get("epochs")
     enough = wanted * found.number if wanted else enough_views(found.number)
+    candidates = _timed(candidates, config, budget, enough, loading, machine, found)
     views = {c.size.name: float(c.epochs * found.number) for c in candidates if c.fits}
     name = preferred(views, sizes, found.number, enough=enough)
     if name is None:
@@ -79,15 +79,15 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     found_again = {field: () for field in ("value_range", "mean", "std") if field not in given}  # by the run itself
     final = with_fields(chosen.config, {"epochs": wanted or chosen.epochs, **found_again})
     schedule = resolve_schedule(final.optimisation, found.number)
-    seconds = schedule.total_steps * final.optimisation.batch_size / chosen.views_per_second
-    seconds += seconds_beside(budget, chosen, found, machine)
+    training = schedule.total_steps * final.optimisation.batch_size / chosen.views_per_second
+    seconds = seconds_of_run(training, chosen, found, machine)
     if out is not None:
         about = {"proposed_by": f"hpm plan --data {shlex.quote(base.data.data)} --budget {config.budget}"}
         write_text_atomically(out, to_yaml(final, {**about, **versions(machine.device)}))
     start = _start(machine.processes)
     return {
         "command": " ".join([*start, *command_words(final, config.method)]),
-        "command_from_file": " ".join([*start, "--config", shlex.quote(config.out), "--out", "RUN"]),
+        "command_from_file": " ".join([*start, "--config", shlex.quote(str(out)), "--out", "RUN"]),
         "method": config.method,
         "encoder": name,
         "epochs": final.optimisation.epochs,
@@ -139,8 +139,8 @@ def _writable(out: str) -> Path | None:
 
 
 def _timed(
-    candidates: list[Candidate], config: PlanConfig, given: Mapping[str, Any], budget: float, loading: Loading,
-    machine: Machine, found: ImagesFound,
+    candidates: list[Candidate], config: PlanConfig, budget: float, enough: float, loading: Loading, machine: Machine,
+    found: ImagesFound,
 ) -> list[Candidate]:  # fmt: skip
     """With images per second and epochs; smallest first, until one is far too slow."""
     done: list[Candidate] = []
@@ -151,6 +151,9 @@ def _timed(
         if candidate.fits and not hopeless and candidate.config.run.sharding == "none":
             say(f"{candidate.size.name}: timing its step")
             seconds = step_seconds(candidate, machine, config.seconds)
+            if seconds is None:
+                say(f"{candidate.size.name}: does not fit into memory after all")
+                candidate = replace(candidate, fits=False)
         measured = seconds is not None
         if seconds is None:
             known = known or reference(candidate, config, machine)
@@ -161,9 +164,10 @@ def _timed(
         timed = replace(
             candidate, views_per_second=with_loading(rate, candidate.config, loading, machine), measured=measured
         )
-        left = budget - seconds_beside(budget, timed, found, machine)
-        timed = replace(timed, epochs=epochs_within(left, timed.views_per_second, found.number))
-        hopeless = timed.epochs * found.number < HOPELESS * enough_views(found.number)
+        left = seconds_for_training(budget, timed, found, machine)
+        most = max(MAX_EPOCHS, math.ceil(enough / found.number))
+        timed = replace(timed, epochs=epochs_within(left, timed.views_per_second, found.number, most=most))
+        hopeless = timed.epochs * found.number < HOPELESS * enough
         done.append(timed)
     return done
 
@@ -239,9 +243,7 @@ def _nothing(candidates: list[Candidate], config: PlanConfig, machine: Machine, 
             f"memory_gigabytes: the smallest step needs about {least:.1f} GB of a device, and "
             f"{machine.memory / 1e9:.1f} may be taken; give a smaller --image-size or --encoder"
         )
-    needed = min(found.number / c.views_per_second + seconds_beside(0, c, found, machine) for c in fitting) / (
-        1 - SPARE
-    )
+    needed = min(seconds_of_run(found.number / c.views_per_second, c, found, machine) for c in fitting)
     return (
         f"budget: must allow for one pass over the {found.number:,} images, which takes {duration(needed)} here, got "
         f"{config.budget}; or give fewer or smaller images"

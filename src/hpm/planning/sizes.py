@@ -118,9 +118,9 @@ def enough_views(num_images: int) -> int:
     return min(max(EPOCHS * num_images, MIN_VIEWS), MAX_VIEWS, MAX_EPOCHS * num_images)
 
 
-def epochs_within(seconds: float, views_per_second: float, num_images: int) -> int:
-    """Whole passes within a time, at most :data:`MAX_EPOCHS`; 0 where not even one fits."""
-    return max(0, min(MAX_EPOCHS, int(seconds * views_per_second / num_images)))
+def epochs_within(seconds: float, views_per_second: float, num_images: int, *, most: int = MAX_EPOCHS) -> int:
+    """Whole passes within a time, at most ``most``; 0 where not even one fits."""
+    return max(0, min(most, int(seconds * views_per_second / num_images)))
 
 
 def preferred(views: Mapping[str, float], sizes: Sequence[Size], num_images: int, *, enough: float) -> str | None:

@@ -15,6 +15,7 @@ from hpm.ablation.clock import TimedStep
 from hpm.benchmark.step import OurStep
 from hpm.benchmark.timing import warm_up
 from hpm.config import Config, with_fields
+from hpm.data.loading import default_workers
 from hpm.planning.candidates import Candidate, Machine
 from hpm.planning.images import ImagesFound, Loading
 
@@ -23,7 +24,7 @@ FLOPS_OF_A_TIMED_STEP = 3e11
 LOOKS = 12
 """Looks at kNN accuracy in a run."""
 SPARE = 0.05
-"""Share of the budget for figures, checkpoints and the start."""
+"""Share of a run for figures and checkpoints."""
 LOOK_COST = 0.5
 """Features of an image, of a training view: all patches, but neither decoder nor backward pass."""
 START_SECONDS = 30.0
@@ -74,6 +75,8 @@ def _step_seconds(candidate: Candidate, machine: Machine, seconds: float) -> Ste
     images = torch.randint(0, 256, pixels, dtype=torch.uint8, device=device)
     warm_up(stepper, images, device)
     fetch = partial(_same, images)
+    while stepper.steps_done % stepper.cycle or stepper.steps_done < stepper.cycle:  # every stage of a progressive run
+        stepper.step(fetch)
     learning = finishing = 0.0
     steps = 0
     while steps == 0 or steps % stepper.cycle or learning + finishing < seconds:
@@ -101,10 +104,10 @@ def with_loading(rate: float, config: Config, loading: Loading, machine: Machine
 
 def loading_limit(config: Config, loading: Loading, machine: Machine) -> float:
     """Views per second that could be loaded: a crop serves all masks, and all the steps for which a batch is kept."""
+    workers = config.run.workers
     if machine.device.type == "cpu":
-        cores = torch.get_num_threads()
+        cores = min(torch.get_num_threads(), max(1, default_workers() if workers is None else workers))
     else:  # the data processes of every training process, as default_workers shares the cores among them
-        workers = config.run.workers
         all_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         each = max(1, min(8, all_cores // machine.processes - 1)) if workers is None else max(1, workers)
         cores = each * machine.processes
@@ -112,10 +115,20 @@ def loading_limit(config: Config, loading: Loading, machine: Machine) -> float:
     return cores * loading.crops_per_second * views_per_crop
 
 
-def seconds_beside(budget: float, candidate: Candidate, found: ImagesFound, machine: Machine) -> float:
-    """Seconds of a run that are not training: looks at kNN accuracy, compilation, figures and checkpoints."""
+def seconds_beside(candidate: Candidate, found: ImagesFound, machine: Machine) -> float:
+    """Seconds of a run that do not grow with its length: start, compilation, looks at kNN accuracy."""
     run_config = candidate.config.run
     looks = LOOKS * min(found.number, run_config.knn_images) if run_config.knn and found.classes else 0
     compiled = machine.device.type == "cuda" and run_config.compile != "off"
     fixed = START_SECONDS + (COMPILE_SECONDS if compiled else 0)
-    return SPARE * budget + fixed + LOOK_COST * looks / candidate.views_per_second
+    return fixed + LOOK_COST * looks / candidate.views_per_second
+
+
+def seconds_of_run(training: float, candidate: Candidate, found: ImagesFound, machine: Machine) -> float:
+    """A whole run, from the seconds of its training."""
+    return training / (1 - SPARE) + seconds_beside(candidate, found, machine)
+
+
+def seconds_for_training(budget: float, candidate: Candidate, found: ImagesFound, machine: Machine) -> float:
+    """What is left for training; the inverse of :func:`seconds_of_run`."""
+    return (budget - seconds_beside(candidate, found, machine)) * (1 - SPARE)
