@@ -197,5 +197,5 @@ def test_what_the_hub_says_is_one_line(monkeypatch):
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(InputError, match=r"pip install 'hpm\[datasets\]'"):
+    with pytest.raises(InputError, match=r"need pip install 'datasets>="):
         open_source("hf:owner/name")

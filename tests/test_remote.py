@@ -136,7 +136,7 @@ def test_protocols_that_nothing_reads_are_refused(monkeypatch):
 
     remote._opened.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"pip install 'hpm\[http\]'"):
+    with pytest.raises(InputError, match=r"pip install .*aiohttp"):
         open_source("https://x.org/a.tar")
 
 
