@@ -214,6 +214,7 @@ def test_a_plan(photos, rates):
     chosen = next(row for row in found["candidates"] if row["name"] == found["encoder"])
     assert found["epochs"] == chosen["epochs"] > 0
     assert found["hours"] * 3600 <= 600
+    assert found["command_from_file"] is None
     assert found["steps"] == found["epochs"] * (40 // found["config"]["batch_size"])
     assert rates == [row["name"] for row in found["candidates"] if row["measured"]]
 

@@ -60,7 +60,7 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     if machine.processes * views_per_image > found.number:
         raise InputError(
             f"data: needs an image or more for each of {machine.processes} processes with {views_per_image} views of "
-            f"each image, got {found.number} images"
+            f"each image, got {found.number} images; give fewer --processes, --masks-per-image or --crops-per-image"
         )
     training_flops(with_size(sizes[0], base, given, found.number, machine))  # rules that only a model knows
     say(f"{_describe(found)}; looking at how fast they load")
@@ -87,7 +87,7 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     start = _start(machine.processes)
     return {
         "command": " ".join([*start, *command_words(final, config.method)]),
-        "command_from_file": " ".join([*start, "--config", shlex.quote(str(out)), "--out", "RUN"]),
+        "command_from_file": out and " ".join([*start, "--config", shlex.quote(str(out)), "--out", "RUN"]),
         "method": config.method,
         "encoder": name,
         "epochs": final.optimisation.epochs,
