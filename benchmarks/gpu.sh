@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Everything worth knowing from one GPU in one call of less than ten minutes: does it compute what the CPU computes, how
-# fast is a step (ViT-S, B, L; every means of the fast mode alone; peers), does a real run train. Results are JSON files (few, so that they are easy to bring home) in OUT.
+# fast is a step (ViT-B, L, S; peers; every means of the fast mode alone), does a real run train. The most wanted comes
+# first: a stage gets what is left of TOTAL_SECONDS, and is cut or left out where that is too little.
+# A second call has what takes longer: STAGES="evidence autotune plan".
+# Results are summary.json and results.tar.gz in OUT (JSON, CSV, figures; written anew after every stage, so that a call
+# that is cut short brings home what it had).
 #
 #   benchmarks/gpu.sh
 #
@@ -9,8 +13,11 @@
 #   DATA              folder with train-*.tar.gz, val-*.tar.gz  (the first of shared/data/nature, ../shared/data/nature)
 #   PRETRAIN_EPOCHS   length of the pre-training                (60)
 #   PRETRAIN_SECONDS  and its limit; stopped there, it is saved (100)
+#   EVIDENCE_EPOCHS   length of a run of the evidence           (20)
+#   EVIDENCE_SECONDS  and the limit of all of them              (400; seeds are the outer loop, so a cut loses seeds)
+#   TOTAL_SECONDS     limit of the whole call                   (570)
 #   PYTHON            interpreter                               (python3)
-#   STAGES            which stages                    ("agreement small base large means peers pretrain")
+#   STAGES            which stages, always in this order        ("agreement base large small peers means pretrain")
 #   DEVICE_SMALL=1    everything tiny, to try the script on a CPU
 #
 # A stage that fails does not stop the next. Exit code 0: every stage succeeded; 1: one failed, see OUT/summary.json.
@@ -21,11 +28,15 @@ OUT=${OUT:-runs/gpu}
 RUN=${RUN:-runs/gpu-pretrain}
 PYTHON=${PYTHON:-python3}
 SMALL=${DEVICE_SMALL:-0}
-STAGES=${STAGES:-agreement small base large means peers pretrain}
+STAGES=${STAGES:-agreement base large small peers means pretrain}
+TOTAL_SECONDS=${TOTAL_SECONDS:-570}
+GRACE=30  # to stop well
 mkdir -p "$OUT" || exit 1
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
+FOUND=$SCRATCH/results
+mkdir -p "$FOUND"
 
 # --- Dependencies and the package's version ------------------------------------------------------------------------
 
@@ -52,23 +63,47 @@ fi
 failed=0
 summary=()
 
-# stage NAME SECONDS COMMAND...: run the command for at most SECONDS and note how it ended.
+# stage NAME SECONDS COMMAND...: run the command for at most SECONDS, and what is left of all, and note how it ended.
 stage() {
-    local name=$1 limit=$2 began=$SECONDS code
+    local name=$1 limit=$2 began=$SECONDS left=$((TOTAL_SECONDS - SECONDS - GRACE)) code
     shift 2
     case " $STAGES " in *" $name "*) ;; *) return 1 ;; esac
+    if [ "$left" -lt 20 ]; then
+        failed=1
+        echo "gpu.sh: $name LEFT OUT, no time is left for it" >&2
+        summary+=("{\"stage\": \"$name\", \"exit_code\": null, \"seconds\": 0}")
+        return 1
+    fi
+    if [ "$limit" -gt "$left" ]; then limit=$left; fi
     echo "=== $name (at most $limit s)" >&2
     # --foreground: the signal is for hpm, which saves and stops, not for its data workers.
-    timeout --foreground --preserve-status --signal=TERM --kill-after=30 "$limit" "$@"
+    timeout --foreground --preserve-status --signal=TERM --kill-after="$GRACE" "$limit" "$@"
     code=$?
-    if [ "$name" = pretrain ] && [ "$code" = 3 ]; then
-        echo "gpu.sh: pretrain was stopped by its time limit, after saving: the metrics up to there count" >&2
+    if [ "$code" = 3 ]; then
+        echo "gpu.sh: $name was stopped by its time limit, after saving: what it has up to there counts" >&2
     elif [ "$code" != 0 ]; then
         failed=1
         echo "gpu.sh: $name FAILED with code $code" >&2
     fi
     summary+=("{\"stage\": \"$name\", \"exit_code\": $code, \"seconds\": $((SECONDS - began))}")
+    bring_home
     return "$code"
+}
+
+# bring_home: what was found so far, in OUT.
+bring_home() {
+    local file
+    for file in metrics.jsonl config.yaml; do
+        case " $STAGES " in *" pretrain "*) [ -f "$RUN/$file" ] && cp "$RUN/$file" "$FOUND/pretrain_$file" ;; esac
+    done
+    for file in "$SCRATCH"/evidence/*.{md,csv,png,json}; do
+        [ -f "$file" ] && cp "$file" "$FOUND/evidence_${file##*/}"
+    done
+    (
+        IFS=,
+        echo "{\"small\": $([ "$SMALL" = 1 ] && echo true || echo false), \"failed\": $failed, \"stages\": [${summary[*]-}]}"
+    ) >"$OUT/summary.json"
+    tar -czf "$SCRATCH/results.tar.gz" -C "$SCRATCH" results && mv "$SCRATCH/results.tar.gz" "$OUT/results.tar.gz"
 }
 
 step=(--image-size 224 --seconds 3 --rounds 4)
@@ -79,6 +114,8 @@ batch=256
 large_batch=128
 means=(exact exact+third exact+cross exact+shallow exact+half-teacher exact+4-masks exact+4-steps exact+progressive)
 pretrain=(--epochs "${PRETRAIN_EPOCHS:-60}")
+evidence=(--scale 64px --epochs "${EVIDENCE_EPOCHS:-20}" --batch-size 512 --cache device --seeds 0 1 2)
+budget=1h
 data=${DATA:-}
 for folder in shared/data/nature ../shared/data/nature; do
     if [ -z "$data" ] && [ -d "$folder" ]; then data=$folder; fi
@@ -95,36 +132,44 @@ if [ "$SMALL" = 1 ]; then
     pretrain=(--epochs 1 --batch-size 16 --encoder-depth 1 --knn-images 40 --num-figure-images 2)
     train=shapes:160
     val=shapes:40@1
+    evidence=(--scale micro --epochs 1 --batch-size 16 --encoder-depth 1 --seeds 0)
+    budget=1m
 elif [ -z "$data" ]; then
     echo "gpu.sh: no nature set in shared/data or ../shared/data: name its folder in DATA, or pretrain will fail" >&2
 fi
 
 bench=("$PYTHON" -m hpm benchmark)
-stage agreement 60 "$PYTHON" benchmarks/cuda_agreement.py --out "$OUT/agreement.json"
-stage small 80 "${bench[@]}" step --encoder "$small_model" --batch-size "$batch" "${step[@]}" --out "$OUT/step_small.json"
-stage base 110 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --profile --out "$OUT/step_base.json"
-stage large 80 "${bench[@]}" step --encoder "$large_model" --batch-size "$large_batch" "${step[@]}" --variants exact mae fast \
-    --out "$OUT/step_large.json"
-stage means 90 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants mae "${means[@]}" \
-    --out "$OUT/step_means.json"
+stage agreement 60 "$PYTHON" benchmarks/cuda_agreement.py --out "$FOUND/agreement.json"
+stage base 170 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --profile --out "$FOUND/step_base.json"
+stage large 100 "${bench[@]}" step --encoder "$large_model" --batch-size "$large_batch" "${step[@]}" --variants exact mae fast \
+    --out "$FOUND/step_large.json"
+stage small 100 "${bench[@]}" step --encoder "$small_model" --batch-size "$batch" "${step[@]}" --out "$FOUND/step_small.json"
 if "$PYTHON" -c "import transformers" 2>/dev/null || "$PYTHON" -c "import lightly" 2>/dev/null; then
-    stage peers 50 "${bench[@]}" peers --encoder "$base_model" --batch-size "$batch" "${step[@]}" --out "$OUT/peers.json"
+    stage peers 60 "${bench[@]}" peers --encoder "$base_model" --batch-size "$batch" "${step[@]}" --out "$FOUND/peers.json"
 else
     echo "gpu.sh: no peer (transformers, lightly) is installed: not measured" >&2
 fi
+stage means 120 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants mae "${means[@]}" \
+    --out "$FOUND/step_means.json"
 if stage pretrain "${PRETRAIN_SECONDS:-100}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
     --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then
-    tail -n 1 "$SCRATCH/pretrain.txt" >"$OUT/pretrain.json"
+    tail -n 1 "$SCRATCH/pretrain.txt" >"$FOUND/pretrain.json"
 fi
 cat "$SCRATCH/pretrain.txt"
-for file in metrics.jsonl config.yaml; do
-    case " $STAGES " in *" pretrain "*) [ -f "$RUN/$file" ] && cp "$RUN/$file" "$OUT/pretrain_$file" ;; esac
-done
+
+stage evidence "${EVIDENCE_SECONDS:-400}" "$PYTHON" -m hpm ablate --suite speed --rows mae-norm-pix random+lpred-fast-norm-pix hpm-fast-norm-pix \
+    --data "$train" --val "$val" --equal-time --no-equal-compute "${evidence[@]}" --out "$SCRATCH/evidence"
+
+# Matrix products by the fastest of many kernels: does the exact step come nearer to the peak?
+TORCHINDUCTOR_MAX_AUTOTUNE=1 stage autotune 150 "${bench[@]}" step --encoder "$base_model" --batch-size "$((2 * batch))" "${step[@]}" \
+    --compile on --variants mae exact fast --out "$FOUND/step_base_autotune.json"
+if stage plan 180 "$PYTHON" -m hpm plan --data "$train" --budget "$budget" --json >"$SCRATCH/plan.txt"; then
+    tail -n 1 "$SCRATCH/plan.txt" >"$FOUND/plan.json"
+fi
+cat "$SCRATCH/plan.txt"
 
 # --- Summary -------------------------------------------------------------------------------------------------------
 
-(
-    IFS=,
-    echo "{\"small\": $([ "$SMALL" = 1 ] && echo true || echo false), \"failed\": $failed, \"stages\": [${summary[*]-}]}"
-) | tee "$OUT/summary.json"
+bring_home
+cat "$OUT/summary.json"
 exit "$failed"

@@ -1,6 +1,7 @@
 """The plain reference step is our exact step, and the benchmark command measures and reports."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hpm.benchmark.config import PeersConfig, StepConfig
 from hpm.benchmark.plain import PlainStep, loop_masks, two_log_loss
 from hpm.build import build_method, build_optimizer
 from hpm.cli import main
+from hpm.errors import InputError
 from hpm.masking import hide_hard
 from hpm.method import Teacher, relative_loss
 from tiny import tiny_config, tiny_student
@@ -110,6 +112,86 @@ def test_turn_times_exactly_the_steps_asked_for():
     turn = timing.Turn(Counting(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
     turn.seconds(5)
     assert calls == [2] * 6  # one more, which is not timed
+
+
+class Sleeping:
+    """A stepper that does nothing but call back."""
+
+    images_per_step = 2
+    cycle = 1
+
+    def __init__(self, after_step=lambda: None):
+        self.after_step = after_step
+
+    def step(self, fetch):
+        fetch()
+        self.after_step()
+
+    def flops_per_view(self, images):
+        return 1.0
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGTERM)
+
+
+CONDITIONS = StepConfig(image_size=8, seconds=1e-6, rounds=4, profile=True)
+
+
+def measured(builders):
+    return timing.measure(builders, CONDITIONS, batch_size=2, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("in_round", "whole"), [(1, 1), (2, 2), (3, 2)])  # turns go a b, b a, a b
+def test_a_signal_ends_the_rounds_and_keeps_those_that_are_whole(in_round, whole):
+    steps = []
+
+    def after_step():
+        steps.append(1)
+        if len(steps) == timing.WARMUP_STEPS + 2 + 2 * in_round:  # two to see how long one takes, two in each round
+            interrupt()
+
+    found = measured({"a": lambda: Sleeping(after_step), "b": Sleeping})
+    assert {len(values) for values in found["images_per_second_rounds"].values()} == {whole}
+    assert found["stopped_by"] == "SIGTERM"
+    assert found["profile"] == {}
+
+
+def test_a_signal_while_preparing_leaves_the_rest_out():
+    found = measured({"a": lambda: Sleeping(interrupt), "b": Sleeping})
+    assert found["left_out"] == {"b": "SIGTERM came first"}
+    assert len(found["images_per_second_rounds"]["a"]) == 1
+
+
+def test_what_does_not_fit_into_memory_is_left_out(capsys):
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    found = measured({"a": Sleeping, "b": too_large, "c": Sleeping})
+    assert found["images_per_second"].keys() == {"a", "c"}
+    assert found["left_out"].keys() == {"b"}
+    assert found["stopped_by"] is None
+    assert "b: does not fit into memory" in capsys.readouterr().err
+    with pytest.raises(InputError, match="batch_size: must fit into the device's memory, got 2"):
+        measured({"b": too_large})
+
+
+def test_the_command_shows_what_was_measured_before_a_signal(tmp_path, capsys, monkeypatch):
+    step_once = step.OurStep.step
+
+    def interrupted(self, fetch):
+        step_once(self, fetch)
+        interrupt()
+
+    monkeypatch.setattr(step.OurStep, "step", interrupted)
+    out = tmp_path / "step.json"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    with pytest.raises(SystemExit) as left:
+        main(["benchmark", "step", "--batch-size=8", "--seconds=0.01", "--rounds=3", "--device=cpu", f"--out={out}",
+              *flags, "--variants", "mae", "exact"])  # fmt: skip
+    assert left.value.code == 3
+    assert "stopped by SIGTERM: the figures are of 1 of 3 rounds, without exact" in capsys.readouterr().err
+    assert json.loads(out.read_text())["images_per_second"].keys() == {"mae"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 from collections.abc import Mapping
@@ -76,9 +75,7 @@ def step_times(steps: Mapping[str, TimedStep], reference: str, file: Path, devic
                 "in turns; name fewer --rows, or give a smaller --micro-batch-size"
             ) from None
         finally:
-            gc.collect()  # or the models would lie beside the first run's
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            distributed.release_memory(device)  # or the models would lie beside the first run's
         known = {
             "images_per_second": {row: statistics.fmean(values) for row, values in rates.items()},
             "images_per_second_rounds": rates,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -23,8 +23,11 @@ from hpm.benchmark.config import VARIANTS, BenchmarkConfig
 from hpm.checkpoint import write_text_atomically
 from hpm.data.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
 from hpm.data.sources import Source
-from hpm.distributed import synchronise
+from hpm.distributed import release_memory, synchronise
+from hpm.errors import InputError
+from hpm.log import warn
 from hpm.run_folder import versions
+from hpm.stopping import StopSignal
 
 WARMUP_STEPS = 3
 
@@ -65,39 +68,79 @@ def measure(
         source: Where images come from; None: random bytes on the device.
 
     Returns:
-        Figures by name; images/s are student views per second.
+        Figures by name; images/s are student views per second. A signal to stop ends it early, with what was measured
+        by then (at least one round).
+
+    Raises:
+        InputError: Nothing fits into memory.
     """
     images = torch.randint(
         0, 256, (batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device
     )
     peak_flops = {precision: matmul_peak(device, dtype) for precision, dtype in _dtypes(device).items()}
-    steppers: dict[str, Stepper] = {}
-    flops: dict[str, float] = {}
-    memory: dict[str, int | None] = {}
-    for name, build in builders.items():
-        _say(f"preparing {name}")
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        steppers[name] = stepper = build()
-        flops[name] = stepper.flops_per_view(images)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        warm_up(stepper, images, device)
-        memory[name] = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-    turns = {name: Turn(stepper, images, device, source) for name, stepper in steppers.items()}
-    rates = take_turns(turns, batch_size=batch_size, seconds=config.seconds, rounds=config.rounds)
-    means = {name: statistics.fmean(values) for name, values in rates.items()}
-    profiles = {name: profile(stepper, images, device) for name, stepper in steppers.items() if config.profile}
+    ready: dict[str, Prepared] = {}
+    left_out: dict[str, str] = {}
+    with StopSignal() as stop:
+        for number, (name, build) in enumerate(builders.items(), 1):
+            if stop.name and ready:
+                left_out[name] = f"{stop.name} came first"
+                continue
+            _say(f"preparing {name} ({number} of {len(builders)})")
+            try:
+                ready[name] = _prepare(build, images, device)
+            except torch.OutOfMemoryError:
+                left_out[name] = "does not fit into memory beside those before it"
+                warn(f"{name}: {left_out[name]}; left out (a smaller --batch-size, or fewer at once)")
+            if name in left_out:  # not above, where the exception still holds what did not fit
+                release_memory(device)
+        if not ready:
+            raise InputError(f"batch_size: must fit into the device's memory, got {batch_size}, which nothing does")
+        turns = {name: Turn(prepared.stepper, images, device, source) for name, prepared in ready.items()}
+        rates = take_turns(turns, batch_size=batch_size, seconds=config.seconds, rounds=config.rounds, stop=stop)
+        means = {name: statistics.fmean(values) for name, values in rates.items()}
+        profiles = {
+            name: profile(prepared.stepper, images, device)
+            for name, prepared in ready.items()
+            if config.profile and not stop.name
+        }
     return {
         "device": device_name(device),
         "images_per_second": means,
         "images_per_second_std": {name: _spread(values) for name, values in rates.items()},
         "images_per_second_rounds": rates,
-        "peak_memory_bytes": memory,
-        "gflops_per_image": {name: value / 1e9 for name, value in flops.items()},
+        "peak_memory_bytes": {name: prepared.peak_memory for name, prepared in ready.items()},
+        "preparation_seconds": {name: prepared.seconds for name, prepared in ready.items()},
+        "gflops_per_image": {name: prepared.flops / 1e9 for name, prepared in ready.items()},
         "matmul_peak_tflops": {name: value / 1e12 for name, value in peak_flops.items()},
-        "share_of_matmul_peak": {name: flops[name] * means[name] / peak_flops["bf16"] for name in rates},
+        "share_of_matmul_peak": {name: ready[name].flops * means[name] / peak_flops["bf16"] for name in rates},
+        "left_out": left_out,
+        "stopped_by": stop.name,
         **({"profile": profiles} if config.profile else {}),
     }
+
+
+class Prepared(NamedTuple):
+    """A stepper that is warm, and what was seen on the way."""
+
+    stepper: Stepper
+    flops: float
+    """Of a step per student view."""
+    peak_memory: int | None
+    """Bytes of the device's memory that it takes at most, model included; None: not told on this device."""
+    seconds: float
+    """To build and warm it up, compilation included."""
+
+
+def _prepare(build: Callable[[], Stepper], images: torch.Tensor, device: torch.device) -> Prepared:
+    start = time.perf_counter()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    stepper = build()
+    flops = stepper.flops_per_view(images)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    warm_up(stepper, images, device)
+    peak_memory = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    return Prepared(stepper, flops, peak_memory, time.perf_counter() - start)
 
 
 def warm_up(stepper: Stepper, images: torch.Tensor, device: torch.device) -> None:
@@ -107,7 +150,9 @@ def warm_up(stepper: Stepper, images: torch.Tensor, device: torch.device) -> Non
     synchronise(device)
 
 
-def take_turns(turns: Mapping[str, Turn], *, batch_size: int, seconds: float, rounds: int) -> dict[str, list[float]]:
+def take_turns(
+    turns: Mapping[str, Turn], *, batch_size: int, seconds: float, rounds: int, stop: StopSignal | None = None
+) -> dict[str, list[float]]:
     """Time steppers that are warm: each once in every round, for about as long as the others.
 
     Args:
@@ -115,6 +160,7 @@ def take_turns(turns: Mapping[str, Turn], *, batch_size: int, seconds: float, ro
         batch_size: Student views a step.
         seconds: For each, over all rounds.
         rounds: How often each has its turn.
+        stop: Once it has arrived, the rounds that are whole are enough; the first is always made.
 
     Returns:
         Student views per second of each in every round.
@@ -128,6 +174,8 @@ def take_turns(turns: Mapping[str, Turn], *, batch_size: int, seconds: float, ro
     for number in range(rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
+            if number and stop is not None and stop.name:
+                return {name: values[:number] for name, values in rates.items()}
             rates[name].append(counts[name] * batch_size / turns[name].seconds(counts[name]))
         _say(f"round {number + 1} of {rounds}")
     return rates

@@ -7,6 +7,7 @@ from typing import Any
 
 from hpm.cli.flags import parse_with_json
 from hpm.cli.output import print_json, print_table
+from hpm.errors import Interrupted
 
 
 def benchmark_step(arguments: list[str]) -> None:
@@ -79,3 +80,9 @@ def _report(result: dict[str, Any], out: str, next_command: str, *, as_json: boo
     print(f"next:  {next_command}")
     if as_json:
         print_json(result)
+    if result["stopped_by"]:
+        rounds = len(next(iter(result["images_per_second_rounds"].values())))
+        raise Interrupted(
+            f"stopped by {result['stopped_by']}: the figures are of {rounds} of {result['settings']['rounds']} rounds"
+            + (f", without {', '.join(result['left_out'])}" if result["left_out"] else "")
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from functools import partial
@@ -55,9 +54,7 @@ def step_seconds(candidate: Candidate, machine: Machine, seconds: float) -> Step
     except torch.OutOfMemoryError:
         return None
     finally:
-        gc.collect()  # the model, or it would lie beside the next one's
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        distributed.release_memory(machine.device)  # or the model would lie beside the next one's
 
 
 def _step_seconds(candidate: Candidate, machine: Machine, seconds: float) -> StepSeconds:
