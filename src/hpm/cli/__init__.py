@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn
 from hpm.cli.ablating import ablate
 from hpm.cli.benchmarking import benchmark_data, benchmark_peers, benchmark_step
 from hpm.cli.data import data_check, data_pack, data_stats
+from hpm.cli.doctoring import doctor
 from hpm.cli.embedding import embed
 from hpm.cli.evaluating import (
     evaluate_detect,
@@ -45,6 +46,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(demo, "the main job on embedded data: pre-train, evaluate, figures, report"),
+    "doctor": Command(doctor, "will hpm run well here? packages, device, a training step, data processes, disk"),
     "plan": Command(plan, "images, a machine and a time budget -> model, sizes, batch, epochs, hours, memory"),
     "pretrain": Command(pretrain, "learn from images:  hpm pretrain --data photos/ --out runs/photos"),
     "evaluate knn": Command(evaluate_knn, "accuracy of the k nearest neighbours, beside the untrained encoder"),

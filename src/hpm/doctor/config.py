@@ -1,0 +1,28 @@
+"""What ``hpm doctor`` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Look whether hpm will run well here: packages, device, a training step, memory, data processes, disk.
+
+    Takes half a minute. Under torchrun also whether the processes find each other and have the same versions. The exit
+    code is 0 if nothing will keep hpm from running (there may be warnings), 2 otherwise.
+    """
+
+    data: str = ""
+    """Also look at these images: any source of hpm pretrain --data."""
+    out: str = "runs"
+    """Folder that runs will be written to; looked at, and left as it is."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device; auto: CUDA, then MPS, then CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Also compile a block of a model, as --compile does; auto: on CUDA."""
+    seconds: Annotated[float, Field(gt=0)] = 120.0
+    """Whatever is tried in a process of its own may take so long."""

@@ -1,0 +1,71 @@
+"""Python and the packages: read from what is installed, without importing any of it."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterator
+from importlib import metadata
+
+from hpm.doctor.findings import Finding
+from hpm.extras import install
+
+EXTRAS = {
+    "parquet": "Parquet tables, hpm embed --out FILE.parquet",
+    "datasets": "hf: sources",
+    "http": "https:// sources",
+    "s3": "s3:// sources",
+    "dicom": "DICOM images",
+    "dense": "hpm evaluate segment and detect",
+    "hf": "hpm export --format hf",
+    "onnx": "hpm export --format onnx",
+    "bench": "hpm benchmark peers",
+}
+"""What each set of optional packages is for."""
+
+CORE = ("hpm", "torch", "torchvision", "timm")
+"""Their versions are told, and what the first and third ask of others is checked; torchvision asks for one torch."""
+
+
+def look_at_software() -> Iterator[Finding]:
+    """Versions, packages that are missing or do not match, and what is not installed but could be."""
+    versions = {name: _version(name) for name in CORE}
+    there = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    yield Finding("versions", "ok", f"Python {platform.python_version()}, {there}")
+    broken = [told for package in ("hpm", "torchvision") for told in _unmet(package, extra="")]
+    if broken:
+        advice = "install what is named, or hpm anew into a fresh environment, by its constraints file"
+        yield Finding("packages", "problem", "; ".join(broken), advice)
+    else:
+        yield Finding("packages", "ok", "all that hpm needs are there, in versions that match")
+    absent = {extra: use for extra, use in EXTRAS.items() if any(_unmet("hpm", extra=extra))}
+    if absent:
+        uses = "; ".join(f"{use}: {install(extra)}" for extra, use in absent.items())
+        yield Finding("optional packages", "note", f"not installed, or too old: {', '.join(absent)}", uses)
+    else:
+        yield Finding("optional packages", "ok", "all there")
+
+
+def _unmet(package: str, *, extra: str) -> Iterator[str]:
+    """What an installed package asks for, with or without an extra, and does not find."""
+    from packaging.requirements import Requirement
+
+    for line in metadata.requires(package) or () if _version(package) else ():
+        wanted = Requirement(line)
+        named = re.findall(r"""extra\s*==\s*["']([^"']+)["']""", line)
+        if (named != [extra] if extra else bool(named)) or wanted.name == package:
+            continue
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": extra}):
+            continue
+        version = _version(wanted.name)
+        if version is None:
+            yield f"{package} needs {wanted.name}{wanted.specifier}, which is not installed"
+        elif not wanted.specifier.contains(version, prereleases=True):
+            yield f"{package} needs {wanted.name}{wanted.specifier}, here is {version}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
