@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from hpm import distributed
 from hpm.data.decode import Sample
 from hpm.data.last_read import LastRead
-from hpm.data.loading import Damage, Position, TrainingImages, TrainingOrder, training_batches
+from hpm.data.loading import Damage, Position, TrainingImages, TrainingOrder, last_read, training_batches
 from hpm.data.sources import Source, open_source
 from hpm.errors import InputError
 from hpm.meter import Meter
@@ -158,6 +158,20 @@ def test_a_worker_that_dies_is_named_with_the_image_it_was_reading(how, cause):
         InputError, match=rf"a data worker died \({cause}\) while it read photos/7\.jpg; .*hpm data check"
     ):
         list(training_batches(images, order, workers=1, pin_memory=False))
+
+
+def test_the_loader_may_notice_a_death_while_it_is_being_explained(monkeypatch):
+    """Its signal handler raises wherever the main process is: seen with torch 2.11."""
+    images = last_read(TrainingImages(Deadly(leave), size=(8, 8), crop_scale=(1, 1), flip=False, seed=0), 1)
+    images._notes[0] = torch.tensor((4711, 7))
+
+    def interrupted(_):
+        raise RuntimeError("DataLoader worker (pid 4711) exited unexpectedly with exit code 9. Details are lost")
+
+    monkeypatch.setattr(type(images), "_no_longer_running", interrupted)
+    told = images.explained(EOFError())
+    assert isinstance(told, InputError)
+    assert "a data worker died (exited unexpectedly) while it read photos/7.jpg" in str(told)
 
 
 class Numbers(Dataset):

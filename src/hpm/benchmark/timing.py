@@ -186,7 +186,7 @@ def profile(stepper: Stepper, images: torch.Tensor, device: torch.device) -> dic
     on_cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities, acc_events=True) as found:
         for _ in range(stepper.cycle):
             stepper.step(partial(_first, images, stepper.images_per_step))
         synchronise(device)

@@ -78,7 +78,10 @@ class LastRead(Dataset[Item]):
         if found is not None:
             dead = {int(number) for number in re.findall(r"\d+", found[1])}
         elif isinstance(error, (ConnectionError, EOFError)):
-            dead = self._no_longer_running()
+            try:
+                dead = self._no_longer_running()
+            except RuntimeError as told:  # by the loader's signal handler, which noticed the death meanwhile
+                return self.explained(told)
         else:
             dead = set()
         if not dead:
