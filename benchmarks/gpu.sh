@@ -2,7 +2,7 @@
 # Everything worth knowing from one GPU in one call of less than ten minutes: does it compute what the CPU computes, how
 # fast is a step (ViT-B, L, S; peers; every means of the fast mode alone), does a real run train. The most wanted comes
 # first: a stage gets what is left of TOTAL_SECONDS, and is cut or left out where that is too little.
-# A second call has what takes longer: STAGES="evidence autotune plan".
+# Calls for what takes longer: STAGES="evidence", "autotune" (matrix products by the fastest of many kernels), "plan".
 # Results are summary.json and results.tar.gz in OUT (JSON, CSV, figures; written anew after every stage, so that a call
 # that is cut short brings home what it had).
 #
@@ -11,13 +11,13 @@
 #   OUT               results                                   (runs/gpu)
 #   RUN               run folder of the pre-training            (runs/gpu-pretrain; started over)
 #   DATA              folder with train-*.tar.gz, val-*.tar.gz  (the first of shared/data/nature, ../shared/data/nature)
-#   PRETRAIN_EPOCHS   length of the pre-training                (60)
-#   PRETRAIN_SECONDS  and its limit; stopped there, it is saved (100)
+#   PRETRAIN_EPOCHS   length of the pre-training                (30)
+#   PRETRAIN_SECONDS  and its limit; stopped there, it is saved (90)
 #   EVIDENCE_EPOCHS   length of a run of the evidence           (20)
 #   EVIDENCE_SECONDS  and the limit of all of them              (400; seeds are the outer loop, so a cut loses seeds)
 #   TOTAL_SECONDS     limit of the whole call                   (570)
 #   PYTHON            interpreter                               (python3)
-#   STAGES            which stages, always in this order        ("agreement base large small peers means pretrain")
+#   STAGES            which stages, always in this order        ("agreement base pretrain large peers small means")
 #   DEVICE_SMALL=1    everything tiny, to try the script on a CPU
 #
 # A stage that fails does not stop the next. Exit code 0: every stage succeeded; 1: one failed, see OUT/summary.json.
@@ -28,7 +28,7 @@ OUT=${OUT:-runs/gpu}
 RUN=${RUN:-runs/gpu-pretrain}
 PYTHON=${PYTHON:-python3}
 SMALL=${DEVICE_SMALL:-0}
-STAGES=${STAGES:-agreement base large small peers means pretrain}
+STAGES=${STAGES:-agreement base pretrain large peers small means}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
 GRACE=30  # to stop well
 mkdir -p "$OUT" || exit 1
@@ -113,8 +113,8 @@ large_model=vit_large_patch16_224
 batch=256
 large_batch=128
 means=(exact exact+third exact+cross exact+shallow exact+half-teacher exact+4-masks exact+4-steps exact+progressive)
-pretrain=(--epochs "${PRETRAIN_EPOCHS:-60}")
-evidence=(--scale 64px --epochs "${EVIDENCE_EPOCHS:-20}" --batch-size 512 --cache device --seeds 0 1 2)
+pretrain=(--epochs "${PRETRAIN_EPOCHS:-30}" --batch-size 512 --base-learning-rate 1e-3 --checkpoint-steps 440)
+evidence=(--scale 64px --epochs "${EVIDENCE_EPOCHS:-20}" --batch-size 512 --base-learning-rate 5e-4 --seeds 0 1)
 budget=1h
 data=${DATA:-}
 for folder in shared/data/nature ../shared/data/nature; do
@@ -139,31 +139,32 @@ elif [ -z "$data" ]; then
 fi
 
 bench=("$PYTHON" -m hpm benchmark)
-stage agreement 60 "$PYTHON" benchmarks/cuda_agreement.py --out "$FOUND/agreement.json"
-stage base 170 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --profile --out "$FOUND/step_base.json"
-stage large 100 "${bench[@]}" step --encoder "$large_model" --batch-size "$large_batch" "${step[@]}" --variants exact mae fast \
+stage agreement 90 "$PYTHON" benchmarks/cuda_agreement.py --out "$FOUND/agreement.json"
+stage base 150 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants reference mae exact fast --profile \
+    --out "$FOUND/step_base.json"
+if stage pretrain "${PRETRAIN_SECONDS:-90}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
+    --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then
+    tail -n 1 "$SCRATCH/pretrain.txt" >"$FOUND/pretrain.json"
+fi
+cat "$SCRATCH/pretrain.txt"
+stage large 130 "${bench[@]}" step --encoder "$large_model" --batch-size "$large_batch" "${step[@]}" --variants exact mae fast \
     --out "$FOUND/step_large.json"
-stage small 100 "${bench[@]}" step --encoder "$small_model" --batch-size "$batch" "${step[@]}" --out "$FOUND/step_small.json"
 if "$PYTHON" -c "import transformers" 2>/dev/null || "$PYTHON" -c "import lightly" 2>/dev/null; then
     stage peers 60 "${bench[@]}" peers --encoder "$base_model" --batch-size "$batch" "${step[@]}" --out "$FOUND/peers.json"
 else
     echo "gpu.sh: no peer (transformers, lightly) is installed: not measured" >&2
 fi
+stage small 100 "${bench[@]}" step --encoder "$small_model" --batch-size "$batch" "${step[@]}" --out "$FOUND/step_small.json"
 stage means 120 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants mae "${means[@]}" \
     --out "$FOUND/step_means.json"
-if stage pretrain "${PRETRAIN_SECONDS:-100}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
-    --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then
-    tail -n 1 "$SCRATCH/pretrain.txt" >"$FOUND/pretrain.json"
-fi
-cat "$SCRATCH/pretrain.txt"
 
 stage evidence "${EVIDENCE_SECONDS:-400}" "$PYTHON" -m hpm ablate --suite speed --rows mae-norm-pix random+lpred-fast-norm-pix hpm-fast-norm-pix \
     --data "$train" --val "$val" --equal-time --no-equal-compute "${evidence[@]}" --out "$SCRATCH/evidence"
 
 # Matrix products by the fastest of many kernels: does the exact step come nearer to the peak?
-TORCHINDUCTOR_MAX_AUTOTUNE=1 stage autotune 150 "${bench[@]}" step --encoder "$base_model" --batch-size "$((2 * batch))" "${step[@]}" \
-    --compile on --variants mae exact fast --out "$FOUND/step_base_autotune.json"
-if stage plan 180 "$PYTHON" -m hpm plan --data "$train" --budget "$budget" --json >"$SCRATCH/plan.txt"; then
+TORCHINDUCTOR_MAX_AUTOTUNE_GEMM=1 stage autotune 300 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" \
+    --compile on --variants exact --out "$FOUND/step_base_autotune.json"
+if stage plan 300 "$PYTHON" -m hpm plan --data "$train" --budget "$budget" --json >"$SCRATCH/plan.txt"; then
     tail -n 1 "$SCRATCH/plan.txt" >"$FOUND/plan.json"
 fi
 cat "$SCRATCH/plan.txt"

@@ -135,7 +135,7 @@ def interrupt():
     signal.raise_signal(signal.SIGTERM)
 
 
-CONDITIONS = StepConfig(image_size=8, seconds=1e-6, rounds=4, profile=True)
+CONDITIONS = StepConfig(image_size=8, seconds=1e-9, rounds=4, profile=True)
 
 
 def measured(builders):
@@ -171,9 +171,52 @@ def test_what_does_not_fit_into_memory_is_left_out(capsys):
     assert found["images_per_second"].keys() == {"a", "c"}
     assert found["left_out"].keys() == {"b"}
     assert found["stopped_by"] is None
-    assert "b: does not fit into memory" in capsys.readouterr().err
+    assert "b is left out: it does not fit into memory" in capsys.readouterr().err
     with pytest.raises(InputError, match="batch_size: must fit into the device's memory, got 2"):
         measured({"b": too_large})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+)
+def test_what_no_longer_fits_beside_the_others_is_left_out(error):
+    steps = []
+
+    def full():
+        steps.append(1)
+        if len(steps) > timing.WARMUP_STEPS:
+            raise error
+
+    found = measured({"a": lambda: Sleeping(full), "b": Sleeping})
+    assert found["images_per_second"].keys() == {"b"}
+    assert "does not fit into memory beside the others" in found["left_out"]["a"]
+
+
+def test_other_errors_are_not_taken_for_want_of_memory():
+    def broken():
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        measured({"a": broken})
+
+
+def test_a_signal_between_two_steps_of_preparing_leaves_that_one_out():
+    found = measured({"a": Sleeping, "b": lambda: Sleeping(interrupt), "c": Sleeping})
+    assert found["left_out"] == {"b": "SIGTERM came first", "c": "SIGTERM came first"}
+    assert found["images_per_second"].keys() == {"a"}
+
+
+def test_all_stages_of_a_cycle_are_warm_before_memory_is_read():
+    class Staged(Sleeping):
+        cycle = 5
+
+    assert Staged.cycle > timing.WARMUP_STEPS
+    ready = []
+    timing._prepare(
+        lambda: Staged(lambda: ready.append(1)), torch.zeros(2, 3, 8, 8), torch.device("cpu"), enough=lambda: False
+    )
+    assert len(ready) == 5
 
 
 def test_the_command_shows_what_was_measured_before_a_signal(tmp_path, capsys, monkeypatch):

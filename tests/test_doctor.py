@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +40,7 @@ def test_command_looks_at_everything_and_ends_well(tmp_path, capsys, monkeypatch
     }  # fmt: skip
     assert figures["problems"] == 0
     assert f"torch {metadata.version('torch')}" in seen["versions"]["found"]
-    assert "40, 8 classes; 40 read whole" in seen["images"]["found"]
+    assert seen["images"]["found"].startswith("40, about 224x224 px, 8 classes; ")
     assert "no problems" in printed
     assert "next:  hpm plan --data shapes:40" in printed
     assert not any(tmp_path.iterdir()), "it left something behind"
@@ -55,11 +57,30 @@ def test_a_problem_leaves_with_2_and_says_what_to_do(tmp_path, capsys):
 
 
 def test_nothing_that_needs_torch_is_tried_where_it_is_broken(monkeypatch):
-    broken = Finding("device", "problem", "failed: ImportError: libcudart.so")
+    broken = Finding("device", "problem", "ImportError: libcudart.so")
     monkeypatch.setattr("hpm.doctor.examine.try_apart", lambda trial, *_, seconds: [broken])
     seen = states(examine(DoctorConfig(device="cpu", data="shapes:8")))
     assert seen["device"] == "problem"
-    assert not seen.keys() & {"memory", "data processes", "images"}
+    assert not seen.keys() & {"data processes", "images"}
+
+
+def test_seconds_are_checked(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", "--seconds", "-5"])
+    assert left.value.code == 2
+    assert "seconds: must be above 0, got -5" in capsys.readouterr().err
+
+
+def test_it_works_where_what_it_needs_is_missing(tmp_path):
+    """Without tyro the flags cannot be read, but what is missing is still named."""
+    (tmp_path / "tyro.py").write_text("raise ImportError('no tyro')")
+    done = subprocess.run(
+        [sys.executable, "-m", "hpm", "doctor"], capture_output=True, text=True, timeout=100, check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "ok  versions: " in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 # --- packages ------------------------------------------------------------------------------------------------------
@@ -109,6 +130,19 @@ def test_a_local_build_of_torch_matches(installed):
     assert set(states(software.look_at_software()).values()) == {"ok"}
 
 
+def test_a_build_between_two_releases_counts_as_the_release(installed):
+    """NVIDIA's containers have torch 2.14.1a0+somewhat."""
+    installed |= {"torch": "2.14.1a0+5228986c39.nv25.06", "datasets": "5.2.0"}
+    assert states(software.look_at_software())["packages"] == "ok"
+
+
+def test_without_an_installation_nothing_is_said_to_be_well(installed):
+    installed.pop("hpm")
+    seen = {finding.about: finding for finding in software.look_at_software()}
+    assert seen.keys() == {"versions", "packages"}
+    assert seen["packages"].state == "problem"
+
+
 def test_optional_packages_come_with_how_to_get_them(installed):
     seen = {finding.about: finding for finding in software.look_at_software()}
     found = seen["optional packages"]
@@ -126,9 +160,9 @@ def test_every_extra_of_hpm_is_explained():
 
 @pytest.fixture
 def cores(monkeypatch):
-    def pretend(machine, allowed, quota=None):
+    def pretend(machine, usable, quota=None):
         monkeypatch.setattr(os, "cpu_count", lambda: machine)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+        monkeypatch.setattr(surroundings, "usable_cores", lambda: usable)
         monkeypatch.setattr(surroundings, "processor_quota", lambda: quota)
 
     return pretend
@@ -139,7 +173,8 @@ def cores(monkeypatch):
     [
         ((16, 16), {}, "ok", "16 cores"),
         ((16, 8), {}, "ok", "8 of 16 cores"),
-        ((64, 64, 4.0), {}, "warning", "4 of 64 cores"),
+        ((64, 4, 4.0), {}, "warning", "4 of 64 cores"),
+        ((64, 4, 4.0), {"OMP_NUM_THREADS": "4"}, "ok", "4 of 64 cores"),  # what it was told to do
         ((16, 16), {"OMP_NUM_THREADS": "1"}, "note", "16 cores, OMP_NUM_THREADS=1"),
         ((16, 16), {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "8"}, "ok", "16 cores"),  # as torchrun sets it
         ((2, 2), {}, "note", "2 cores"),
@@ -148,12 +183,20 @@ def cores(monkeypatch):
 def test_processors(cores, machine, environment, state, told):
     cores(*machine)
     found = surroundings.look_at_processors(environment)
-    assert (found.state, found.found.split(" by")[0]) == (state, told)
+    assert (found.state, found.found.split(", by")[0]) == (state, told)
 
 
 def test_a_quota_is_what_to_set(cores):
-    cores(64, 64, 4.5)
-    assert "OMP_NUM_THREADS=4 and give --workers 3" in surroundings.look_at_processors({}).advice
+    cores(64, 5, 4.5)
+    assert surroundings.look_at_processors({}).advice == "set OMP_NUM_THREADS=5"
+    assert surroundings.look_at_processors({"LOCAL_WORLD_SIZE": "2"}).advice == "set OMP_NUM_THREADS=2"
+
+
+def test_tasks_of_a_job_that_do_not_know_each_other():
+    (found,) = surroundings.look_at_launch({"SLURM_NTASKS": "8"})
+    assert found.state == "warning"
+    assert not list(surroundings.look_at_launch({"SLURM_NTASKS": "8", "RANK": "0"}))
+    assert not list(surroundings.look_at_launch({"SLURM_NTASKS": "1"}))
 
 
 @pytest.mark.parametrize(("free", "state"), [(64 * 2**20, "warning"), (2**30, "ok")])
@@ -197,17 +240,25 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     assert surroundings.look_at_folder(str(file / "runs")).state == "problem"
 
 
-def test_what_the_texts_say_of_checkpoints():
-    """Student, teacher and two moments of AdamW in float32."""
+def test_odd_folders_are_one_clear_finding(tmp_path):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for out in ("~nobody-of-this-name/runs", str(tmp_path / "nowhere")):
+        found = surroundings.look_at_folder(out)
+        assert (found.state, found.about) == ("problem", "disk"), out
+        assert out in found.found
+
+
+def test_sizes_of_checkpoints():
     import torch
 
     from hpm.build import build_student
     from hpm.recipes import recipe
 
     with torch.device("meta"):
-        for size, gigabytes in (("", 2.2), ("-large", 5.7)):
-            student = build_student(recipe(f"hpm-norm-pix{size}"))
-            assert 16 * sum(p.numel() for p in student.parameters()) / 1e9 == pytest.approx(gigabytes, abs=0.1)
+        for model, scale in (("ViT-B", ""), ("ViT-L", "-large")):
+            student = build_student(recipe(f"hpm-norm-pix{scale}"))
+            size = 16 * sum(p.numel() for p in student.parameters())
+            assert size == pytest.approx(surroundings.CHECKPOINT_BYTES[model], rel=0.03), model
 
 
 # --- what is tried apart -------------------------------------------------------------------------------------------
@@ -221,9 +272,10 @@ def test_a_trial_that_hangs_is_ended():
 @pytest.mark.parametrize(
     ("script", "told", "advice"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGBUS)", "ended by SIGBUS: without a word", "--shm-size"),
-        ("raise RuntimeError('operator torchvision::nms is not there')", "failed: RuntimeError: operator", "not match"),
-        ("print('[]x')", "failed: without a word", "hpm.doctor.trials"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV: without a word", "all of it"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL: without a word", "memory"),
+        ("raise SystemExit('no')", "failed: no", "hpm.doctor.trials device cpu"),
+        ("print('[]x')", "failed: without a word", "see all of it"),
     ],
 )  # fmt: skip
 def test_a_trial_that_dies_says_how(tmp_path, monkeypatch, script, told, advice):
@@ -232,34 +284,108 @@ def test_a_trial_that_dies_says_how(tmp_path, monkeypatch, script, told, advice)
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     (found,) = try_apart("device", "cpu", seconds=60)
-    assert found.state == "problem"
-    assert found.found.startswith(told)
+    assert (found.state, found.found) == ("problem", told)
     assert advice in found.advice
+
+
+def test_a_trial_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\nsleep 600 &\necho $! >{tmp_path}/pid\nwait\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    (found,) = try_apart("device", "cpu", seconds=1)
+    assert found.found == "not done after 1 s"
+    until = time.monotonic() + 5
+    while time.monotonic() < until and _runs(int((tmp_path / "pid").read_text())):
+        time.sleep(0.05)
+    assert not _runs(int((tmp_path / "pid").read_text()))
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_was_found_before_an_error_is_kept(monkeypatch):
+    def breaks():
+        yield Finding("device", "ok", "NVIDIA B300")
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setitem(trials.TRIALS, "device", breaks)
+    first, last = trials.findings_of("device")
+    assert first == Finding("device", "ok", "NVIDIA B300")
+    assert last.found == "RuntimeError: CUDA error: no kernel image is available for execution"
+    assert "not built for this GPU" in last.advice
+
+
+def test_modules_of_the_current_folder_are_not_taken_for_installed_ones(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise RuntimeError('somebody else')")
+    monkeypatch.chdir(tmp_path)
+    (found,) = try_apart("disk", str(tmp_path), seconds=60)
+    assert found.state != "problem", found
 
 
 def test_a_device_that_is_not_there_is_one_clear_finding():
     (found,) = try_apart("device", "mps", seconds=100)
     assert found.state == "problem"
-    assert "device: 'mps' is not available here" in found.found
+    assert found.found.startswith("device: 'mps' is not available here")
 
 
-def test_a_step_that_computes_something_else_is_a_problem(monkeypatch):
+GOOD = trials.Step(1.98, 1.5, 1.91)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss": 1.9806}, {"gradient_norm": 1.51}, {"next_loss": 1.92}, {"loss": float("nan")}]
+)
+def test_a_step_that_computes_something_else_is_a_problem(monkeypatch, changes):
     import torch
 
-    losses = iter([1.98, 2.05])
-    monkeypatch.setattr(trials, "_loss", lambda *_, **__: next(losses))
-    (found,) = trials._try_step(torch.device("cpu"))
+    steps = iter([GOOD, GOOD._replace(**changes)])
+    monkeypatch.setattr(trials, "take_step", lambda *_, **__: next(steps))
+    found = trials._try_step(torch.device("cpu"))
     assert found.state == "problem"
-    assert "2.05" in found.found
-    assert "1.98" in found.found
+    assert "loss 1.98," in found.found
+
+
+@pytest.mark.parametrize("broken", ["linear backward", "random attention", "no attention", "no optimizer"])
+def test_faults_of_a_device_show_in_the_step(monkeypatch, broken):
+    """On the CPU, which stands for the device in every other call."""
+    import torch
+    import torch.nn.functional as F
+
+    from hpm import build
+
+    device = torch.device("cpu")
+    expected = trials.take_step(device)
+    if broken == "linear backward":
+        linear = F.linear
+        monkeypatch.setattr(F, "linear", lambda x, w, b=None: linear(x.detach(), w.detach(), b))
+    elif broken == "no optimizer":
+        make = build.build_optimizer
+
+        def lazy(*arguments):
+            optimizer = make(*arguments)
+            optimizer.step = lambda: None
+            return optimizer
+
+        monkeypatch.setattr(build, "build_optimizer", lazy)
+    else:
+        change = torch.randn_like if broken == "random attention" else torch.zeros_like
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: change(v))
+        monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: change(x))
+    found = trials.take_step(device)
+    assert not trials._is_close(found, expected, trials.BF16_TOLERANCE)
 
 
 def test_bf16_that_goes_wrong_is_a_problem(monkeypatch):
     import torch
 
     monkeypatch.setattr("hpm.distributed.has_bf16", lambda _: True)
-    monkeypatch.setattr(trials, "_loss", lambda *_, bf16=False, **__: float("nan") if bf16 else 1.98)
-    (found,) = trials._try_step(torch.device("cpu"))
+    wrong = GOOD._replace(loss=float("nan"))
+    monkeypatch.setattr(trials, "take_step", lambda *_, bf16=False, **__: wrong if bf16 else GOOD)
+    found = trials._try_step(torch.device("cpu"))
     assert (found.state, found.advice) == ("problem", "bf16 goes wrong here: give --precision float32")
 
 
@@ -267,9 +393,9 @@ def test_a_compiler_that_fails_is_a_finding(monkeypatch):
     def fails(*_, compiled=False, **__):
         if compiled:
             raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
-        return 1.0
+        return GOOD
 
-    monkeypatch.setattr(trials, "_loss", fails)
+    monkeypatch.setattr(trials, "take_step", fails)
     (found,) = trials.try_compilation("cpu")
     assert found.state == "problem"
     assert found.found == "torch.compile fails: InvalidCxxCompiler: No working C++ compiler found"
@@ -277,7 +403,8 @@ def test_a_compiler_that_fails_is_a_finding(monkeypatch):
 
 
 def test_compiled_blocks_are_held_against_the_others(monkeypatch):
-    monkeypatch.setattr(trials, "_loss", lambda *_, compiled=False, **__: 2.0 if compiled else 1.0)
+    other = GOOD._replace(loss=2.5)
+    monkeypatch.setattr(trials, "take_step", lambda *_, compiled=False, **__: other if compiled else GOOD)
     assert next(trials.try_compilation("cpu")).state == "problem"
 
 
@@ -289,36 +416,69 @@ def test_damaged_images_are_counted(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot an image")
     (found,) = trials.try_images(str(tmp_path))
     assert found.state == "warning"
-    assert "4, no labels" in found.found
-    assert "1 damaged, the first: " in found.found
+    assert found.found.startswith("4, about 8x8 px, no labels; ")
+    assert "1 of 4 damaged, the first: " in found.found
     assert "broken.png" in found.found
     assert "hpm data check" in found.advice
     for number in range(3):
         (tmp_path / f"{number}.png").unlink()
-    assert next(trials.try_images(str(tmp_path))).state == "problem"
+    (found,) = trials.try_images(str(tmp_path))
+    assert found.state == "problem"
+    assert found.found.startswith("data: no image of 1 can be read")
+
+
+def test_images_of_other_channels_are_well(tmp_path):
+    import numpy as np
+
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.zeros((5, 16, 16), np.uint8))
+    (found,) = trials.try_images(str(tmp_path))
+    assert (found.state, found.advice) == ("note", "give --channels 5 to hpm pretrain")
+
+
+def together(*words, **environment):
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m hpm doctor --device cpu"
+    return subprocess.run(
+        [*command.split(), *words], capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
 
 
 def test_processes_see_each_other(tmp_path):
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m hpm doctor --device cpu"
-    done = subprocess.run(
-        [*command.split(), "--out", str(tmp_path), "--json"], capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_LAUNCH_BLOCKING": "1"},
-    )  # fmt: skip
+    done = together("--out", str(tmp_path), "--json", CUDA_LAUNCH_BLOCKING="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("next:") == 1
-    seen = {check["about"]: check for check in json.loads(done.stdout.splitlines()[-1])["checks"]}
+    checks = json.loads(done.stdout.splitlines()[-1])["checks"]
+    seen = {check["about"]: check for check in checks}
     assert seen["processes"]["state"] == "ok"
-    assert seen["processes"]["found"].startswith("2, all with hpm ")
+    assert seen["processes"]["found"].startswith("2, all with Python ")
     assert "64 MiB summed over 2 processes" in seen["exchange"]["found"]
     assert seen["settings, process 1"]["state"] == "warning"
+    assert sum(check["about"].startswith("disk") for check in checks) == 1  # one of a machine looks at the machine
 
 
-def test_processes_that_are_not_alike_are_a_problem():
-    from hpm.doctor.processes import _compare
+def test_a_process_that_is_alone_says_so(monkeypatch):
+    """The others have not come: told after the time that was given, not after half an hour."""
+    from hpm.doctor.processes import look_at_processes
 
-    found = _compare([{"torch": "2.14.1", "device": "NVIDIA H200"}, {"torch": "2.11.0", "device": "NVIDIA H200"}])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29811"}.items():
+        monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    (found,) = look_at_processes(DoctorConfig(device="cpu", seconds=2), [])
+    assert time.monotonic() - start < 60
     assert found.state == "problem"
-    assert "process 1: torch 2.11.0" in found.found
+    assert found.found.startswith("process 0 did not find the others: ")
+
+
+def test_processes_that_are_not_alike():
+    from hpm.doctor.processes import compare
+
+    first = {"torch": "2.14.1", "device": "NVIDIA H200"}
+    (found,) = compare([first, first, {**first, "torch": "2.11.0"}])
+    assert found.state == "problem"
+    assert "torch: 2.14.1 on 2 (process 0 first), 2.11.0 on 1 (process 2 first)" in found.found
+    (found,) = compare([first, {**first, "device": "NVIDIA A100"}])
+    assert found.state == "warning"
 
 
 def test_summary_counts():

@@ -455,7 +455,8 @@ def test_a_crop_serves_all_its_masks_and_steps():
 
 
 def test_processes_share_the_cores(monkeypatch):
-    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr("hpm.limits.processor_quota", lambda: None)
     limits = [loading_limit(recipe("mae"), Loading(1.0, 0), Machine(torch.device("cuda"), n, 1e9)) for n in (1, 2, 8)]
     assert limits == [8, 14, 8]
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpm.build import compile_blocks
 from hpm.meter import Meter
 from hpm.pretrain import pretrain
-from tiny import TINY, assert_same_state, final_state
+from tiny import TINY, assert_same_state, final_state, tiny_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by dynamo itself
 torch.set_num_threads(1)
@@ -58,6 +58,20 @@ def test_a_stage_of_another_image_size_is_compiled_once(tmp_path, graphs):
     steps_of_stage = 3
     changes = [number for number, (a, b) in enumerate(pairwise(graphs), 1) if a != b]
     assert changes == [steps_of_stage, 2 * steps_of_stage, 3 * steps_of_stage]
+
+
+def test_more_shapes_than_dynamo_allows_by_itself_are_compiled():
+    """timm lifts the limit when its optimizers are imported, in some versions: not to be relied on."""
+    torch._dynamo.reset()
+    counters.clear()
+    student = tiny_student()
+    block = student.encoder.blocks[0]
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks(student, backend="eager")
+        for tokens in range(2, 14):
+            block(torch.zeros(1, tokens, student.encoder.embed_dim))
+    assert counters["stats"]["unique_graphs"] == 12
+    torch._dynamo.reset()
 
 
 def test_compiled_blocks_give_the_same_run(tmp_path, graphs):

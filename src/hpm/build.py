@@ -29,6 +29,8 @@ from hpm.targets import EmaFeatureTarget, HogTarget, PixelTarget, Target
 from hpm.tokens import KMeansTokenizer, TokenTarget, load_tokenizer
 from hpm.vit import CrossAttention, CrossBlock, create_encoder, grid_size, has_class_attention, patch_size
 
+COMPILED_SHAPES = 64
+"""How often the code of a block may be compiled: a progressive run has 16 shapes, hpm benchmark step more."""
 LOOK_AT = 256
 """Images of which the range of values is found, spread over the source."""
 
@@ -311,6 +313,9 @@ def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:
     block (which DDP overlaps with its exchange), and nothing that a schedule changes lies inside a block, so nothing is
     compiled a second time during a run.
     """
+    # All blocks are of one class, whose code compiles once for every shape and model: more often than dynamo allows by
+    # default (8), after which it would run the rest uncompiled. timm happens to lift the limit, in some versions.
+    torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     for model in models:
         for module in model.modules():
             if isinstance(module, Block | CrossBlock):

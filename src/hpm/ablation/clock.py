@@ -13,7 +13,7 @@ import torch
 
 from hpm import distributed
 from hpm.benchmark.step import OurStep
-from hpm.benchmark.timing import Turn, take_turns, warm_up
+from hpm.benchmark.timing import Turn, steps_of_a_turn, take_turns, warm_up
 from hpm.checkpoint import write_text_atomically
 from hpm.config import Config, with_fields
 from hpm.errors import InputError
@@ -126,4 +126,5 @@ def _rates(steps: Mapping[str, TimedStep], device: torch.device) -> dict[str, li
         warm_up(step, images, device)
         turns[row] = Turn(step, images, device)
     (views,) = {config.optimisation.batch_size for config, *_ in steps.values()}  # no row has a batch of its own
-    return take_turns(turns, batch_size=views, seconds=SECONDS, rounds=ROUNDS)
+    counts = {row: steps_of_a_turn(turn, SECONDS / ROUNDS) for row, turn in turns.items()}
+    return take_turns(turns, counts, batch_size=views, rounds=ROUNDS)

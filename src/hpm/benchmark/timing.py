@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -30,6 +31,10 @@ from hpm.run_folder import versions
 from hpm.stopping import StopSignal
 
 WARMUP_STEPS = 3
+PROFILED = 20
+"""Operations in a profile."""
+OUT_OF_MEMORY = r"out of memory|ALLOC_FAILED|can't allocate memory"
+"""What torch's errors say that are not its OutOfMemoryError: MPS, cuBLAS, the CPU."""
 
 
 @runtime_checkable
@@ -77,26 +82,36 @@ def measure(
     images = torch.randint(
         0, 256, (batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device
     )
-    peak_flops = {precision: matmul_peak(device, dtype) for precision, dtype in _dtypes(device).items()}
     ready: dict[str, Prepared] = {}
     left_out: dict[str, str] = {}
+    counts: dict[str, int] = {}
     with StopSignal() as stop:
+        peak_flops = {precision: matmul_peak(device, dtype) for precision, dtype in _dtypes(device).items()}
         for number, (name, build) in enumerate(builders.items(), 1):
-            if stop.name and ready:
-                left_out[name] = f"{stop.name} came first"
-                continue
             _say(f"preparing {name} ({number} of {len(builders)})")
             try:
-                ready[name] = _prepare(build, images, device)
-            except torch.OutOfMemoryError:
-                left_out[name] = "does not fit into memory beside those before it"
-                warn(f"{name}: {left_out[name]}; left out (a smaller --batch-size, or fewer at once)")
+                ready[name] = _prepare(build, images, device, enough=lambda: bool(stop.name and ready))
+            except _Enough:
+                left_out[name] = f"{stop.name} came first"
+            except RuntimeError as error:
+                left_out[name] = _for_memory(error)
             if name in left_out:  # not above, where the exception still holds what did not fit
+                release_memory(device)
+        turns = {name: Turn(prepared.stepper, images, device, source) for name, prepared in ready.items()}
+        for name, turn in list(turns.items()):  # what was alone when it was prepared may not fit beside the others
+            try:
+                cycle = turn.stepper.cycle
+                counts[name] = cycle if stop.name else steps_of_a_turn(turn, config.seconds / config.rounds)
+            except RuntimeError as error:
+                left_out[name] = _for_memory(error)
+            if name in left_out:
+                del turns[name], turn, ready[name]
                 release_memory(device)
         if not ready:
             raise InputError(f"batch_size: must fit into the device's memory, got {batch_size}, which nothing does")
-        turns = {name: Turn(prepared.stepper, images, device, source) for name, prepared in ready.items()}
-        rates = take_turns(turns, batch_size=batch_size, seconds=config.seconds, rounds=config.rounds, stop=stop)
+        for name, why in left_out.items():
+            warn(f"{name} is left out: {why}")
+        rates = take_turns(turns, counts, batch_size=batch_size, rounds=config.rounds, stop=stop)
         means = {name: statistics.fmean(values) for name, values in rates.items()}
         profiles = {
             name: profile(prepared.stepper, images, device)
@@ -113,6 +128,7 @@ def measure(
         "gflops_per_image": {name: prepared.flops / 1e9 for name, prepared in ready.items()},
         "matmul_peak_tflops": {name: value / 1e12 for name, value in peak_flops.items()},
         "share_of_matmul_peak": {name: ready[name].flops * means[name] / peak_flops["bf16"] for name in rates},
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "left_out": left_out,
         "stopped_by": stop.name,
         **({"profile": profiles} if config.profile else {}),
@@ -131,44 +147,80 @@ class Prepared(NamedTuple):
     """To build and warm it up, compilation included."""
 
 
-def _prepare(build: Callable[[], Stepper], images: torch.Tensor, device: torch.device) -> Prepared:
+class _Enough(Exception):  # noqa: N818  (no error)
+    """A signal came while something was being prepared that can be done without."""
+
+
+def _prepare(
+    build: Callable[[], Stepper], images: torch.Tensor, device: torch.device, enough: Callable[[], bool]
+) -> Prepared:
+    """Build a stepper and warm it up.
+
+    Args:
+        build: Makes it.
+        images: Random images on the device.
+        device: Where.
+        enough: Asked between any two parts of the work, which may compile for long: is it no longer wanted?
+
+    Raises:
+        _Enough: It was not.
+    """
     start = time.perf_counter()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    if enough():
+        raise _Enough
     stepper = build()
     flops = stepper.flops_per_view(images)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    warm_up(stepper, images, device)
+    for _ in range(max(WARMUP_STEPS, stepper.cycle)):
+        if enough():
+            raise _Enough
+        warm_up(stepper, images, device, steps=1)
     peak_memory = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
     return Prepared(stepper, flops, peak_memory, time.perf_counter() - start)
 
 
-def warm_up(stepper: Stepper, images: torch.Tensor, device: torch.device) -> None:
+def _for_memory(error: RuntimeError) -> str:
+    """Why it is left out, if it was for want of memory; everything else is raised again."""
+    if not isinstance(error, torch.OutOfMemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+        raise error
+    return "it does not fit into memory beside the others (a smaller --batch-size, or fewer at once)"
+
+
+def warm_up(stepper: Stepper, images: torch.Tensor, device: torch.device, *, steps: int = WARMUP_STEPS) -> None:
     """Some steps before the clock runs: kernels are chosen and compiled, memory is taken."""
-    for _ in range(WARMUP_STEPS):
+    for _ in range(steps):
         stepper.step(partial(_first, images, stepper.images_per_step))
     synchronise(device)
 
 
+def steps_of_a_turn(turn: Turn, seconds: float) -> int:
+    """Whole cycles of steps that take about so long."""
+    cycle = turn.stepper.cycle
+    return cycle * max(1, math.ceil(seconds / turn.seconds(cycle)))
+
+
 def take_turns(
-    turns: Mapping[str, Turn], *, batch_size: int, seconds: float, rounds: int, stop: StopSignal | None = None
+    turns: Mapping[str, Turn],
+    counts: Mapping[str, int],
+    *,
+    batch_size: int,
+    rounds: int,
+    stop: StopSignal | None = None,
 ) -> dict[str, list[float]]:
-    """Time steppers that are warm: each once in every round, for about as long as the others.
+    """Time steppers that are warm: each once in every round.
 
     Args:
         turns: By name.
+        counts: Steps of each in a turn, by :func:`steps_of_a_turn`.
         batch_size: Student views a step.
-        seconds: For each, over all rounds.
         rounds: How often each has its turn.
         stop: Once it has arrived, the rounds that are whole are enough; the first is always made.
 
     Returns:
         Student views per second of each in every round.
     """
-    counts = {}
-    for name, turn in turns.items():
-        cycle = turn.stepper.cycle
-        counts[name] = cycle * max(1, math.ceil(seconds / rounds / turn.seconds(cycle)))
     rates: dict[str, list[float]] = {name: [] for name in turns}
     names = list(turns)
     for number in range(rounds):
@@ -182,7 +234,7 @@ def take_turns(
 
 
 def profile(stepper: Stepper, images: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Share of each operation in the time of one cycle of steps, the ten largest; the device's own time on CUDA."""
+    """Share of each operation, on CUDA of each kernel, in the time of one cycle of steps: the largest."""
     on_cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
@@ -190,11 +242,14 @@ def profile(stepper: Stepper, images: torch.Tensor, device: torch.device) -> dic
         for _ in range(stepper.cycle):
             stepper.step(partial(_first, images, stepper.images_per_step))
         synchronise(device)
-    times = {
-        event.key: float(event.self_device_time_total if on_cuda else event.self_cpu_time_total)
-        for event in found.key_averages()
-    }
-    largest = sorted(times, key=lambda name: -times[name])[:10]
+    times: dict[str, float] = {}
+    for event in found.key_averages():
+        # A kernel's time stands with the kernel, with the operation that launched it, and with regions around both.
+        if on_cuda and (event.device_type.name != "CUDA" or event.is_user_annotation):
+            continue
+        spent = float(event.self_device_time_total if on_cuda else event.self_cpu_time_total)
+        times[event.key] = times.get(event.key, 0.0) + spent
+    largest = sorted(times, key=lambda name: -times[name])[:PROFILED]
     return {name: times[name] / sum(times.values()) for name in largest}
 
 

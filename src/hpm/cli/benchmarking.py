@@ -80,8 +80,8 @@ def _report(result: dict[str, Any], out: str, next_command: str, *, as_json: boo
     print(f"next:  {next_command}")
     if as_json:
         print_json(result)
-    if result["stopped_by"]:
-        rounds = len(next(iter(result["images_per_second_rounds"].values())))
+    rounds = len(next(iter(result["images_per_second_rounds"].values())))
+    if result["stopped_by"] and (rounds < result["settings"]["rounds"] or result["left_out"]):
         raise Interrupted(
             f"stopped by {result['stopped_by']}: the figures are of {rounds} of {result['settings']['rounds']} rounds"
             + (f", without {', '.join(result['left_out'])}" if result["left_out"] else "")

@@ -7,18 +7,25 @@ import sys
 import textwrap
 
 from hpm.cli.flags import parse_with_json
-from hpm.cli.output import print_json
+from hpm.cli.output import complain, print_json
+from hpm.doctor.findings import Finding
 
 WIDTH = 110
+MARKS = {"ok": "ok", "note": "--", "warning": "!", "problem": "!!"}
 
 
 def doctor(arguments: list[str]) -> None:
     """``hpm doctor``."""
     from hpm.doctor.config import DoctorConfig
-
-    config, as_json = parse_with_json(DoctorConfig, "doctor", arguments)
-
     from hpm.doctor.examine import examine, summary
+    from hpm.doctor.software import look_at_software
+
+    try:
+        config, as_json = parse_with_json(DoctorConfig, "doctor", arguments)
+    except ImportError:  # what reads the flags is missing, and so may be other things
+        for finding in look_at_software():
+            _show(finding)
+        raise SystemExit(2) from None
 
     is_main = os.environ.get("RANK", "0") == "0"
     findings = []
@@ -26,6 +33,8 @@ def doctor(arguments: list[str]) -> None:
         findings.append(finding)
         if is_main:
             _show(finding)
+        elif finding.state == "problem" and ", process " not in finding.about:
+            complain(f"{finding.about}: {finding.found}")  # the main process may never hear of it
     result = summary(findings)
     if is_main:
         print(f"\n{_count(result['problems'], 'problem')}, {_count(result['warnings'], 'warning')}")
@@ -40,16 +49,14 @@ def doctor(arguments: list[str]) -> None:
         raise SystemExit(2)
 
 
-MARKS = {"ok": "ok", "note": "--", "warning": "!", "problem": "!!"}
-
-
-def _show(finding: tuple[str, str, str, str]) -> None:
-    about, state, found, advice = finding
-    lines = textwrap.wrap(f"{about}: {found}", WIDTH, subsequent_indent="  ")
-    if advice:
-        lines += textwrap.wrap(f"-> {advice}", WIDTH, initial_indent="  ", subsequent_indent="     ")
+def _show(finding: Finding) -> None:
+    lines = textwrap.wrap(f"{finding.about}: {finding.found}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    if finding.advice:
+        lines += textwrap.wrap(
+            f"-> {finding.advice}", WIDTH, initial_indent="  ", subsequent_indent="     ", break_on_hyphens=False
+        )
     for number, line in enumerate(lines):
-        print(f"{MARKS[state] if number == 0 else '':<3} {line}", flush=True)
+        print(f"{MARKS[finding.state] if number == 0 else '':<3} {line}", flush=True)
 
 
 def _count(number: int, name: str) -> str:

@@ -12,7 +12,6 @@ import mmap
 import os
 import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from hpm.data.decode import DecodeError, Sample
 from hpm.data.jpeg import choose_scale
 from hpm.data.sources import Source
 from hpm.errors import InputError
+from hpm.limits import free_memory
 from hpm.log import say
 
 SHARE_OF_MEMORY = 0.5
@@ -170,21 +170,6 @@ def estimate(source: Source, *, size: tuple[int, int], jpeg_scaling: bool, num_r
 def is_scalable(sample: Sample, size: tuple[int, int]) -> bool:
     """Could a crop of this image be large enough to be decoded at a fraction?"""
     return choose_scale((sample.image.shape[1], sample.image.shape[2]), size) > 1
-
-
-def free_memory() -> int:
-    """Bytes that this machine, or the container, can still give."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(1024 * int(line.split()[1]))
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit.isdigit():
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return max(0, min(found)) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def open_cache(

@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpm.data import jpeg
 from hpm.data.batched import crop_batch, crop_masks
-from hpm.data.cache import estimate, free_memory
+from hpm.data.cache import estimate
 from hpm.data.crops import crop_numbers
 from hpm.data.decode import DecodeError, Sample
 from hpm.data.last_read import LastRead
 from hpm.data.loading import Batch, Damage, TrainingImages, TrainingOrder, batches_in_order, first_readable
 from hpm.data.reading import read_whole
 from hpm.errors import InputError
+from hpm.limits import free_memory
 from hpm.log import tracked
 from hpm.stopping import ignore_in_worker, signals_held
 

@@ -25,6 +25,7 @@ from hpm.data.reading import View, read_views
 from hpm.data.sources import Source
 from hpm.data.statistics import measure_statistics as measure_statistics
 from hpm.errors import InputError
+from hpm.limits import usable_cores
 from hpm.stopping import ignore_in_worker, signals_held
 
 Item = TypeVar("Item")
@@ -239,9 +240,8 @@ class Normalise(nn.Module):
 
 def default_workers() -> int:
     """One data process per core beyond the first, at most 8, shared among this machine's training processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(8, cores // local_processes - 1))
+    return max(0, min(8, usable_cores() // local_processes - 1))
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ from hpm.data.repack import Packed, repack
 from hpm.data.sources import ShardSource, Source, fingerprint, open_source
 from hpm.data.sources.shards import LocalShard
 from hpm.errors import InputError
+from hpm.limits import usable_cores
 from hpm.log import say, tracked
 from hpm.stopping import ignore_in_worker, signals_held
 
@@ -192,7 +193,7 @@ def _write_all(
     source: Source, config: PackConfig, decoder: Decoder, out: Path, about: dict[str, Any], progress: _Progress
 ) -> _Progress:
     """All shards from where progress stands; it is saved after each."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     loader = DataLoader(
         _Packing(source, config, decoder, progress.next_image), batch_size=_BATCH, collate_fn=_listed,
         num_workers=(cores if cores > 1 else 0) if config.workers is None else config.workers,

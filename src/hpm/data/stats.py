@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from hpm.data.sources import open_source
 from hpm.data.statistics import measure
 from hpm.data.value_range import find_value_range
 from hpm.errors import InputError
+from hpm.limits import usable_cores
 
 
 class StatsResult(NamedTuple):
@@ -41,7 +41,7 @@ def run(config: StatsConfig) -> StatsResult:
     given = (config.value_range[0], config.value_range[1]) if config.value_range else None
     found = given or (None if source.decoder is None else find_value_range(source, no_data=config.no_data))
     source = open_source(config.data, decoder=Decoder(channels, found, config.no_data))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     workers = (cores if cores > 1 else 0) if config.workers is None else config.workers
     measured = measure(source, workers=workers)
     return StatsResult(measured.mean, measured.std, channels, measured.images, found, measured.damaged)

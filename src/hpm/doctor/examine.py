@@ -4,53 +4,69 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from hpm.doctor import surroundings
 from hpm.doctor.config import DoctorConfig
 from hpm.doctor.findings import Finding
 from hpm.doctor.software import look_at_software
+from hpm.errors import InputError
+from hpm.limits import free_memory
 
 
 def examine(config: DoctorConfig) -> Iterator[Finding]:
     """Look at one thing after the other; each finding comes as soon as it is there.
 
-    What needs torch is left out where torch cannot be imported.
+    Under torchrun every process looks at its device, one of every machine at the machine, and the main one also gives
+    what the others found that is not well. What needs torch is left out where torch does not work.
+
+    Raises:
+        InputError: A setting breaks its rule.
     """
+    if config.seconds <= 0:
+        raise InputError(f"seconds: must be above 0, got {config.seconds:g}")
     findings = []
     for finding in _examine_alone(config):
         findings.append(finding)
         yield finding
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not any(finding.state == "problem" for finding in findings):
+    if "RANK" in os.environ and torch_works(findings):
         from hpm.doctor.processes import look_at_processes
 
-        yield from look_at_processes(config.device, findings)
+        yield from look_at_processes(config, findings)
+
+
+def torch_works(findings: list[Finding]) -> bool:
+    """Did a training step succeed?"""
+    return any(finding.about.startswith("training step") and finding.state == "ok" for finding in findings)
 
 
 def _examine_alone(config: DoctorConfig) -> Iterator[Finding]:
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
     yield from look_at_software()
-    yield surroundings.look_at_processors(os.environ)
-    yield surroundings.look_at_shared_memory()
-    yield surroundings.look_at_open_files()
+    if leads:
+        yield surroundings.look_at_processors(os.environ)
+        yield surroundings.look_at_memory(free_memory())
+        yield surroundings.look_at_shared_memory()
+        yield surroundings.look_at_open_files()
+        yield from surroundings.look_at_launch(os.environ)
+        yield from try_apart("disk", config.out, seconds=config.seconds)
     yield from surroundings.look_at_settings(os.environ)
-    yield surroundings.look_at_folder(config.out)
     on_device = try_apart("device", config.device, seconds=config.seconds)
     yield from on_device
-    if any(finding.state == "problem" for finding in on_device):
+    if not torch_works(on_device):
         return
-
-    from hpm.data.cache import free_memory
-
-    yield surroundings.look_at_memory(free_memory())
     if config.compile == "on" or (config.compile == "auto" and _is_cuda(config)):
         yield from try_apart("compilation", config.device, seconds=config.seconds)
-    yield from try_apart("data processes", seconds=config.seconds)
-    if config.data:
-        yield from try_apart("images", config.data, seconds=config.seconds)
+    if leads:
+        yield from try_apart("data processes", seconds=config.seconds)
+        if config.data:
+            yield from try_apart("images", config.data, seconds=config.seconds)
 
 
 def try_apart(trial: str, *arguments: str, seconds: float) -> list[Finding]:
@@ -61,34 +77,37 @@ def try_apart(trial: str, *arguments: str, seconds: float) -> list[Finding]:
         arguments: What it is given.
         seconds: It is ended after so long.
     """
-    command = [sys.executable, "-m", "hpm.doctor.trials", trial, *arguments]
+    # -P: as for the command hpm, modules of the current folder are not taken for installed ones.
+    command = [sys.executable, "-P", "-m", "hpm.doctor.trials", trial, *arguments]
+    again = f"to see all of it: {shlex.join(command)}"
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        printed, said = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        advice = "it hangs, or is very slow: try again with --seconds 600"
-        return [Finding(trial, "problem", f"not done after {seconds:g} s", advice)]
-    lines = ended.stdout.splitlines()
+        if trial == "images":  # sets far away take their time
+            return [Finding(trial, "warning", f"not done after {seconds:g} s", "try again with --seconds 600")]
+        return [Finding(trial, "problem", f"not done after {seconds:g} s", f"it hangs, or is very slow; {again}")]
+    finally:
+        _end(child)
     try:
-        return [Finding(*found) for found in json.loads(lines[-1])]
+        return [Finding(*found) for found in json.loads(printed.splitlines()[-1])]
     except (IndexError, ValueError, TypeError):
-        said = [line for line in ended.stderr.splitlines() if line.strip()]
-        how = f"ended by {signal.Signals(-ended.returncode).name}" if ended.returncode < 0 else "failed"
-        return [
-            Finding(trial, "problem", f"{how}: {said[-1].strip() if said else 'without a word'}", _what_to_do(ended))
-        ]
+        lines = [line for line in said.splitlines() if line.strip()]
+        how = f"ended by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "failed"
+        told = f"{how}: {lines[-1].strip() if lines else 'without a word'}"
+        killed = child.returncode == -signal.SIGKILL
+        return [Finding(trial, "problem", told, "most likely for want of memory" if killed else again)]
 
 
-def _what_to_do(ended: subprocess.CompletedProcess[str]) -> str:
-    """About a trial that ended without findings."""
-    if ended.returncode == -signal.SIGBUS:
-        return "shared memory is full: start the container with --shm-size 8g, or give --workers 0"
-    if ended.returncode == -signal.SIGKILL:
-        return "the system ended it, most likely for memory"
-    if "torchvision::" in ended.stderr or "undefined symbol" in ended.stderr:
-        return "torch and torchvision do not match: install both anew, by the constraints file"
-    if "InputError" in ended.stderr:
-        return ""
-    return "python -m hpm.doctor.trials shows all of it; packages above that do not match are the likely cause"
+def _end(child: subprocess.Popen[str]) -> None:
+    """End a process with all that it has started; one that the system cannot end is left alone."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(5)
+    for stream in (child.stdout, child.stderr):
+        if stream is not None:
+            stream.close()
 
 
 def _is_cuda(config: DoctorConfig) -> bool:

@@ -3,75 +3,108 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
-from typing import Any, Literal
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
 
 from hpm import distributed
+from hpm.doctor.config import DoctorConfig
 from hpm.doctor.findings import Finding
 from hpm.run_folder import versions
 
 EXCHANGED = 64 * 2**20
 """Bytes."""
 ROUNDS = 3
+SLOW = 1e9
 
 
-def look_at_processes(name: Literal["auto", "cpu", "cuda", "mps"], findings: list[Finding]) -> list[Finding]:
+def look_at_processes(config: DoctorConfig, findings: list[Finding]) -> Iterator[Finding]:
     """What the others of a group have seen that is not well, and how the group works; the same on every process.
 
     Args:
-        name: Of the device.
+        config: Device, and how long to wait for the others.
         findings: What this process has seen by itself.
     """
-    device = distributed.choose_device(name)
-    with distributed.process_group(device):
-        everyone = distributed.gather_objects((versions(device), findings))
-        seen = [
-            finding._replace(about=f"{finding.about}, process {rank}")
-            for rank, (_, theirs) in enumerate(everyone)
-            for finding in theirs
-            if rank and finding.state in ("warning", "problem")
-        ]
-        return [*seen, _compare([theirs for theirs, _ in everyone]), _time_exchange(device)]
+    device = distributed.choose_device(config.device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.seconds))
+    except (RuntimeError, ValueError) as error:
+        yield Finding(
+            "processes", "problem", f"process {os.environ['RANK']} did not find the others: {_first_line(error)}",
+            "have all been started, can each reach MASTER_ADDR:MASTER_PORT, and has none found a problem of its own?",
+        )  # fmt: skip
+        return
+    try:
+        everyone = distributed.gather_objects((_about(device), findings))
+        for rank, (_, theirs) in enumerate(everyone):
+            for finding in theirs:
+                if rank and finding.state in ("warning", "problem"):
+                    yield finding._replace(about=f"{finding.about}, process {rank}")
+        yield from compare([about for about, _ in everyone])
+        yield _time_exchange(device)
+    except RuntimeError as error:
+        advice = "NCCL_DEBUG=INFO says more; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network to take"
+        yield Finding("exchange", "problem", _first_line(error), advice)
+    finally:
+        dist.destroy_process_group()
 
 
-def _compare(everyone: list[dict[str, Any]]) -> Finding:
-    there = {tuple(sorted(theirs.items())) for theirs in everyone}
-    if len(there) == 1:
-        return Finding("processes", "ok", f"{len(everyone)}, all with {_told(everyone[0])}")
-    different = "; ".join(f"process {rank}: {_told(theirs)}" for rank, theirs in enumerate(everyone))
-    return Finding("processes", "problem", f"not alike: {different}", "install the same versions on every machine")
+def _about(device: torch.device) -> dict[str, str]:
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "none"
+    about = {"Python": platform.python_version(), "torchvision": version("torchvision"), "NCCL": nccl}
+    return {**about, **versions(device)}
 
 
-def _told(about: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in about.items())
+def compare(everyone: list[dict[str, str]]) -> Iterator[Finding]:
+    """Are all alike? Devices may differ, versions must not.
+
+    Args:
+        everyone: Versions and device of each process.
+    """
+    different = sorted({name for about in everyone for name in about if about[name] != everyone[0][name]})
+    same = ", ".join(f"{name} {value}" for name, value in everyone[0].items() if name not in different)
+    told = "; ".join(f"{name}: {_by_value([about[name] for about in everyone])}" for name in different)
+    if set(different) - {"device"}:
+        yield Finding("processes", "problem", f"not alike: {told}", "install the same versions on every machine")
+    elif different:
+        yield Finding("processes", "warning", f"not alike: {told}", "every step waits for the slowest")
+    else:
+        yield Finding("processes", "ok", f"{len(everyone)}, all with {same}")
+
+
+def _by_value(values: list[str]) -> str:
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return ", ".join(f"{value} on {len(those)} (process {those[0]} first)" for value, those in ranks.items())
 
 
 def _time_exchange(device: torch.device) -> Finding:
-    tensor = torch.ones(EXCHANGED // 4, device=device)
+    place = device if device.type == "cuda" else torch.device("cpu")
+    tensor = torch.ones(EXCHANGED // 4, device=place)
     seconds = []
     for _ in range(ROUNDS + 1):
         dist.barrier()
         start = time.perf_counter()
         dist.all_reduce(tensor)
-        distributed.synchronise(device)
+        distributed.synchronise(place)
         seconds.append(time.perf_counter() - start)
         tensor /= distributed.world_size()
-    right = bool((tensor == 1).all())
     rate = EXCHANGED / min(seconds[1:])
     found = f"{EXCHANGED / 2**20:.0f} MiB summed over {distributed.world_size()} processes at {rate / 1e9:.2f} GB/s"
-    if not right:
-        return Finding(
-            "exchange", "problem", f"{found}, and the sum is wrong", "look at NCCL's settings, NCCL_DEBUG=INFO"
-        )
-    local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if device.type == "cuda" and rate < 1e9:
-        where = (
-            "GPUs of one machine should reach 10 and more"
-            if local
-            else "the network is slow: is it the right interface?"
-        )
-        return Finding("exchange", "warning", found, f"{where}; NCCL_DEBUG=INFO shows what it takes")
+    if not bool((tensor == 1).all()):
+        return Finding("exchange", "problem", f"{found}, and the sum is wrong", "NCCL_DEBUG=INFO says more")
+    if device.type == "cuda" and rate < SLOW:
+        advice = "GPUs of one machine reach 10 and more, a fast network 5: NCCL_DEBUG=INFO shows which way is taken"
+        return Finding("exchange", "warning", found, advice)
     return Finding("exchange", "ok", found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -24,21 +24,30 @@ EXTRAS = {
 """What each set of optional packages is for."""
 
 CORE = ("hpm", "torch", "torchvision", "timm")
-"""Their versions are told, and what the first and third ask of others is checked; torchvision asks for one torch."""
+"""Their versions are told."""
 
 
 def look_at_software() -> Iterator[Finding]:
     """Versions, packages that are missing or do not match, and what is not installed but could be."""
-    versions = {name: _version(name) for name in CORE}
-    there = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
-    yield Finding("versions", "ok", f"Python {platform.python_version()}, {there}")
-    broken = [told for package in ("hpm", "torchvision") for told in _unmet(package, extra="")]
+    there = ", ".join(f"{name} {value}" for name in CORE if (value := _version(name)))
+    yield Finding("versions", "ok", f"{platform.platform()}, Python {platform.python_version()}, {there}")
+    if _version("hpm") is None:
+        yield Finding(
+            "packages", "problem", "hpm runs from a folder without being installed: what it needs is not known",
+            "pip install -c constraints.txt . in its folder",
+        )  # fmt: skip
+        return
+    try:
+        broken = [told for package in ("hpm", "torchvision") for told in _unmet(package, extra="")]
+        absent = {extra: use for extra, use in EXTRAS.items() if any(_unmet("hpm", extra=extra))}
+    except ImportError:
+        yield Finding("packages", "problem", "packaging is not installed", "pip install packaging")
+        return
     if broken:
         advice = "install what is named, or hpm anew into a fresh environment, by its constraints file"
         yield Finding("packages", "problem", "; ".join(broken), advice)
     else:
         yield Finding("packages", "ok", "all that hpm needs are there, in versions that match")
-    absent = {extra: use for extra, use in EXTRAS.items() if any(_unmet("hpm", extra=extra))}
     if absent:
         uses = "; ".join(f"{use}: {install(extra)}" for extra, use in absent.items())
         yield Finding("optional packages", "note", f"not installed, or too old: {', '.join(absent)}", uses)
@@ -47,8 +56,13 @@ def look_at_software() -> Iterator[Finding]:
 
 
 def _unmet(package: str, *, extra: str) -> Iterator[str]:
-    """What an installed package asks for, with or without an extra, and does not find."""
+    """What an installed package asks for, with or without an extra, and does not find.
+
+    Raises:
+        ImportError: packaging is missing.
+    """
     from packaging.requirements import Requirement
+    from packaging.version import InvalidVersion, Version
 
     for line in metadata.requires(package) or () if _version(package) else ():
         wanted = Requirement(line)
@@ -60,7 +74,14 @@ def _unmet(package: str, *, extra: str) -> Iterator[str]:
         version = _version(wanted.name)
         if version is None:
             yield f"{package} needs {wanted.name}{wanted.specifier}, which is not installed"
-        elif not wanted.specifier.contains(version, prereleases=True):
+            continue
+        try:  # of builds between two releases, as NVIDIA's containers have them, the release that they become counts
+            met = wanted.specifier.contains(version, prereleases=True) or (
+                Version(version).is_prerelease and wanted.specifier.contains(Version(version).base_version)
+            )
+        except InvalidVersion:
+            continue  # of somebody's own making: nothing can be said of it
+        if not met:
             yield f"{package} needs {wanted.name}{wanted.specifier}, here is {version}"
 
 

@@ -1,6 +1,6 @@
 """What may hang or break Python, each tried in a process of its own: ``python -m hpm.doctor.trials NAME ARGUMENTS``.
 
-The last line on standard output is a JSON list of findings.
+The last line on standard output is a JSON list of findings; what broke is the last of them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import math
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpm.doctor.findings import Finding
+from hpm.doctor.surroundings import look_at_folder
 
-TOLERANCE = 1e-4
-"""Of a loss on the device to that of the CPU, both in float32, relative."""
-BF16_TOLERANCE = 0.03
 TINY = {
     "encoder": "vit_tiny_patch16_224", "encoder_depth": 2, "image_size": 32, "patch_size": 8, "decoder_width": 32,
     "decoder_depth": 1, "predictor_depth": 1, "decoder_heads": 2, "batch_size": 8,
@@ -26,18 +25,47 @@ TINY = {
 NUM_IMAGES = 64
 
 
+class Step(NamedTuple):
+    """What a training step comes to."""
+
+    loss: float
+    gradient_norm: float
+    next_loss: float
+    """After the optimizer has made its step."""
+
+
+TOLERANCE = Step(1e-4, 1e-3, 1e-4)
+"""Of a step on the device to one on the CPU, both in float32, relative; TF32 in convolutions keeps to it."""
+BF16_TOLERANCE = Step(3e-3, 3e-2, 3e-3)
+
+
 def try_device(name: str) -> Iterator[Finding]:
-    """Import everything, find the device, and take a training step on it."""
+    """Import everything, find the device, and take a training step on it; on every GPU, where no other process does."""
+    import os
+
     import torch
     import torchvision
 
     torchvision.ops.nms(torch.rand(2, 4), torch.rand(2), 0.5)  # fails where it was built for another torch
 
     from hpm import distributed
+    from hpm.errors import InputError
 
-    device = distributed.choose_device(name)  # type: ignore[arg-type]
+    try:
+        device = distributed.choose_device(name)  # type: ignore[arg-type]
+    except InputError as error:
+        yield Finding("device", "problem", str(error))
+        return
     yield _describe(device)
-    yield from _try_step(device)
+    devices = [device]
+    if device.type == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() > 1:
+        number = torch.cuda.device_count()
+        yield Finding(
+            "GPUs", "note", f"{number}", f"torchrun --nproc-per-node {number} -m hpm pretrain takes all of them"
+        )
+        devices = [torch.device("cuda", index) for index in range(number)]
+    for one in devices:
+        yield _try_step(one)
 
 
 def _describe(device: Any) -> Finding:
@@ -50,111 +78,134 @@ def _describe(device: Any) -> Finding:
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         free = torch.cuda.mem_get_info(device)[0]
+        library = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         found = (
             f"{about.name}, {free / 2**30:.1f} of {about.total_memory / 2**30:.1f} GiB free, compute capability "
-            f"{about.major}.{about.minor}, CUDA {torch.version.cuda}, {precision}"
+            f"{about.major}.{about.minor}, {library}, {precision}"
         )
         if free < about.total_memory / 2:
             return Finding("device", "warning", found, "other programs hold most of its memory: nvidia-smi shows which")
         if not bf16:
             return Finding("device", "warning", found, "GPUs before Ampere are several times slower")
         return Finding("device", "ok", found)
-    if device.type == "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-        return Finding(
-            "device", "warning", f"CPU, although there is nvidia-smi: torch {torch.__version__} {built}",
-            "if nvidia-smi lists a GPU, install a torch for its driver (pytorch.org, Get started), and look at "
-            "CUDA_VISIBLE_DEVICES",
-        )  # fmt: skip
     found = f"{device.type.upper()}, {precision}"
-    if device.type == "cpu":
-        return Finding(
-            "device", "note", found, "fine for 64-px images and small models; hpm plan says what is possible"
+    if device.type == "cpu" and torch.version.cuda and not torch.cuda.is_available():
+        advice = (
+            "without a GPU: enough for 64-px images and small models. With one: is it given to this container or job "
         )
+        advice += "(--gpus all, --gres=gpu:1), is CUDA_VISIBLE_DEVICES right, is the driver new enough?"
+        state: Any = "warning" if shutil.which("nvidia-smi") else "note"
+        return Finding(
+            "device", state, f"{found}; torch is built for CUDA {torch.version.cuda} and sees no GPU", advice
+        )
+    if device.type == "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        advice = "if nvidia-smi lists a GPU, install a torch for its driver: pytorch.org, Get started"
+        return Finding("device", "warning", f"{found}; torch is built without CUDA, and there is nvidia-smi", advice)
+    if device.type == "cpu":
+        advice = "enough for 64-px images and small models; hpm plan says what is possible"
+        return Finding("device", "note", found, advice)
     return Finding("device", "ok", found)
 
 
-def _try_step(device: Any) -> Iterator[Finding]:
-    """One step of a tiny model, held against the CPU's."""
+def _try_step(device: Any) -> Finding:
+    """A step of a tiny model, held against the CPU's."""
     import torch
 
     from hpm import distributed
 
+    about = "training step" if device.index in (None, 0) else f"training step, GPU {device.index}"
     start = time.perf_counter()
-    expected, found = _loss(torch.device("cpu")), _loss(device)
-    seconds = time.perf_counter() - start
-    if not math.isclose(found, expected, rel_tol=TOLERANCE):
-        yield Finding(
-            "training step", "problem", f"the loss on {device} is {found:.6g}, on the CPU {expected:.6g}",
+    expected, found = take_step(torch.device("cpu")), take_step(device)
+    told = f"loss {found.loss:.5f} and {found.next_loss:.5f} after it"
+    if not _is_close(found, expected, TOLERANCE):
+        return Finding(
+            about, "problem", f"on {device} {_told(found)}; on the CPU {_told(expected)}",
             "the device computes something else: look at its driver, and try --device cpu",
         )  # fmt: skip
-        return
-    told = f"loss {found:.5f} on {device}, {expected:.5f} on the CPU ({seconds:.1f} s)"
+    told += ", as on the CPU" if device.type != "cpu" else ""
     if distributed.has_bf16(device):
-        rounded = _loss(device, bf16=True)
-        told += f", {rounded:.5f} in bf16"
-        if not math.isclose(rounded, expected, rel_tol=BF16_TOLERANCE):
-            yield Finding("training step", "problem", told, "bf16 goes wrong here: give --precision float32")
-            return
-    yield Finding("training step", "ok", told)
+        rounded = take_step(device, bf16=True)
+        if not _is_close(rounded, expected, BF16_TOLERANCE):
+            return Finding(
+                about, "problem", f"in bf16 {_told(rounded)}; in float32 {_told(expected)}",
+                "bf16 goes wrong here: give --precision float32",
+            )  # fmt: skip
+        told += f"; in bf16 {rounded.loss:.5f} and {rounded.next_loss:.5f}"
+    return Finding(about, "ok", f"{told} ({time.perf_counter() - start:.1f} s)")
 
 
-def _loss(device: Any, *, bf16: bool = False, compiled: bool = False) -> float:
-    """Of one step of a tiny model from fixed weights, images and noise, after its backward pass."""
+def _is_close(found: Step, expected: Step, tolerance: Step) -> bool:
+    return all(math.isclose(a, b, rel_tol=c) for a, b, c in zip(found, expected, tolerance))
+
+
+def _told(step: Step) -> str:
+    return f"loss {step.loss:.6g}, gradient norm {step.gradient_norm:.6g}, loss after the step {step.next_loss:.6g}"
+
+
+def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Step:
+    """One step of a tiny model from fixed weights, images and noise."""
     import torch
 
-    from hpm.build import build_method, build_student, compile_blocks
+    from hpm.build import build_method, build_optimizer, build_student, choose_attention, compile_blocks
     from hpm.config import Config, with_fields
-    from hpm.method import Teacher
+    from hpm.method import Losses, Teacher
 
     config = with_fields(Config(), TINY)
     torch.manual_seed(0)
     student = build_student(config)
-    images = torch.randn(8, 3, 32, 32).to(device)
-    noise = torch.rand(8, 16).to(device)
+    images, noise = torch.randn(8, 3, 32, 32).to(device), torch.rand(8, 16).to(device)
     method = build_method(config, student.to(device))
+    choose_attention(student, device)
     teacher = Teacher(student)
     if compiled:
         compile_blocks(student, teacher)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        losses = method.step(student, teacher, images, noise, num_hard=4)
-    losses.total.backward()
-    gradients = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm()
-    if not torch.isfinite(gradients):
-        return math.nan
-    return float(losses.total.detach())
+
+    def losses() -> Losses:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return method.step(student, teacher, images, noise, num_hard=4)
+
+    optimizer = build_optimizer(config.optimisation, student)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    first = losses().total
+    first.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 5.0)
+    optimizer.step()
+    teacher.update(student, 0.9)
+    with torch.no_grad():
+        second = losses().total
+    return Step(float(first.detach()), float(norm), float(second))
 
 
 def try_compilation(name: str) -> Iterator[Finding]:
-    """Compile the blocks of a tiny model, and take the same step with them."""
+    """Compile the blocks of a tiny model, and take the same step with them, in the precision of a run."""
     from hpm import distributed
 
     device = distributed.choose_device(name)  # type: ignore[arg-type]
-    expected = _loss(device)
+    bf16 = distributed.has_bf16(device)
+    expected = take_step(device, bf16=bf16)
     start = time.perf_counter()
     try:
-        found = _loss(device, compiled=True)
+        found = take_step(device, bf16=bf16, compiled=True)
     except Exception as error:  # whatever it is, of whichever compiler: it is the finding
         yield Finding(
             "compilation", "problem", f"torch.compile fails: {str(error).strip().splitlines()[0]}",
             "install a C compiler and Python's headers (gcc, python3-dev), or give --compile off",
         )  # fmt: skip
         return
-    told = f"loss {found:.5f}, {expected:.5f} without; {time.perf_counter() - start:.0f} s for four graphs"
-    same = math.isclose(found, expected, rel_tol=TOLERANCE)
-    yield Finding("compilation", "ok" if same else "problem", told, "" if same else "give --compile off")
+    seconds = time.perf_counter() - start
+    if not _is_close(found, expected, BF16_TOLERANCE if bf16 else TOLERANCE):
+        told = f"compiled: {_told(found)}; without: {_told(expected)}"
+        yield Finding("compilation", "problem", told, "give --compile off")
+        return
+    yield Finding("compilation", "ok", f"loss {found.loss:.5f}, {expected.loss:.5f} without; {seconds:.0f} s")
 
 
 def try_data_processes() -> Iterator[Finding]:
     """Start the data processes of a run on embedded images, and wait for their first batches."""
-    from hpm.data.loading import (
-        Position,
-        TrainingImages,
-        TrainingOrder,
-        default_workers,
-        training_batches,
-    )
+    from hpm.data.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
     from hpm.data.sources import open_source
+    from hpm.errors import InputError
 
     workers = default_workers()
     source = open_source(f"shapes:{NUM_IMAGES}", image_size=(64, 64), field="data")
@@ -162,19 +213,26 @@ def try_data_processes() -> Iterator[Finding]:
     steps = 4 * max(1, workers)
     order = TrainingOrder(NUM_IMAGES, batch_size=8, first_step=0, total_steps=steps, seed=0, position=Position())
     start = time.perf_counter()
-    count = sum(len(batch.images) for batch in training_batches(images, order, workers=workers, pin_memory=False))
+    try:
+        count = sum(len(batch.images) for batch in training_batches(images, order, workers=workers, pin_memory=False))
+    except InputError as error:  # embedded images are never damaged
+        advice = "shared memory or memory is short: start the container with --shm-size 8g, or give fewer --workers"
+        yield Finding("data processes", "problem", str(error).partition(";")[0], advice)
+        return
     seconds = time.perf_counter() - start
-    yield Finding("data processes", "ok", f"{workers} of them gave {count} images in {seconds:.1f} s, start included")
+    who = f"{workers} gave" if workers else "none beside the training process, which made"
+    yield Finding("data processes", "ok", f"{who} {count} images in {seconds:.1f} s, start included")
 
 
 def try_images(source: str) -> Iterator[Finding]:
-    """Read some of the images."""
+    """Look at the images and read some of them."""
+    from hpm.config import Config, with_fields
     from hpm.data.decode import DecodeError
-    from hpm.data.sources import open_source
     from hpm.errors import InputError
+    from hpm.planning.images import open_images_of
 
     try:
-        images = open_source(source, image_size=(224, 224), field="data")
+        config, images, found = open_images_of(with_fields(Config(), {"data": source}), {})
     except InputError as error:
         yield Finding("images", "problem", str(error))
         return
@@ -186,17 +244,27 @@ def try_images(source: str) -> Iterator[Finding]:
         except (DecodeError, OSError) as error:
             damaged.append(f"{images.name(index)}: {error}")
     rate = len(indices) / (time.perf_counter() - start)
-    labels = f"{len(set(images.labels))} classes" if images.labels else "no labels"
-    found = f"{len(images):,}, {labels}; {len(indices)} read whole at {rate:,.0f} images/s on one core"
+    channels = "" if config.data.channels == 3 else f" in {config.data.channels} channels"
+    told = (
+        f"{found.number:,}, about {found.width}x{found.height} px{channels}, "
+        f"{f'{found.classes} classes' if found.classes else 'no labels'}; {rate:,.0f} whole images/s on one core"
+    )
     if damaged:
-        state: Any = "problem" if len(damaged) == len(indices) else "warning"
-        told = f"{found}; {len(damaged)} damaged, the first: {damaged[0]}"
-        yield Finding("images", state, told, f"hpm data check {source} --out DIR lists them all")
+        told += f"; {len(damaged)} of {len(indices)} damaged, the first: {damaged[0]}"
+        yield Finding("images", "warning", told, f"hpm data check {source} --out DIR lists them all")
+    elif config.data.channels != 3:
+        yield Finding("images", "note", told, f"give --channels {config.data.channels} to hpm pretrain")
     else:
-        yield Finding("images", "ok", found)
+        yield Finding("images", "ok", told)
+
+
+def try_folder(out: str) -> Iterator[Finding]:
+    """A file system far away may hang."""
+    yield look_at_folder(out)
 
 
 TRIALS: dict[str, Callable[..., Iterator[Finding]]] = {
+    "disk": try_folder,
     "device": try_device,
     "compilation": try_compilation,
     "data processes": try_data_processes,
@@ -204,7 +272,28 @@ TRIALS: dict[str, Callable[..., Iterator[Finding]]] = {
 }
 """By what they look at."""
 
+CAUSES = {
+    "no kernel image is available": "this torch was not built for this GPU: install one that was (pytorch.org)",
+    "CUDA driver version is insufficient": "the driver is too old for this torch: update it, or install an older torch",
+    "torchvision::": "torch and torchvision do not match: install both anew, by the constraints file",
+    "undefined symbol": "torch and torchvision do not match: install both anew, by the constraints file",
+    "out of memory": "other programs hold the device's memory: nvidia-smi shows which",
+}
+"""What an error says, and what to do about it."""
+
+
+def findings_of(name: str, *arguments: str) -> list[Finding]:
+    """What a trial finds; what stops it is the last finding."""
+    found: list[Finding] = []
+    try:
+        found.extend(TRIALS[name](*arguments))
+    except Exception as error:  # broken packages and drivers raise anything
+        traceback.print_exc()
+        told = str(error).strip().splitlines() or [""]
+        advice = next((what for said, what in CAUSES.items() if said in str(error)), "")
+        found.append(Finding(name, "problem", f"{type(error).__name__}: {told[0]}".removesuffix(": "), advice))
+    return found
+
 
 if __name__ == "__main__":
-    found = list(TRIALS[sys.argv[1]](*sys.argv[2:]))
-    print(json.dumps(found), flush=True)
+    print(json.dumps(findings_of(*sys.argv[1:])), flush=True)

@@ -13,9 +13,9 @@ from hpm import distributed
 from hpm.budget import keep_to_budget
 from hpm.build import build_student
 from hpm.config import Config, with_fields
-from hpm.data.cache import free_memory
 from hpm.errors import InputError
 from hpm.flops import training_flops
+from hpm.limits import free_memory
 from hpm.memory import StepMemory, step_memory
 from hpm.parallel import check_sharding
 from hpm.planning.config import PlanConfig

@@ -12,11 +12,12 @@ import torch
 from hpm.batches import training_images
 from hpm.build import build_decoder, build_downloads, open_images
 from hpm.config import Config, with_fields
-from hpm.data.cache import SHARE_OF_MEMORY, SharedImages, estimate, free_memory
+from hpm.data.cache import SHARE_OF_MEMORY, SharedImages, estimate
 from hpm.data.decode import DecodeError
 from hpm.data.describing import find_channels
 from hpm.data.sources import Source, open_source
 from hpm.errors import InputError
+from hpm.limits import free_memory
 from hpm.planning.sizes import MIN_GRID, choose_grid, choose_patch, choose_side
 from hpm.vit import create_encoder, patch_size
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from hpm.benchmark.step import OurStep
 from hpm.benchmark.timing import warm_up
 from hpm.config import Config, with_fields
 from hpm.data.loading import default_workers
+from hpm.limits import usable_cores
 from hpm.planning.candidates import Candidate, Machine
 from hpm.planning.images import ImagesFound, Loading
 
@@ -66,7 +66,7 @@ def _step_seconds(candidate: Candidate, machine: Machine, seconds: float) -> Ste
     views = max(together, views // together * together)
     timed = TimedStep.of(with_fields(config, {"batch_size": views, "micro_batch_size": views}), device)
     if timed.compiled:
-        torch._dynamo.reset()  # or the blocks of one encoder after the other exceed its limit, and run uncompiled
+        torch._dynamo.reset()  # nothing that was compiled for another encoder is needed
     stepper = OurStep(timed.config, device=device, bf16=timed.bf16, compiled=timed.compiled)
     pixels = (stepper.images_per_step, config.data.channels, *config.data.size)
     images = torch.randint(0, 256, pixels, dtype=torch.uint8, device=device)
@@ -105,7 +105,7 @@ def loading_limit(config: Config, loading: Loading, machine: Machine) -> float:
     if machine.device.type == "cpu":
         cores = min(torch.get_num_threads(), max(1, default_workers() if workers is None else workers))
     else:  # the data processes of every training process, as default_workers shares the cores among them
-        all_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        all_cores = usable_cores()
         each = max(1, min(8, all_cores // machine.processes - 1)) if workers is None else max(1, workers)
         cores = each * machine.processes
     views_per_crop = config.method.masks_per_image * config.method.steps_per_batch

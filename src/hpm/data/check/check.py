@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ from hpm.data.decode import Decoder
 from hpm.data.loading import Damage
 from hpm.data.sources import FileSource, Source, open_source, remote
 from hpm.errors import InputError
+from hpm.limits import usable_cores
 from hpm.log import tracked
 
 _ASPECTS = ((0.5, "under 1:2"), (0.8, "1:2 to 4:5"), (1.25, "about square"), (2.0, "5:4 to 2:1"), (np.inf, "over 2:1"))
@@ -122,7 +122,7 @@ def _validate(config: CheckConfig) -> None:
 
 def look_at_source(source: Source, config: CheckConfig) -> list[Look]:
     """One look at every image, in the source's order, by processes that may die."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     looks = look_at_all(
         Looker(source, config.channels, config.no_data),
         len(source),
