@@ -80,6 +80,25 @@ def test_a_teacher_on_smaller_images_sees_their_average_and_speaks_of_every_patc
     assert torch.equal(scores[:, ::2, ::2], scores[:, 1::2, 1::2]), "one score for the four patches under one token"
 
 
+def test_scores_of_smaller_images_go_to_the_patches_that_they_cover():
+    """On a grid that is no square, where rows and columns cannot be confused."""
+    student = tiny_student(predictor_view="full", teacher_reduction=2, image_size=(32, 48)).eval()
+    features = student.encode_full(torch.randn(2, 3, 32, 48))
+    fine = student.score(features, (4, 6)).reshape(2, 4, 6)
+    student.reduction = 1
+    coarse = student.score(features, (2, 3)).reshape(2, 2, 3)
+    torch.testing.assert_close(fine, coarse.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2))
+
+
+def test_a_predictor_of_cross_attention_is_asked_at_mask_tokens():
+    student = tiny_student(decoder="cross").eval()
+    features = student.encode_full(torch.randn(2, 3, 32, 32))
+    before = student.score(features, (4, 4))
+    with torch.no_grad():
+        student.mask_token.add_(torch.randn_like(student.mask_token))
+    assert not torch.allclose(before, student.score(features, (4, 4)), atol=1e-4)
+
+
 # Progressive resolution
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -287,6 +288,35 @@ def test_step_with_every_mask(mask, predicted_loss, bf16):
     assert without == []
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.requires_grad)
     assert losses.total.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("fields", "needed"),
+    [
+        ({"mask": "random", "predicted_loss": "none"}, False),
+        ({"mask": "random"}, False),  # as published but for the teacher, whom nobody would ask
+        ({"mask": "random", "predictor_view": "both"}, True),
+        ({"mask": "random", "predictor_view": "full"}, True),
+        ({"mask": "random", "predictor_view": "both", "predicted_loss": "none"}, False),
+        ({"mask": "random", "target": "ema_features"}, True),
+        ({"mask": "hard"}, True),
+        ({"mask": "attention", "predicted_loss": "none"}, True),
+    ],
+)
+def test_who_needs_a_teacher(fields, needed):
+    config = with_fields(Config(), TINY | fields)
+    assert build_method(config, build_student(config)).needs_teacher == needed
+
+
+def test_some_of_the_hidden_patches_are_decoded_in_image_order():
+    method = replace(tiny_method(), num_decoded=5)
+    hidden = method.mask_policy(
+        torch.randn(40, NUM_PATCHES), torch.rand(40, NUM_PATCHES), num_hidden=NUM_HIDDEN, num_hard=3
+    )
+    decoded = method.choose_decoded(hidden, torch.rand(40, NUM_PATCHES))
+    assert decoded.shape == (40, 5)
+    assert (decoded.diff(dim=1) > 0).all()
+    assert hidden.gather(1, decoded).all()
 
 
 @pytest.mark.parametrize("encoder", ["vit_wee_patch16_reg1_gap_256", "vit_small_patch16_18x2_224"])

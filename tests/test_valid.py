@@ -137,6 +137,29 @@ def test_what_is_reconstructed_without_data_does_not_count():
     assert float(losses.reconstruction.detach()) == pytest.approx(sum(total) / len(total), rel=1e-5)
 
 
+def test_the_mask_and_the_rank_correlation_of_a_step_leave_out_what_has_no_data():
+    student, method, valid = tiny_student(), tiny_method(), some_valid()
+    teacher, images, noise, seen = Teacher(student), some_images(), some_noise(), {}
+
+    def spy(*args, **kwargs):
+        seen["hidden"], seen["output"] = args[1], student(*args, **kwargs)
+        return seen["output"]
+
+    losses = method.step(spy, teacher, images, noise, num_hard=NUM_HIDDEN, valid=valid)
+    scores = teacher.predict_loss(images)
+    expected = method.mask_policy(scores, noise, num_hidden=NUM_HIDDEN, num_hard=NUM_HIDDEN, valid=valid)
+    blind = method.mask_policy(scores, noise, num_hidden=NUM_HIDDEN, num_hard=NUM_HIDDEN)
+    assert not torch.equal(expected, blind), "the case tells nothing"
+    assert torch.equal(seen["hidden"], expected)
+    target, found = method.target(images), []
+    for row in range(3):
+        index = expected[row].nonzero()[:, 0]
+        error = (seen["output"].prediction[row].detach().float() - target[row, index]).square().mean(-1)
+        keep = valid[row, index]
+        found.append(stats.spearmanr(scores[row, index][keep], error[keep]).statistic)
+    assert float(losses.rank_correlation) == pytest.approx(sum(found) / 3, abs=1e-5)
+
+
 def test_partly_decoded_images_decode_data_first():
     method = tiny_method()
     method = type(method)(**{**vars(method), "num_decoded": 5})
