@@ -241,6 +241,11 @@ class RunConfig:
     """Stop when more than this share of all images turns out to be damaged."""
     log_steps: Positive = 20
     """Steps between two records in metrics.jsonl."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Also send metrics, figures and config there; their packages are yours to install and configure. A run that goes
+    on continues its run there."""
+    tracker_project: str = "hpm"
+    """Project (wandb, trackio) or experiment (mlflow) of the trackers."""
     checkpoint_steps: Positive | None = None
     """Steps between two checkpoints with figures; none: a tenth of the run."""
     checkpoint_minutes: PositiveFloat = 10.0

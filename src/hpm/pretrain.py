@@ -59,6 +59,7 @@ from hpm.schedules import ema_decay, untouched_share
 from hpm.seeding import Stream, derive_seed, mask_noise
 from hpm.stopping import StopSignal
 from hpm.tokens import KMeansTokenizer, fit_codebook
+from hpm.trackers import check_trackers
 from hpm.vit import patch_size
 from hpm.watching import labelled_validation
 from hpm.weights.adapt import start_from
@@ -138,6 +139,7 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     Raises:
         InputError: Names the field, the rule and the value.
     """
+    check_trackers(config.run.trackers)
     config = keep_to_budget(config)
     config, source = open_images(config)
     schedule = resolve_schedule(config.optimisation, len(source))

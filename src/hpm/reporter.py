@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from hpm import distributed
 from hpm.data.loading import Damage
@@ -14,7 +15,9 @@ from hpm.meter import Meter
 from hpm.overhead import MIN_STEPS, measure_overhead
 from hpm.parallel import is_sharded
 from hpm.run import Run
+from hpm.run_folder import about_this_run
 from hpm.schedules import ema_decay
+from hpm.trackers import Trackers, tracking
 from hpm.watching import Watcher, labelled_validation
 
 
@@ -25,12 +28,14 @@ class Reporter:
         run: The run.
         log: Bar and files; None on all but the main process.
         watcher: What is looked at with every checkpoint.
+        trackers: Get every record and figure, too; None on all but the main process.
     """
 
-    def __init__(self, run: Run, log: RunLog | None, watcher: Watcher) -> None:
+    def __init__(self, run: Run, log: RunLog | None, watcher: Watcher, trackers: Trackers | None = None) -> None:
         self.run = run
         self.log = log
         self.watcher = watcher
+        self.trackers = trackers
         self._last_save = time.monotonic()
         self._since = time.monotonic()
         self._mining = run.state.gate.is_open()
@@ -45,10 +50,16 @@ class Reporter:
             for record in read_metrics(self.run.folder.path)
         )
         if self._is_due(step) and not watched:  # the untrained model, or a run that was killed while it was looked at
-            self._record(self.watcher.watch(step))
+            self._watch(step)
         if self.run.schedule.total_steps >= MIN_STEPS and step < self.run.schedule.total_steps:
             self._tell_overhead()
         self._since = self._last_save = time.monotonic()
+
+    def _watch(self, step: int) -> None:
+        """Look at the model from outside."""
+        self._record(self.watcher.watch(step))
+        if self.trackers:
+            self.trackers.log_figure("hardness", self.run.folder.hardness_figure(step), step)
 
     def _tell_overhead(self) -> None:
         """Measure what mining costs here, say it and record it."""
@@ -92,7 +103,7 @@ class Reporter:
             self._record({**meter.read(batch_size=run.config.optimisation.batch_size), **self._progress()})
         if due:
             run.save()
-            self._record(self.watcher.watch(step))
+            self._watch(step)
         elif run.may_stop and self._is_overdue():
             # Sharded models are saved by all processes together; otherwise the others know nothing of this.
             together = distributed.world_size() == 1 or is_sharded(run.state.student)
@@ -182,6 +193,8 @@ class Reporter:
     def _record(self, metrics: dict[str, float]) -> None:
         if self.log and metrics:
             self.log.record({"step": self.run.state.step, **metrics})
+        if self.trackers and metrics:
+            self.trackers.log(metrics, self.run.state.step)
 
 
 @contextmanager
@@ -191,5 +204,11 @@ def reporting(run: Run) -> Iterator[Reporter]:
     if not distributed.is_main():
         yield Reporter(run, None, watcher)
         return
-    with RunLog(run.folder.path, total_steps=run.schedule.total_steps, first_step=run.state.step) as log:
-        yield Reporter(run, log, watcher)
+    settings, fields = run.config.run, {k: v for part in asdict(run.config).values() for k, v in part.items()}
+    with (
+        tracking(
+            settings.trackers, settings.tracker_project, run.folder.path, fields | about_this_run(run.device)
+        ) as trackers,
+        RunLog(run.folder.path, total_steps=run.schedule.total_steps, first_step=run.state.step) as log,
+    ):
+        yield Reporter(run, log, watcher, trackers)

@@ -37,6 +37,7 @@ from hpm.config import Config, differences, load_config, to_yaml, validated
 from hpm.errors import InputError
 from hpm.log import warn
 from hpm.method import Method, Student, Teacher
+from hpm.trackers import RUNS_FILE
 
 
 class RunFolder:
@@ -122,6 +123,10 @@ class RunFolder:
         csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *damaged.items()])
         write_text_atomically(self.damaged_file, text.getvalue())
 
+    def hardness_figure(self, step: int) -> Path:
+        """Where the hardness figure of a step lies."""
+        return self.figures / f"hardness_{step:08d}.png"
+
     def read_damaged(self) -> dict[str, str]:
         """What :meth:`save_damaged` has kept."""
         if not self.damaged_file.is_file():
@@ -131,7 +136,13 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget the run that is in this folder, so that another can start: checkpoints, metrics, result."""
-        stale = [self.path / "metrics.jsonl", self.result_file, self.report_file, self.damaged_file]
+        stale = [
+            self.path / "metrics.jsonl",
+            self.path / RUNS_FILE,
+            self.result_file,
+            self.report_file,
+            self.damaged_file,
+        ]
         for pattern in (
             "checkpoints/step_*.pt*",
             "checkpoints/last",

@@ -117,7 +117,7 @@ class Watcher:
             f"step {step}" + told_correlation(hardness), valid,
         )  # fmt: skip
         try:
-            save_figure(figure, run.folder.figures / f"hardness_{step:08d}.png")
+            save_figure(figure, run.folder.hardness_figure(step))
         except OSError as error:
             warn(f"could not save the hardness figure of step {step}: {error}")
         if self.val is None or self.val.groups() is None or student.predictor is None:
