@@ -61,6 +61,7 @@ fi
 # --- Stages --------------------------------------------------------------------------------------------------------
 
 failed=0
+pretrained=0
 summary=()
 
 # stage NAME SECONDS COMMAND...: run the command for at most SECONDS, and what is left of all, and note how it ended.
@@ -76,6 +77,10 @@ stage() {
     fi
     if [ "$limit" -gt "$left" ]; then limit=$left; fi
     echo "=== $name (at most $limit s)" >&2
+    if [ "$name" = pretrain ]; then
+        pretrained=1
+        rm -f "$RUN/metrics.jsonl" "$RUN/config.yaml"  # of an earlier call
+    fi
     # --foreground: the signal is for hpm, which saves and stops, not for its data workers.
     timeout --foreground --preserve-status --signal=TERM --kill-after="$GRACE" "$limit" "$@"
     code=$?
@@ -94,7 +99,7 @@ stage() {
 bring_home() {
     local file
     for file in metrics.jsonl config.yaml; do
-        case " $STAGES " in *" pretrain "*) [ -f "$RUN/$file" ] && cp "$RUN/$file" "$FOUND/pretrain_$file" ;; esac
+        [ "$pretrained" = 1 ] && [ -f "$RUN/$file" ] && cp "$RUN/$file" "$FOUND/pretrain_$file"
     done
     for file in "$SCRATCH"/evidence/*.{md,csv,png,json}; do
         [ -f "$file" ] && cp "$file" "$FOUND/evidence_${file##*/}"

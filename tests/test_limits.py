@@ -31,7 +31,7 @@ def groups(tmp_path, monkeypatch):
 
 
 V2_CONTAINER = {"cpu.max": "400000 100000", "memory.max": 8 * GIB, "memory.current": 6 * GIB,
-                "memory.stat": f"anon 1\ninactive_file {3 * GIB}"}  # fmt: skip
+                "memory.stat": f"anon 1\ninactive_file {2 * GIB}\nactive_file {GIB}"}  # fmt: skip
 
 
 def test_a_container_of_version_2(groups):

@@ -12,7 +12,7 @@ from hpm.log import read_metrics
 from hpm.pretrain import pretrain
 from hpm.reporter import Reporter
 from hpm.stopping import StopSignal
-from hpm.trackers import TRACKERS, Trackers, tracking
+from hpm.trackers import TRACKERS, Trackers, check_trackers, start_trackers
 from tiny import TINY
 
 FIELDS = {name: value for name, value in TINY.items() if name != "data"} | {"figures": True, "num_figure_images": 1}
@@ -47,14 +47,18 @@ def start_run(**k):
 def log_params(values):
     assert len(values) <= 100 and all(len(v) <= 500 for v in values.values())
     calls.append(("params", values))
-def log_metrics(values, step): calls.append(("log", {**values, "step": step}))
+def log_metrics(values, step, synchronous): calls.append(("log", {**values, "step": step}))
 def log_artifact(file, folder): calls.append(("log", {folder: "image " + file}))
 def end_run(status): calls.append(("finish", {"FINISHED": 0}.get(status, 1)))
 """
 
 TRACKIO = """
 calls = []
-def init(**k): calls.append(("init", k))
+class Run:
+    def __init__(self, name): self.name = name
+def init(**k):
+    calls.append(("init", k))
+    return Run(k["name"] if k["name"].startswith("made-") else "made-" + k["name"])
 def log(values, step): calls.append(("log", {**values, "step": step}))
 def finish(): calls.append(("finish", 0))
 def Image(file): return "image " + file
@@ -99,7 +103,8 @@ def test_a_tracker_gets_every_record_every_figure_and_the_config(tmp_path, insta
         assert begun["run_name"] == "first"
     else:
         params = begun["config"]
-        assert (begun["project"], begun["name"]) == ("moths", "first")
+        assert begun["project"] == "moths"
+        assert begun["name"].startswith("first")
     assert str(params["batch_size"]) == "8"
     assert {"git", "command", "encoder", "mask"} <= params.keys()
 
@@ -129,8 +134,13 @@ def test_a_run_that_goes_on_continues_its_run_there(tmp_path, installed, monkeyp
     begun = dict(call for call in calls if call[0] == "init")["init"]
     assert begun.get("id", begun.get("run_id", begun.get("name"))) == known
     assert not [call for call in calls if call[0] == "params"], "MLflow refuses parameters that are written twice"
-    if name == "trackio":
-        assert begun["resume"] == "must"
+
+
+def test_folders_of_one_name_are_different_runs(tmp_path, installed):
+    for parent in ("a", "b"):
+        pretrain("shapes:48", tmp_path / parent / "run", trackers=("trackio",), **FIELDS)
+    first, second = (call[1]["name"] for call in installed("trackio") if call[0] == "init")
+    assert first != second
 
 
 def test_a_run_that_starts_over_is_a_new_one(tmp_path, installed):
@@ -177,7 +187,7 @@ def test_one_that_fails_is_told_once_and_left(capsys):
     for step in range(3):
         both.log({"loss": 1.0}, step)
     both.close(finished=True)
-    assert bad.seen == ["log"]
+    assert bad.seen == ["log", "close False"]
     assert good.seen == ["log", "log", "log", "close True"]
     told = capsys.readouterr().err.replace("\n", " ")
     assert told.count("bad fails and gets nothing more; metrics.jsonl has everything (no route to host)") == 1
@@ -190,13 +200,28 @@ def test_one_that_cannot_be_started_ends_the_others_and_the_run(tmp_path, monkey
         raise PermissionError("api_key not configured")
 
     monkeypatch.setattr(trackers, "TRACKERS", {"wandb": lambda *_: good, "mlflow": refuse})
-    with (
-        pytest.raises(InputError, match="trackers: 'mlflow' cannot be started: api_key not configured"),
-        tracking(["wandb", "mlflow"], "hpm", tmp_path, {}),
-    ):
-        pass
+    with pytest.raises(InputError, match="trackers: 'mlflow' cannot be started: api_key not configured"):
+        start_trackers(["wandb", "mlflow"], "hpm", tmp_path, {})
     assert good.seen == ["close False"]
     assert not (tmp_path / "trackers.json").exists()
+
+
+def test_a_run_that_goes_on_does_so_without_a_tracker_that_is_away(tmp_path, monkeypatch, capsys):
+    def away(*_):
+        raise ConnectionError("no route to host")
+
+    (tmp_path / "trackers.json").write_text('{"wandb": "old1"}')
+    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": away})
+    start_trackers(["wandb"], "hpm", tmp_path, {}).log({"loss": 1.0}, 5)
+    assert "wandb cannot go on with its run" in capsys.readouterr().err.replace("\n", " ")
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "old1"}
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="'wandb' needs its package"):
+        check_trackers(["wandb"])
 
 
 def test_figures_that_are_no_number_are_not_sent():
@@ -207,6 +232,7 @@ def test_figures_that_are_no_number_are_not_sent():
 
 
 def test_without_trackers_nothing_is_written(tmp_path):
-    with tracking([], "hpm", tmp_path, {}) as none:
-        none.log({"loss": 1.0}, 0)
+    none = start_trackers([], "hpm", tmp_path, {})
+    none.log({"loss": 1.0}, 0)
+    none.close(finished=True)
     assert not any(tmp_path.iterdir())

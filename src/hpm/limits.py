@@ -51,8 +51,10 @@ def _cached_files(folder: Path) -> int:
     for line in _read(folder / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
         counted[name] = value
-    value = counted.get("total_inactive_file", counted.get("inactive_file", ""))
-    return int(value) if value.isdigit() else 0
+    kinds = ("total_inactive_file", "total_active_file")
+    if kinds[0] not in counted:  # version 2, whose figures include the groups inside
+        kinds = ("inactive_file", "active_file")
+    return sum(int(counted[kind]) for kind in kinds if counted.get(kind, "").isdigit())
 
 
 def _own_groups(controller: str) -> Iterator[Path]:

@@ -139,7 +139,7 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     Raises:
         InputError: Names the field, the rule and the value.
     """
-    check_trackers(config.run.trackers)
+    distributed.from_main(lambda: check_trackers(config.run.trackers))  # only the main process needs them
     config = keep_to_budget(config)
     config, source = open_images(config)
     schedule = resolve_schedule(config.optimisation, len(source))

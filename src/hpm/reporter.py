@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from hpm import distributed
 from hpm.data.loading import Damage
-from hpm.errors import DivergedError, InputError
+from hpm.errors import DivergedError, InputError, Interrupted
 from hpm.log import RunLog, read_metrics, say, warn
 from hpm.meter import Meter
 from hpm.overhead import MIN_STEPS, measure_overhead
@@ -17,7 +17,7 @@ from hpm.parallel import is_sharded
 from hpm.run import Run
 from hpm.run_folder import about_this_run
 from hpm.schedules import ema_decay
-from hpm.trackers import Trackers, tracking
+from hpm.trackers import Trackers, start_trackers
 from hpm.watching import Watcher, labelled_validation
 
 
@@ -199,16 +199,38 @@ class Reporter:
 
 @contextmanager
 def reporting(run: Run) -> Iterator[Reporter]:
-    """A reporter whose files are closed at the end."""
+    """A reporter whose files are closed at the end, and whose trackers are told how it went."""
     watcher = Watcher(run, labelled_validation(run.config))
-    if not distributed.is_main():
-        yield Reporter(run, None, watcher)
-        return
-    settings, fields = run.config.run, {k: v for part in asdict(run.config).values() for k, v in part.items()}
-    with (
-        tracking(
-            settings.trackers, settings.tracker_project, run.folder.path, fields | about_this_run(run.device)
-        ) as trackers,
-        RunLog(run.folder.path, total_steps=run.schedule.total_steps, first_step=run.state.step) as log,
-    ):
-        yield Reporter(run, log, watcher, trackers)
+    trackers = _start_trackers(run)
+    finished = False
+    try:
+        if distributed.is_main():
+            with RunLog(run.folder.path, total_steps=run.schedule.total_steps, first_step=run.state.step) as log:
+                yield Reporter(run, log, watcher, trackers)
+        else:
+            yield Reporter(run, None, watcher)
+        finished = True
+    except Interrupted:
+        trackers.close(finished=False)
+        distributed.barrier()  # their last word takes its time, and torchrun ends all when one process has left
+        raise
+    finally:
+        trackers.close(finished=finished)
+
+
+def _start_trackers(run: Run) -> Trackers:
+    """The trackers of the main process; of the others none.
+
+    Raises:
+        InputError: One cannot be started; on every process.
+    """
+    settings = run.config.run
+    fields = {name: value for part in asdict(run.config).values() for name, value in part.items()}
+    about = fields | about_this_run(run.device)
+    started = [Trackers({})]
+
+    def start() -> None:
+        started[0] = start_trackers(settings.trackers, settings.tracker_project, run.folder.path, about)
+
+    distributed.from_main(start)
+    return started[0]

@@ -11,8 +11,9 @@ import importlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,8 +60,9 @@ class Wandb:
     def __init__(self, project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> None:
         self.module = importlib.import_module("wandb")
         self._run = self.module.init(
-            project=project, name=folder.name, id=run, resume="allow", config=dict(config), dir=str(folder)
-        )
+            project=project, name=folder.name, id=run, resume="allow", config=dict(config), dir=str(folder),
+            reinit="create_new",
+        )  # fmt: skip
         self.run = str(self._run.id)
         # Steps of its own only ever grow, and a run that goes on from a checkpoint repeats some.
         self._run.define_metric("*", step_metric="step")
@@ -102,7 +104,7 @@ class Mlflow:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take figures."""
-        self.module.log_metrics(dict(metrics), step=step)
+        self.module.log_metrics(dict(metrics), step=step, synchronous=False)
 
     def log_figure(self, name: str, file: Path, step: int) -> None:
         """Take a picture."""
@@ -125,10 +127,9 @@ class Trackio:
 
     def __init__(self, project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> None:
         self.module = importlib.import_module("trackio")
-        self.run = run or folder.name
-        self.module.init(
-            project=project, name=self.run, config=dict(config), resume="must" if run else "never", embed=False
-        )
+        # Its runs are known by their names alone: one of the folder's might be another folder's, too.
+        name = run or f"{folder.name}-{secrets.token_hex(3)}"
+        self.run = str(self.module.init(project=project, name=name, config=dict(config), resume="allow").name)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take figures."""
@@ -158,7 +159,8 @@ def check_trackers(names: Sequence[str]) -> None:
         InputError: One is not.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, as wandb makes one, is no package
             raise InputError(f"trackers: {name!r} needs its package; pip install {name}")
 
 
@@ -185,6 +187,7 @@ class Trackers:
     def close(self, *, finished: bool) -> None:
         """Tell them that the run has ended, or was stopped and may go on."""
         self._each(lambda tracker: tracker.close(finished=finished))
+        self._trackers.clear()
 
     def _each(self, do: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -193,11 +196,12 @@ class Trackers:
             except Exception as error:  # networks and servers fail in any way: no reason to lose a training
                 del self._trackers[name]
                 warn(f"{name} fails and gets nothing more; metrics.jsonl has everything ({_first_line(error)})")
+                with suppress(Exception):  # or the next run of this process would be taken for this one
+                    tracker.close(finished=False)
 
 
-@contextmanager
-def tracking(names: Sequence[str], project: str, folder: Path, config: Mapping[str, Any]) -> Iterator[Trackers]:
-    """The trackers of a run, told at the end how it went.
+def start_trackers(names: Sequence[str], project: str, folder: Path, config: Mapping[str, Any]) -> Trackers:
+    """The trackers of a run. One that has known the run before and cannot be reached now is told and left out.
 
     Args:
         names: Of :data:`TRACKERS`.
@@ -206,7 +210,7 @@ def tracking(names: Sequence[str], project: str, folder: Path, config: Mapping[s
         config: Fields and values.
 
     Raises:
-        InputError: A tracker cannot be started.
+        InputError: A tracker of a new run cannot be started.
     """
     file = folder / RUNS_FILE
     known: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
@@ -214,18 +218,17 @@ def tracking(names: Sequence[str], project: str, folder: Path, config: Mapping[s
     for name in names:
         try:
             started[name] = TRACKERS[name](project, folder, known.get(name), config)
-        except Exception as error:  # before any work is lost
+        except Exception as error:  # they raise anything
+            if name in known:
+                warn(
+                    f"{name} cannot go on with its run, and gets nothing; metrics.jsonl has all ({_first_line(error)})"
+                )
+                continue
             Trackers(started).close(finished=False)
             raise InputError(f"trackers: {name!r} cannot be started: {_first_line(error)}") from error
     if started:
         write_text_atomically(file, json.dumps(known | {name: tracker.run for name, tracker in started.items()}) + "\n")
-    trackers = Trackers(started)
-    finished = False
-    try:
-        yield trackers
-        finished = True
-    finally:
-        trackers.close(finished=finished)
+    return Trackers(started)
 
 
 def _first_line(error: Exception) -> str:

@@ -98,14 +98,14 @@ def measure(
             if name in left_out:  # not above, where the exception still holds what did not fit
                 release_memory(device)
         turns = {name: Turn(prepared.stepper, images, device, source) for name, prepared in ready.items()}
-        for name, turn in list(turns.items()):  # what was alone when it was prepared may not fit beside the others
+        for name in list(turns):  # what was alone when it was prepared may not fit beside the others
             try:
-                cycle = turn.stepper.cycle
-                counts[name] = cycle if stop.name else steps_of_a_turn(turn, config.seconds / config.rounds)
+                cycle = turns[name].stepper.cycle
+                counts[name] = cycle if stop.name else steps_of_a_turn(turns[name], config.seconds / config.rounds)
             except RuntimeError as error:
                 left_out[name] = _for_memory(error)
             if name in left_out:
-                del turns[name], turn, ready[name]
+                del turns[name], ready[name]
                 release_memory(device)
         if not ready:
             raise InputError(f"batch_size: must fit into the device's memory, got {batch_size}, which nothing does")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import textwrap
 
@@ -27,6 +28,7 @@ def doctor(arguments: list[str]) -> None:
             _show(finding)
         raise SystemExit(2) from None
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is being tried is ended, too
     is_main = os.environ.get("RANK", "0") == "0"
     findings = []
     for finding in examine(config):

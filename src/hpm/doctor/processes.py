@@ -21,6 +21,8 @@ EXCHANGED = 64 * 2**20
 """Bytes."""
 ROUNDS = 3
 SLOW = 1e9
+TRIALS_OF_THE_FIRST = 4
+"""One process of a machine tries more than the others, which wait for it: disk, data processes, images."""
 
 
 def look_at_processes(config: DoctorConfig, findings: list[Finding]) -> Iterator[Finding]:
@@ -33,7 +35,7 @@ def look_at_processes(config: DoctorConfig, findings: list[Finding]) -> Iterator
     device = distributed.choose_device(config.device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.seconds))
+        dist.init_process_group(backend, timeout=timedelta(seconds=TRIALS_OF_THE_FIRST * config.seconds))
     except (RuntimeError, ValueError) as error:
         yield Finding(
             "processes", "problem", f"process {os.environ['RANK']} did not find the others: {_first_line(error)}",
