@@ -59,10 +59,11 @@ class Wandb:
 
     def __init__(self, project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> None:
         self.module = importlib.import_module("wandb")
+        # A run that the caller has open himself stays as it is; older versions do not know the word.
+        beside = {} if getattr(self.module, "run", None) is None else {"reinit": "create_new"}
         self._run = self.module.init(
-            project=project, name=folder.name, id=run, resume="allow", config=dict(config), dir=str(folder),
-            reinit="create_new",
-        )  # fmt: skip
+            project=project, name=folder.name, id=run, resume="allow", config=dict(config), dir=str(folder), **beside
+        )
         self.run = str(self._run.id)
         # Steps of its own only ever grow, and a run that goes on from a checkpoint repeats some.
         self._run.define_metric("*", step_metric="step")
