@@ -49,11 +49,11 @@ TOLERANCES = {
 """Largest relative deviation that passes.
 
 Weights are compared by the norm of their difference, relative to the norm of what the five steps changed. AdamW
-divides a gradient by its own size, so weights whose gradient is zero but for rounding move by it: this tolerance cannot
-be as tight as the others, and the biases of keys, which have no other gradient, are left out. ``masks`` is the share
-of patches that the other device would have hidden or shown otherwise: two scores that are equal but for rounding may change
-places, and no more than that. All runs then train on the reference's masks, so that one such flip does not drown the
-comparison.
+divides a gradient by its own size, so weights whose gradient is zero but for rounding move by it: this tolerance
+cannot be as tight as the others, and the biases of keys, which have no other gradient, are left out. ``masks`` is the
+share of patches that the other device would have hidden or shown otherwise: two scores that are equal but for
+rounding may change places, and no more than that. All runs then train on the reference's masks, so that one such flip
+does not drown the comparison.
 """
 
 
