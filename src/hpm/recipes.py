@@ -186,6 +186,19 @@ def hpm_shallow() -> Fields:
     return hpm() | {"predictor_depth": 1}
 
 
+# Methods: hpm-fast taken apart
+
+
+def hpm_third() -> Fields:
+    """HPM that decodes a third of the hidden patches; pairs are ranked among those."""
+    return hpm() | {"decoded_share": 1 / 3}
+
+
+def hpm_half_teacher() -> Fields:
+    """HPM whose teacher sees the image at half size."""
+    return hpm() | {"teacher_reduction": 2}
+
+
 # Methods with targets and masks of their own
 
 
@@ -215,6 +228,8 @@ METHODS: dict[str, Callable[[], Fields]] = {
     "hpm-absolute": hpm_absolute,
     "hpm-detached": hpm_detached,
     "hpm-shallow": hpm_shallow,
+    "hpm-third": hpm_third,
+    "hpm-half-teacher": hpm_half_teacher,
     "hpm-0-to-1": hpm_0_to_1,
     "hpm-constant": hpm_constant,
     "hpm-hardest": hpm_hardest,

@@ -32,6 +32,14 @@ SUITES: dict[str, Suite] = {
         "Does mining at MAE's price lose anything against HPM as published, what do MAE and CrossMAE make of its time, "
         "and is the teacher worth its price?",
     ),
+    "speed-means": Suite(
+        (
+            "hpm-norm-pix", "hpm-third-norm-pix", "hpm-half-teacher-norm-pix", "hpm-shallow-norm-pix",
+            "hpm-both-norm-pix", "hpm-fast-norm-pix",
+        ),
+        "hpm-norm-pix",
+        "What does each means of hpm-fast alone do to the features of HPM as published?",
+    ),
     "mask-strategy": Suite(
         (
             "mae", "random+lpred", "hpm", "hpm-hardest", "hpm-hard-to-easy", "hpm-easiest",
@@ -72,7 +80,7 @@ class AblateConfig:
     """Compare recipes on your images: every row of a suite with several seeds, at equal epochs, compute and time."""
 
     suite: str
-    """main, speed, mask-strategy, masks, predicted-loss or target."""
+    """main, speed, speed-means, mask-strategy, masks, predicted-loss or target."""
     out: str
     """Folder of the ablation; goes on where it was stopped, and shares runs between suites."""
     scale: str = ""
