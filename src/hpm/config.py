@@ -164,6 +164,9 @@ class MethodConfig:
     """Cut the gradient of the predictor's loss before the encoder and the shared decoder input (published: do not)."""
     prediction_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the predictor's loss in the total."""
+    hardness_block: Positive = 1
+    """The loss predictor learns, and patches are mined by, the error of the means of blocks of this many pixels a side
+    (published: 1, every pixel): fine texture and noise, which nobody can predict, no longer count as hard."""
     mining_threshold: Share | None = None
     """Masks stay random while the running rank correlation of predicted and true loss is below this; none: 0.3 for a
     run that starts from weights (init_from), else 0, which is never wait (published)."""

@@ -65,6 +65,9 @@ tokens to visible ones (CrossMAE)."""
 PredictedLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(scores (B, M), patch loss (B, M), valid (B, M) or None) -> L_pred, a scalar."""
 
+PatchMeasure = Callable[[Tensor, Tensor], Tensor]
+"""(prediction (B, M, P), target (B, M, Q)) -> one value per patch (B, M): its loss, or how hard it is."""
+
 
 class StudentOutput(NamedTuple):
     """What the student says about the decoded patches: the hidden ones, or some of them, in image order."""
@@ -390,6 +393,7 @@ class Method:
         guide: What the mask policy is told of each patch.
         predictor_view: Where the loss predictor learns; as the student's.
         num_decoded: How many of the hidden patches are decoded, drawn at random; None: all, as published.
+        coarse_error: What makes a patch hard, if not its loss (published).
     """
 
     target: Target
@@ -400,6 +404,12 @@ class Method:
     guide: Guide | None = "predicted_loss"
     predictor_view: PredictorView = "masked"
     num_decoded: int | None = None
+    coarse_error: PatchMeasure | None = None
+
+    @property
+    def hardness(self) -> PatchMeasure:
+        """What makes a patch hard: the loss predictor learns it, and by its prediction patches are mined."""
+        return self.target.patch_loss if self.coarse_error is None else self.coarse_error
 
     @property
     def needs_teacher(self) -> bool:
@@ -490,15 +500,18 @@ class Method:
             target = take(self.target(images, teacher_features), decoded)
         patch_loss = self.target.patch_loss(output.prediction, target)
         reconstruction = mean_over(patch_loss, counted)
+        hardness = patch_loss.detach()
+        if self.coarse_error is not None:
+            hardness = self.coarse_error(output.prediction.detach(), target)
         prediction = reconstruction.new_zeros(())
         for scores in (output.scores, output.full_scores):
             if self.predicted_loss is not None and scores is not None:
-                prediction = prediction + self.predicted_loss(scores, patch_loss, counted)
+                prediction = prediction + self.predicted_loss(scores, hardness, counted)
         correlation = reconstruction.new_full((), torch.nan)
         if teacher_scores is not None:
             with torch.no_grad():
                 expected = per_view(teacher_scores, len(decoded)).gather(1, decoded)
-                correlation = rank_correlation(expected, patch_loss, counted).mean()
+                correlation = rank_correlation(expected, hardness, counted).mean()
         return Losses(
             reconstruction=reconstruction,
             prediction=prediction,

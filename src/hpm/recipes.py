@@ -95,6 +95,24 @@ def hpm_full() -> Fields:
     return hpm() | {"predictor_view": "full"}
 
 
+# Methods: hardness that ignores noise
+
+
+def hpm_coarse() -> Fields:
+    """HPM whose hardness is the error of means over 4x4 pixels: fine texture does not count as hard."""
+    return hpm() | {"hardness_block": 4}
+
+
+def hpm_fast_coarse() -> Fields:
+    """hpm-fast with the hardness of hpm-coarse."""
+    return hpm_fast() | {"hardness_block": 4}
+
+
+def random_lpred_fast_coarse() -> Fields:
+    """random+lpred-fast with the hardness of hpm-coarse: what predicting it is worth without mining."""
+    return random_lpred_fast() | {"hardness_block": 4}
+
+
 # Methods: where masks lie
 
 
@@ -225,6 +243,9 @@ METHODS: dict[str, Callable[[], Fields]] = {
     "mae-third": mae_third,
     "hpm-both": hpm_both,
     "hpm-full": hpm_full,
+    "hpm-coarse": hpm_coarse,
+    "hpm-fast-coarse": hpm_fast_coarse,
+    "random+lpred-fast-coarse": random_lpred_fast_coarse,
     "hpm-absolute": hpm_absolute,
     "hpm-detached": hpm_detached,
     "hpm-shallow": hpm_shallow,

@@ -43,6 +43,14 @@ def check_together(config: Config) -> None:
         )
     if method.tokenizer and method.target != "tokens":
         raise InputError(f"tokenizer: goes with target 'tokens', got target {method.target!r}")
+    if method.hardness_block > 1 and method.target not in ("pixels", "norm_pix"):
+        raise InputError(
+            f"hardness_block: must be 1 with target {method.target!r}, which is not made of pixels; "
+            f"got {method.hardness_block}"
+        )
+    if method.hardness_block > 1 and method.predicted_loss == "none":
+        raise InputError("hardness_block: with predicted_loss 'none' nothing learns what is hard, so it must be 1; "
+                         f"got {method.hardness_block}")  # fmt: skip
     if len(data.image_size) not in (1, 2):
         raise InputError(f"image_size: must be one number or height and width, got {data.image_size}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1]:

@@ -94,6 +94,30 @@ def patch_statistics(
     return mean, (variance + 1e-6).sqrt()
 
 
+class CoarseError:
+    """Squared error of a patch that is left after averaging it over blocks of pixels: hardness that ignores noise.
+
+    The loss of a patch is mostly that of its fine texture, above all where ``norm_pix`` has brought every patch to the
+    same contrast; nobody can predict texture from what is around it, so mining by the loss hides noise. The mean of a
+    block can be predicted or missed.
+
+    Args:
+        patch_size: Height and width of a patch in pixels.
+        block: Side of a block in pixels; divides both. 1 gives :meth:`PixelTarget.patch_loss`.
+    """
+
+    def __init__(self, patch_size: tuple[int, int], *, block: int) -> None:
+        self.patch_size = patch_size
+        self.block = block
+
+    def __call__(self, prediction: Float[Tensor, "b m p"], target: Float[Tensor, "b m p"]) -> Float[Tensor, "b m"]:
+        """Mean over blocks and channels of the squared mean error of a block."""
+        rows, columns = (side // self.block for side in self.patch_size)
+        error = (prediction.float() - target).unflatten(-1, (rows, self.block, columns, self.block, -1))
+        coarse: Tensor = error.mean(dim=(3, 5)).square().flatten(2).mean(dim=-1)
+        return coarse
+
+
 class HogTarget:
     """Histograms of oriented gradients of each patch and channel, with mean squared error.
 

@@ -20,7 +20,7 @@ from hpm.display import Display, build_display, hatched
 from hpm.errors import InputError
 from hpm.feeding import whole_patches
 from hpm.masking import split_patches
-from hpm.method import Method, Student, Teacher, rank_correlation
+from hpm.method import Method, PatchMeasure, Student, Teacher, rank_correlation
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
 from hpm.targets import PixelTarget
@@ -34,7 +34,8 @@ class Hardness(NamedTuple):
     """What is hard in some images."""
 
     true_loss: Float[Tensor, "b n"]
-    """The student's reconstruction loss of each patch, averaged over the masks that hide it."""
+    """The student's reconstruction loss of each patch, or what the run takes for its hardness, averaged over the masks
+    that hide it."""
     predicted_loss: Float[Tensor, "b n"] | None
     """The teacher's scores on the full image; None without a loss predictor."""
     hidden: Bool[Tensor, "b n"]
@@ -83,7 +84,8 @@ def measure_hardness(
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         answers = method.ask(teacher, images)
         order = torch.rand(len(images), student.positions.shape[1], generator=generator).argsort(1).to(images.device)
-        true_loss = average_loss(student, method, images, method.target(images, answers.features), order)
+        target = method.target(images, answers.features)
+        true_loss = average_loss(student, method, images, target, order, measure=method.hardness)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
         hidden = method.mask_policy(
             answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share), valid=whole
@@ -100,6 +102,8 @@ def average_loss(
     images: Float[Tensor, "b c h w"],
     target: Num[Tensor, "b n q"],
     order: Int[Tensor, "b n"],
+    *,
+    measure: PatchMeasure | None = None,
 ) -> Float[Tensor, "b n"]:
     """Mean loss of every patch over :data:`NUM_MASKS` masks that rotate, so that each is hidden equally often.
 
@@ -109,7 +113,9 @@ def average_loss(
         images: Normalised images.
         target: Of every patch.
         order: A permutation of the patches per image; it decides the masks.
+        measure: What is measured of each patch; None: its reconstruction loss.
     """
+    measure = measure or method.target.patch_loss
     num_patches = student.positions.shape[1]
     total = torch.zeros(len(images), num_patches, device=images.device)
     count = torch.zeros_like(total)
@@ -118,7 +124,7 @@ def average_loss(
         hidden = turned < method.num_hidden
         _, index = split_patches(hidden, method.num_hidden)
         output = student(images, hidden, num_hidden=method.num_hidden)
-        total.scatter_add_(1, index, method.target.patch_loss(output.prediction, take(target, index)))
+        total.scatter_add_(1, index, measure(output.prediction, take(target, index)))
         count += hidden
     return total / count.clamp(min=1)
 
