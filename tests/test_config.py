@@ -15,7 +15,6 @@ from hpm.config import (
     decisions,
     differences,
     load_config,
-    resolve_schedule,
     section_of,
     to_yaml,
     validated,
@@ -23,6 +22,7 @@ from hpm.config import (
 )
 from hpm.errors import InputError
 from hpm.recipes import METHODS, SCALES, TARGETS, recipe
+from hpm.run_schedule import resolve_schedule
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""

@@ -13,7 +13,7 @@ import torch
 
 import hpm
 from hpm.checkpoint import CheckpointFolder
-from hpm.config import resolve_schedule, with_fields
+from hpm.config import with_fields
 from hpm.data.loading import Batch
 from hpm.distributed import any_process, gather_objects, mean_over_processes
 from hpm.errors import InputError, Interrupted
@@ -23,6 +23,7 @@ from hpm.method import Method, Teacher
 from hpm.pretrain import pretrain
 from hpm.recipes import METHODS, recipe
 from hpm.reporter import Reporter
+from hpm.run_schedule import resolve_schedule
 from hpm.schedules import ema_decay, learning_rate
 from hpm.targets import PixelTarget
 from tiny import TINY, assert_same_state, final_state, flags, in_child

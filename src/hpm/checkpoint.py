@@ -69,15 +69,23 @@ class CheckpointFolder:
         path: The folder.
         keep_last: How many of the newest checkpoints stay.
         keep_steps: Checkpoints at multiples of this step stay for good.
+        kept: A step whose checkpoint stays for good.
         holds: A part that every checkpoint of this kind has.
     """
 
     def __init__(
-        self, path: Path, *, keep_last: int = 3, keep_steps: int | None = None, holds: str = "student"
+        self,
+        path: Path,
+        *,
+        keep_last: int = 3,
+        keep_steps: int | None = None,
+        kept: int | None = None,
+        holds: str = "student",
     ) -> None:
         self.path = path
         self.keep_last = keep_last
         self.keep_steps = keep_steps
+        self.kept = kept
         self.holds = holds
 
     def clear_temporary(self) -> None:
@@ -120,15 +128,18 @@ class CheckpointFolder:
     def _prune(self, saved: int) -> None:
         """Newer ones than ``saved`` are damaged, or the run would have gone on from there: they do not count."""
         steps = [step for step in self.steps() if step <= saved]
-        kept = set(steps[-self.keep_last :])
+        kept = {*steps[-self.keep_last :], self.kept}
         if self.keep_steps:
             kept |= {step for step in steps if step % self.keep_steps == 0}
         for step in set(steps) - kept:
             self.file(step).unlink(missing_ok=True)
             _checksum_file(self.file(step)).unlink(missing_ok=True)
 
-    def load_latest(self) -> dict[str, Any] | None:
+    def load_latest(self, *, until: int | None = None) -> dict[str, Any] | None:
         """The newest checkpoint that is whole, or None if there is none at all.
+
+        Args:
+            until: Not one of a later step than this.
 
         Warns:
             CheckpointWarning: A newer one is damaged; it is passed over.
@@ -137,7 +148,7 @@ class CheckpointFolder:
             InputError: There are checkpoints, but every one is damaged.
         """
         problems = []
-        for step in reversed(self.steps()):
+        for step in reversed([step for step in self.steps() if until is None or step <= until]):
             try:
                 return load_verified(self.file(step), holds=self.holds)
             except InputError as error:

@@ -8,7 +8,6 @@ keyword of :func:`hpm.pretrain`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,7 +19,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hpm.errors import InputError
 from hpm.rules import check_together
-from hpm.schedules import EmaSchedule, adapted_ema, adapted_warmup_steps
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -189,6 +187,14 @@ class OptimisationConfig:
     """Images per optimizer step over all processes."""
     base_learning_rate: PositiveFloat = 1.5e-4
     """Peak learning rate per 256 images of batch."""
+    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: half a cosine down to 0 (published), or constant and only in the last cooldown_epochs down to
+    0. A run with a constant rate can be made longer or shorter afterwards (hpm pretrain --branch-from)."""
+    cooldown_epochs: PositiveFloat | None = None
+    """Last epochs of a constant learning rate, in which it falls to 0; none: a fifth of the run."""
+    schedule_epochs: Positive | None = None
+    """Length that warm-up, EMA, hard share and progressive resolution are adapted to, epochs; none: epochs. In a longer
+    run they stay at their ends."""
     warmup_epochs: Annotated[float, Field(ge=0)] | None = None
     """Linear warm-up, epochs; none: a tenth of the run, at most the published 25,000 steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -420,46 +426,3 @@ def decisions(config: Config) -> dict[str, Any]:
         for name, value in dataclasses.asdict(getattr(config, section)).items()
         if value != getattr(getattr(default, section), name)
     }
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The schedule of a run, resolved to steps."""
-
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    peak_learning_rate: float
-    ema: EmaSchedule
-
-
-def resolve_schedule(config: OptimisationConfig, num_images: int) -> Schedule:
-    """Turn epochs into steps and fill in the constants that adapt to the run's length.
-
-    Raises:
-        InputError: The batch is larger than the data.
-    """
-    if config.batch_size > num_images:
-        raise InputError(f"batch_size: must be at most the number of images ({num_images}), got {config.batch_size}")
-    steps_per_epoch = num_images // config.batch_size
-    total_steps = config.epochs * steps_per_epoch
-    ema = adapted_ema(total_steps)
-    if config.ema_start is not None:
-        ema = ema._replace(start=config.ema_start)
-    if config.ema_end is not None:
-        ema = ema._replace(end=config.ema_end)
-    if config.ema_ramp_epochs is not None:
-        ema = ema._replace(ramp_steps=math.ceil(config.ema_ramp_epochs * steps_per_epoch))
-    warmup = config.warmup_epochs
-    if ema.start > ema.end:
-        raise InputError(
-            f"ema_start: must be at most ema_end, got {ema.start:g} and {ema.end:g} (one that is not given "
-            "adapts to the length of the run: give both)"
-        )
-    return Schedule(
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        warmup_steps=adapted_warmup_steps(total_steps) if warmup is None else math.ceil(warmup * steps_per_epoch),
-        peak_learning_rate=config.base_learning_rate * config.batch_size / 256,
-        ema=ema,
-    )

@@ -22,6 +22,7 @@ from torch import nn
 
 from hpm import distributed
 from hpm.batches import open_batches, training_images
+from hpm.branching import branch_off, branched, open_trunk
 from hpm.budget import keep_to_budget
 from hpm.build import (
     Stage,
@@ -37,7 +38,7 @@ from hpm.build import (
     recompute_blocks,
 )
 from hpm.checkpoint import CheckpointFolder, write_text_atomically
-from hpm.config import Config, load_config, resolve_schedule, with_fields
+from hpm.config import Config, load_config, with_fields
 from hpm.data.loading import (
     Batch,
     Position,
@@ -55,6 +56,7 @@ from hpm.reporter import reporting
 from hpm.rules import split_batch
 from hpm.run import Run, State
 from hpm.run_folder import RunFolder
+from hpm.run_schedule import branching_step, resolve_schedule
 from hpm.schedules import ema_decay, untouched_share
 from hpm.seeding import Stream, derive_seed, mask_noise
 from hpm.stopping import StopSignal
@@ -73,6 +75,7 @@ def pretrain(
     *,
     recipe: str = "hpm",
     config: str | Path | None = None,
+    branch_from: str | Path | None = None,
     resume: Resume = "auto",
     **fields: Any,
 ) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def pretrain(
         out: The run folder.
         recipe: Named starting point, see :mod:`hpm.recipes`.
         config: A YAML file instead of a recipe.
+        branch_from: A run instead of a recipe, with a constant learning rate: goes on in ``out`` from the last
+            checkpoint before it fell, with other ``epochs``.
         resume: ``auto`` goes on with an unfinished run in ``out``; ``never`` refuses to; ``restart`` starts over.
         **fields: Any field of :class:`hpm.config.Config` by its name, e.g. ``epochs=100``.
 
@@ -93,12 +98,22 @@ def pretrain(
         InputError: A field, the data or the folder breaks a rule.
         Interrupted: A signal stopped the run after it was saved.
     """
-    base = load_config(Path(config)) if config is not None else named_recipe(recipe)
-    return train(with_fields(base, {"data": str(data), **fields}), Path(out), resume=resume)
+    if branch_from is not None:
+        base = open_trunk(RunFolder(branch_from))
+    else:
+        base = load_config(Path(config)) if config is not None else named_recipe(recipe)
+    chosen = with_fields(base, {"data": str(data), **fields})
+    return train(chosen, Path(out), resume=resume, branch_from=branch_from)
 
 
-def train(config: Config, out: Path, *, resume: Resume = "auto") -> dict[str, Any]:
-    """Run a whole config in a folder: start or go on, train, evaluate, report."""
+def train(
+    config: Config, out: Path, *, resume: Resume = "auto", branch_from: str | Path | None = None
+) -> dict[str, Any]:
+    """Run a whole config in a folder: start, go on or branch off, train, evaluate, report."""
+    trunk = None
+    if branch_from is not None:
+        trunk = RunFolder(branch_from)
+        config = branched(open_trunk(trunk), config)
     device = distributed.choose_device(config.run.device)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -106,7 +121,7 @@ def train(config: Config, out: Path, *, resume: Resume = "auto") -> dict[str, An
         stack.enter_context(_kernels(config.run.deterministic))
         folder = RunFolder(out)
         stack.callback(folder.release)
-        run = prepare(config, folder, device=device, resume=resume)
+        run = prepare(config, folder, device=device, resume=resume, trunk=trunk)
         if run.state.step >= run.schedule.total_steps and (finished := run.folder.result()):
             say(f"{run.folder.path} holds a finished run of {run.schedule.total_steps} steps; nothing to do")
             return finished
@@ -133,8 +148,17 @@ def _kernels(deterministic: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: Resume) -> Run:
+def prepare(
+    config: Config, folder: RunFolder, *, device: torch.device, resume: Resume, trunk: RunFolder | None = None
+) -> Run:
     """Check everything that can be checked before work starts, and put the run together.
+
+    Args:
+        config: Of the run.
+        folder: Where it lives.
+        device: Where it is trained.
+        resume: As in :func:`pretrain`.
+        trunk: The run that this one branches off, unless it has done so already.
 
     Raises:
         InputError: Names the field, the rule and the value.
@@ -150,9 +174,12 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     folder.check_usable(config, resume)
     distributed.barrier()  # before any process makes anything there
     labelled_validation(config)
-    _check_disk(folder.path, student, config.run.keep_last)
+    kept = branching_step(config, schedule)
+    _check_disk(folder.path, student, config.run.keep_last + (kept is not None))
 
-    checkpoints = CheckpointFolder(folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps)
+    checkpoints = CheckpointFolder(
+        folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps, kept=kept
+    )
     sharded = config.run.sharding == "full"
     if not sharded:  # or only the shares go there
         student.to(device)
@@ -161,7 +188,8 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
     choose_attention(student, device)
     teacher = Teacher(student)
     codebook = embedded_codebook(target)
-    if resume == "restart" or not checkpoints.steps():
+    fresh = resume == "restart" or not checkpoints.steps()
+    if fresh and trunk is None:
         _begin(config, source, student, teacher, codebook)
     if config.run.activation_checkpointing:
         recompute_blocks(student)
@@ -177,6 +205,8 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
         if resume == "restart":
             folder.clear()
         checkpoints.clear_temporary()
+    if fresh and trunk is not None:
+        distributed.from_main(lambda: _branch_off(trunk, config, folder, device, num_images=len(source)))
     distributed.barrier()
     images = fingerprint(source)
     if saved := checkpoints.load_latest():
@@ -191,6 +221,12 @@ def prepare(config: Config, folder: RunFolder, *, device: torch.device, resume: 
         folder.write_config(config, device)
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))
     return Run(config, folder, device, bf16, source, schedule, position, stages, state, checkpoints, images)
+
+
+def _branch_off(trunk: RunFolder, config: Config, folder: RunFolder, device: torch.device, *, num_images: int) -> None:
+    """Start as a branch; the config comes first, so that a folder that was left half made is branched off again."""
+    folder.write_config(config, device)
+    branch_off(trunk, config, folder, num_images=num_images)
 
 
 def _begin(
@@ -229,19 +265,19 @@ def _position(config: Config) -> Position:
     return Position(distributed.rank(), processes, split_batch(config, processes=processes))
 
 
-def _check_disk(path: Path, student: Student, keep_last: int) -> None:
+def _check_disk(path: Path, student: Student, kept: int) -> None:
     """Refuse a run whose checkpoints cannot fit: student, teacher and two moments, one more than is kept.
 
     Raises:
         InputError: Too little space.
     """
-    needed = 4 * 4 * sum(p.numel() for p in student.parameters()) * (keep_last + 1)
+    needed = 4 * 4 * sum(p.numel() for p in student.parameters()) * (kept + 1)
     needed -= sum(file.stat().st_size for file in path.glob("checkpoints/step_*.pt"))
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f"out: {str(path)!r} needs about {needed / 1e9:.1f} GB for {keep_last} checkpoints (keep_last) and one "
+            f"out: {str(path)!r} needs about {needed / 1e9:.1f} GB for {kept} checkpoints (keep_last) and one "
             f"being written, and {free / 1e9:.1f} GB are free"
         )
 
@@ -282,7 +318,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
         meter.restart()
         for step in range(state.step, schedule.total_steps):
             for group in state.optimizer.param_groups:
-                group["lr"] = run.learning_rate(step)
+                group["lr"] = schedule.learning_rate(step)
             torch.manual_seed(derive_seed(config.optimisation.seed, Stream.STEP, step, run.position.rank))
             stage = run.stage(step)
             noise = mask_noise(

@@ -129,7 +129,8 @@ class Reporter:
     def _is_due(self, step: int) -> bool:
         """Is a checkpoint with figures due after this step?"""
         run, keep = self.run, self.run.config.run.keep_steps
-        return step % run.checkpoint_steps == 0 or step == run.schedule.total_steps or bool(keep and step % keep == 0)
+        at = (run.schedule.total_steps, run.branching_step)
+        return step % run.checkpoint_steps == 0 or step in at or bool(keep and step % keep == 0)
 
     def _is_overdue(self) -> bool:
         """Has the last checkpoint become too old for this process to go on without another?"""
@@ -183,7 +184,7 @@ class Reporter:
         return {
             "epoch": step / run.schedule.steps_per_epoch,
             "samples_seen": step * run.config.optimisation.batch_size,
-            "learning_rate": run.learning_rate(step - 1),
+            "learning_rate": run.schedule.learning_rate(step - 1),
             "ema_decay": ema_decay(step - 1, run.schedule.ema),
             "hard_share": run.hard_share(step - 1) if run.state.gate.is_open() else 0.0,
             "seconds": run.state.seconds,

@@ -21,6 +21,11 @@ def check_together(config: Config) -> None:
         raise InputError(
             f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
         )
+    if optimisation.cooldown_epochs is not None and optimisation.learning_rate_schedule != "constant":
+        raise InputError(
+            f"cooldown_epochs: goes with learning_rate_schedule 'constant', got {optimisation.cooldown_epochs:g} with "
+            f"{optimisation.learning_rate_schedule!r}"
+        )
     shown = config.run.display_channels
     if len(shown) not in (0, 1, 3) or any(channel >= data.channels for channel in shown):
         raise InputError(f"display_channels: must be one or three of channels 0 to {data.channels - 1}, got {shown}")

@@ -11,14 +11,15 @@ import torch
 from hpm import distributed
 from hpm.build import Stage, build_student, choose_attention, input_config, timm_arguments
 from hpm.checkpoint import CheckpointFolder, save_weights
-from hpm.config import Config, Schedule
+from hpm.config import Config
 from hpm.data.loading import Position
 from hpm.data.sources import Source
 from hpm.method import Method, Student, Teacher
 from hpm.mining import MiningGate
 from hpm.parallel import gathered, gathered_on_main, is_sharded, shares_of, shares_of_optimizer
 from hpm.run_folder import RunFolder
-from hpm.schedules import hard_share, hard_share_by_epoch, learning_rate, stage
+from hpm.run_schedule import Schedule, branching_step
+from hpm.schedules import hard_share, hard_share_by_epoch, stage
 from hpm.tokens import KMeansTokenizer
 
 
@@ -111,7 +112,7 @@ class Run:
     def stage(self, step: int) -> Stage:
         """The stage of a step; a batch that is kept for several steps stays in that of its first."""
         first = step - step % self.config.method.steps_per_batch
-        return self.stages[-1] if len(self.stages) == 1 else self.stages[stage(first, self.schedule.total_steps)]
+        return self.stages[-1] if len(self.stages) == 1 else self.stages[stage(first, self.schedule.ramp_steps)]
 
     def num_hard(self, step: int) -> int:
         """``int(M * a_t)``."""
@@ -126,21 +127,11 @@ class Run:
         ends = {
             "start": method.hard_share_start,
             "end": method.hard_share_end,
-            "total_steps": schedule.total_steps,
+            "total_steps": schedule.ramp_steps,
         }
         if method.hard_share_unit == "epoch":
             return hard_share_by_epoch(step, **ends, steps_per_epoch=schedule.steps_per_epoch)  # type: ignore[arg-type]
         return hard_share(step, **ends)  # type: ignore[arg-type]
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        schedule = self.schedule
-        return learning_rate(
-            step,
-            peak=schedule.peak_learning_rate,
-            warmup_steps=schedule.warmup_steps,
-            total_steps=schedule.total_steps,
-        )
 
     @property
     def checkpoint_steps(self) -> int:
@@ -148,6 +139,11 @@ class Run:
         unit = self.config.method.steps_per_batch
         wanted = self.config.run.checkpoint_steps or max(1, math.ceil(self.schedule.total_steps / 10))
         return math.ceil(wanted / unit) * unit
+
+    @property
+    def branching_step(self) -> int | None:
+        """The step whose checkpoint is kept so that a run of another length can branch off; None: none can."""
+        return branching_step(self.config, self.schedule)
 
     @property
     def may_stop(self) -> bool:

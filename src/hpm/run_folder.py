@@ -97,7 +97,8 @@ class RunFolder:
                 raise InputError(
                     f"out: {str(self.path)!r} holds a run with another config; choose another folder, or go on with "
                     "that run's values, or start over with --resume restart; to train on from its weights in a new "
-                    "folder, use --init-from. Changed:\n  " + "\n  ".join(changed)
+                    "folder, use --init-from, to make a run with a constant learning rate longer there --branch-from. "
+                    "Changed:\n  " + "\n  ".join(changed)
                 )
         elif self.path.is_dir() and any(not file.name.startswith(".") for file in self.path.iterdir()):
             raise InputError(f"out: {str(self.path)!r} is not empty and holds no run; choose a new folder")

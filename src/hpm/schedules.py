@@ -62,15 +62,35 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def constant_learning_rate(
+    step: int, *, peak: float, warmup_steps: int, total_steps: int, cooldown_steps: int
+) -> float:
+    """Linear warm-up from 0 to ``peak``, constant, then down to 0 in the last steps: 1 - sqrt of the way through them.
+
+    Source: Haegele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", NeurIPS 2024,
+    arXiv 2405.18392, section 3 (the cool-down named 1-sqrt).
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    way = (step - (total_steps - cooldown_steps)) / cooldown_steps
+    return peak * (1 - math.sqrt(min(1.0, max(0.0, way))))
+
+
 def hard_share(step: int, *, start: float, end: float, total_steps: int) -> float:
-    """a_t, the share of the hidden patches chosen by predicted loss: a_0 + t / T (a_T - a_0), as in the paper."""
-    return start + (end - start) * step / total_steps
+    """a_t, the share of the hidden patches chosen by predicted loss: a_0 + t / T (a_T - a_0), as in the paper.
+
+    After T it stays at a_T.
+    """
+    return start + (end - start) * min(step, total_steps) / total_steps
 
 
 def hard_share_by_epoch(step: int, *, start: float, end: float, total_steps: int, steps_per_epoch: int) -> float:
-    """a_t as the published code sets it: constant within an epoch, already one epoch ahead in the first."""
+    """a_t as the published code sets it: constant within an epoch, already one epoch ahead in the first.
+
+    After the last epoch it stays at a_T.
+    """
     epochs = total_steps // steps_per_epoch
-    return start + (end - start) * (step // steps_per_epoch + 1) / epochs
+    return start + (end - start) * min(step // steps_per_epoch + 1, epochs) / epochs
 
 
 NUM_STAGES = 4

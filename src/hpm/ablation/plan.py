@@ -12,12 +12,13 @@ from typing import Any, Literal, NamedTuple
 from hpm.ablation.suites import SUITES, AblateConfig, Suite
 from hpm.budget import keep_to_budget
 from hpm.build import open_images
-from hpm.config import Config, decisions, resolve_schedule, suggest, with_fields
+from hpm.config import Config, decisions, suggest, with_fields
 from hpm.data.sources import fingerprint
 from hpm.errors import InputError
 from hpm.flops import training_flops
 from hpm.log import warn
 from hpm.recipes import METHODS, SCALES, TARGETS, recipe
+from hpm.run_schedule import resolve_schedule
 
 Budget = Literal["epochs", "compute", "time"]
 """What is equal for all rows."""

@@ -26,6 +26,9 @@ class PretrainCommand:
     """Named starting point, see hpm recipes."""
     config: str | None = None
     """YAML file instead of a recipe."""
+    branch_from: str | None = None
+    """Run instead of a recipe, with a constant learning rate: go on in --out from where it had not yet fallen, with
+    other --epochs (longer or shorter); the run stays as it is."""
     resume: Literal["auto", "never", "restart"] = "auto"
     """auto: go on with an unfinished run in the folder; never: refuse to; restart: start over."""
     json: bool = False
@@ -43,10 +46,18 @@ def pretrain(arguments: list[str]) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config")
+    first.add_argument("--branch-from", "--branch_from")
     chosen, _ = first.parse_known_args(arguments)
-    if chosen.config and chosen.recipe:
-        raise InputError(f"config, recipe: give one, not both, got {chosen.config!r} and {chosen.recipe!r}")
-    base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or "hpm")
+    given = {name: value for name, value in vars(chosen).items() if value}
+    if len(given) > 1:
+        raise InputError(f"{', '.join(given)}: give one, not both, got {', '.join(map(repr, given.values()))}")
+    if chosen.branch_from:
+        from hpm.branching import open_trunk
+        from hpm.run_folder import RunFolder
+
+        base = open_trunk(RunFolder(chosen.branch_from))
+    else:
+        base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or "hpm")
     settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
     with_settings = make_dataclass(
         "PretrainCommand",
@@ -59,13 +70,16 @@ def pretrain(arguments: list[str]) -> None:
 
     from hpm.pretrain import train
 
-    result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume)
+    result = train(
+        validated(asdict(command.settings)), Path(command.out), resume=command.resume, branch_from=command.branch_from
+    )
     report_run(command.out, result, as_json=command.json)
 
 
 def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     """The figures of a run, and what to do with it."""
     from hpm import distributed
+    from hpm.config import load_config
     from hpm.run_folder import RunFolder
 
     if not distributed.is_main_of_environment():
@@ -90,6 +104,9 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
         "       features = backbone.forward_features(images)\n"
         f"next:  hpm evaluate knn --checkpoint {out} --train TRAIN --val VAL"
     )
+    optimisation = load_config(folder.config_file).optimisation
+    if optimisation.learning_rate_schedule == "constant":
+        print(f"more:  hpm pretrain --branch-from {out} --out {out}-longer --epochs {2 * optimisation.epochs}")
     if as_json:
         print_json(result)
 

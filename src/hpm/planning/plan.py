@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpm.checkpoint import write_text_atomically
-from hpm.config import Config, check_fields, resolve_schedule, suggest, to_yaml, with_fields
+from hpm.config import Config, check_fields, suggest, to_yaml, with_fields
 from hpm.errors import InputError
 from hpm.flops import training_flops
 from hpm.log import say
@@ -30,6 +30,7 @@ from hpm.planning.timing import (
 )
 from hpm.recipes import METHODS, TARGETS, recipe
 from hpm.run_folder import versions
+from hpm.run_schedule import resolve_schedule
 
 HOPELESS = 0.25
 """An encoder that gets less than this share of the views that it should is the last that is timed; the times of larger

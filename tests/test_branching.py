@@ -1,0 +1,221 @@
+"""Runs that branch off another: longer, shorter, stopped in between, refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from hpm.checkpoint import CheckpointFolder
+from hpm.config import Config, OptimisationConfig, load_config, with_fields
+from hpm.errors import InputError, Interrupted
+from hpm.log import read_metrics
+from hpm.pretrain import pretrain
+from hpm.reporter import Reporter
+from hpm.run_schedule import branching_step, resolve_schedule
+from tiny import TINY, assert_same_state, final_state
+
+CONSTANT = TINY | {"learning_rate_schedule": "constant", "epochs": 4, "checkpoint_steps": 100, "keep_last": 1}
+"""24 steps of 8 images, the last 5 of them with a falling learning rate."""
+
+
+def run(out, **changes):
+    values = CONSTANT | changes
+    return pretrain(values.pop("data"), out, **values)
+
+
+def branch(trunk, out, **changes):
+    values = {"precision": "float32", "device": "cpu", "workers": 0, "checkpoint_steps": 100} | changes
+    return pretrain(CONSTANT["data"], out, branch_from=trunk, **values)
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("branching") / "trunk"
+    run(folder, keep_steps=6)
+    return folder
+
+
+def steps(folder):
+    return CheckpointFolder(folder / "checkpoints").steps()
+
+
+def test_the_checkpoint_before_the_cool_down_is_kept_for_good(trunk):
+    assert steps(trunk) == [6, 12, 18, 19, 24]
+
+
+def test_a_longer_branch_is_the_run_that_was_longer_from_the_start(trunk, tmp_path):
+    before = {file: file.read_bytes() for file in trunk.rglob("*") if file.is_file()}
+    result = branch(trunk, tmp_path / "longer", epochs=7)
+    assert result["steps"] == 42
+    run(tmp_path / "whole", epochs=7, schedule_epochs=4)
+    assert_same_state(final_state(tmp_path / "longer"), final_state(tmp_path / "whole"))
+    assert {file: file.read_bytes() for file in trunk.rglob("*") if file.is_file()} == before, "the trunk was touched"
+    told, expected = (
+        {
+            r["step"]: (r["hard_share"], r["learning_rate"], r["ema_decay"])
+            for r in read_metrics(out)
+            if "hard_share" in r
+        }
+        for out in (tmp_path / "longer", tmp_path / "whole")
+    )
+    assert told[15] == expected[15], "the records of the trunk up to the branch"
+    assert told[42] == expected[42]
+    assert told[42][0] == told[36][0] == 0.5, "the share stays at its end"
+
+
+def test_a_shorter_branch_ends_early_as_a_run_of_that_length(trunk, tmp_path):
+    branch(trunk, tmp_path / "longer", epochs=5, cooldown_epochs=2)  # its own cool-down begins at step 18: from 0
+    run(tmp_path / "whole", epochs=5, schedule_epochs=4, cooldown_epochs=2)
+    assert_same_state(final_state(tmp_path / "longer"), final_state(tmp_path / "whole"))
+
+
+def test_a_branch_of_a_branch_keeps_the_ramps_of_the_first(trunk, tmp_path):
+    branch(trunk, tmp_path / "longer", epochs=5)
+    branch(tmp_path / "longer", tmp_path / "longest", epochs=6)
+    assert load_config(tmp_path / "longest/config.yaml").optimisation.schedule_epochs == 4
+    run(tmp_path / "whole", epochs=6, schedule_epochs=4)
+    assert_same_state(final_state(tmp_path / "longest"), final_state(tmp_path / "whole"))
+
+
+def test_an_unfinished_run_can_be_brought_to_an_early_end(tmp_path, monkeypatch):
+    after_step = Reporter.after_step
+
+    def stopping(self, meter):
+        after_step(self, meter)
+        if self.run.state.step == 13:
+            self.run.save()
+            raise Interrupted("test")
+
+    monkeypatch.setattr(Reporter, "after_step", stopping)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "stopped", epochs=40, schedule_epochs=4, warmup_epochs=1)
+    monkeypatch.undo()
+    assert branch(tmp_path / "stopped", tmp_path / "ended", epochs=3, cooldown_epochs=0.5)["steps"] == 18
+    run(tmp_path / "whole", epochs=3, cooldown_epochs=0.5, schedule_epochs=4, warmup_epochs=1)
+    assert_same_state(final_state(tmp_path / "ended"), final_state(tmp_path / "whole"))
+
+
+def test_a_branch_that_was_stopped_goes_on_by_the_same_command(trunk, tmp_path, monkeypatch):
+    after_step = Reporter.after_step
+
+    def stopping(self, meter):
+        after_step(self, meter)
+        if self.run.state.step == 27:
+            self.run.save()
+            raise Interrupted("test")
+
+    monkeypatch.setattr(Reporter, "after_step", stopping)
+    with pytest.raises(Interrupted):
+        branch(trunk, tmp_path / "longer", epochs=7)
+    monkeypatch.undo()
+    started = []
+    monkeypatch.setattr(Reporter, "start", lambda self: started.append(self.run.state.step))
+    branch(trunk, tmp_path / "longer", epochs=7)
+    assert started == [27]
+    run(tmp_path / "whole", epochs=7, schedule_epochs=4)
+    assert_same_state(final_state(tmp_path / "longer"), final_state(tmp_path / "whole"))
+
+
+def test_a_branch_killed_while_it_was_made_is_made_again(trunk, tmp_path, monkeypatch):
+    save = CheckpointFolder.save
+    monkeypatch.setattr(CheckpointFolder, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        branch(trunk, tmp_path / "longer", epochs=5)
+    monkeypatch.setattr(CheckpointFolder, "save", save)
+    started = []
+    monkeypatch.setattr(Reporter, "start", lambda self: started.append(self.run.state.step))
+    branch(trunk, tmp_path / "longer", epochs=5)
+    assert started == [19]
+
+
+def test_a_branch_can_be_started_over(trunk, tmp_path, monkeypatch):
+    branch(trunk, tmp_path / "longer", epochs=5)
+    started = []
+    monkeypatch.setattr(Reporter, "start", lambda self: started.append(self.run.state.step))
+    branch(trunk, tmp_path / "longer", epochs=6, resume="restart")
+    assert started == [19]
+    assert json.loads((tmp_path / "longer/result.json").read_text())["steps"] == 36
+
+
+def test_a_batch_kept_for_several_steps_is_not_cut(tmp_path):
+    changes = {"steps_per_batch": 2, "cooldown_epochs": 0.5, "checkpoint_steps": 100}
+    run(tmp_path / "trunk", **changes)  # the cool-down of three steps begins at step 21
+    assert steps(tmp_path / "trunk") == [20, 24]
+    branch(tmp_path / "trunk", tmp_path / "longer", epochs=5)
+    run(tmp_path / "whole", epochs=5, schedule_epochs=4, **changes)
+    assert_same_state(final_state(tmp_path / "longer"), final_state(tmp_path / "whole"))
+
+
+def test_a_fitted_codebook_goes_with_the_branch(tmp_path):
+    changes = {"target": "tokens", "num_tokens": 8}
+    run(tmp_path / "trunk", **changes)
+    branch(tmp_path / "trunk", tmp_path / "longer", epochs=5)
+    ends = [final_state(tmp_path / name)["target"] for name in ("trunk", "longer")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_what_the_trunk_began_with_is_not_needed_any_more(trunk, tmp_path):
+    shutil.copytree(trunk, tmp_path / "weights")
+    run(tmp_path / "trunk", init_from=str(tmp_path / "weights"))
+    shutil.rmtree(tmp_path / "weights")
+    assert branch(tmp_path / "trunk", tmp_path / "longer", epochs=5)["steps"] == 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "would be the same run again; give other epochs than 4"),
+        ({"epochs": 4}, "would be the same run again"),
+        ({"epochs": 8, "batch_size": 16, "seed": 3}, r"batch_size: 8 -> 16\n  seed: 0 -> 3"),
+        ({"epochs": 8, "schedule_epochs": 8}, "schedule_epochs: None -> 8"),
+        ({"epochs": 8, "learning_rate_schedule": "cosine", "cooldown_epochs": None}, "'constant' -> 'cosine'"),
+        ({"epochs": 1}, r"no checkpoint up to step 4 is left in .* \(there are 6, 12, 18, 19, 24\)"),
+        ({"epochs": 8, "data": "shapes:40"}, "does not hold the images this run began with"),
+    ],
+)
+def test_what_no_branch_may_change(trunk, tmp_path, changes, said):
+    values = {"data": CONSTANT["data"], "precision": "float32", "device": "cpu", "workers": 0} | changes
+    with pytest.raises(InputError, match=said):
+        pretrain(values.pop("data"), tmp_path / "branch", branch_from=trunk, **values)
+
+
+def test_a_falling_learning_rate_cannot_be_branched_off(tmp_path):
+    run(tmp_path / "cosine", learning_rate_schedule="cosine", epochs=1)
+    with pytest.raises(InputError, match=r"branch_from: the learning rate of .* falls .*--init-from"):
+        branch(tmp_path / "cosine", tmp_path / "longer", epochs=2)
+    with pytest.raises(InputError, match=r"branch_from: .* holds no run"):
+        branch(tmp_path / "nothing", tmp_path / "longer", epochs=2)
+
+
+def test_where_a_run_can_be_branched_off():
+    schedule = resolve_schedule(OptimisationConfig(epochs=10, batch_size=10, learning_rate_schedule="constant"), 105)
+    assert (schedule.total_steps, schedule.cooldown_steps) == (100, 20)
+    config = Config()
+    assert branching_step(config, schedule) == 80
+    assert branching_step(with_fields(config, {"steps_per_batch": 3}), schedule) == 78
+    assert branching_step(config, resolve_schedule(OptimisationConfig(epochs=10, batch_size=10), 105)) is None
+
+
+def test_ramps_of_another_length():
+    fields = {"batch_size": 10, "learning_rate_schedule": "constant"}
+    short = resolve_schedule(OptimisationConfig(epochs=10, **fields), 100)
+    long = resolve_schedule(OptimisationConfig(epochs=30, schedule_epochs=10, **fields), 100)
+    assert (long.warmup_steps, long.ema, long.ramp_steps) == (short.warmup_steps, short.ema, short.total_steps)
+    assert (long.total_steps, long.cooldown_steps) == (300, 60)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"learning_rate_schedule": "constant", "cooldown_epochs": 9.5},
+            "cooldown_epochs: must begin after the warm-up",
+        ),
+        ({"cooldown_epochs": 2}, "cooldown_epochs: goes with learning_rate_schedule 'constant'"),
+        ({"schedule_epochs": 1000}, "epochs: must be longer than the warm-up of 1000 steps"),
+    ],
+)
+def test_schedules_that_do_not_fit(fields, said):
+    with pytest.raises(InputError, match=said):
+        resolve_schedule(with_fields(Config(), {"epochs": 10, "batch_size": 10, **fields}).optimisation, 100)
