@@ -8,6 +8,7 @@ import pytest
 import tyro
 
 from hpm.cli import COMMANDS
+from hpm.config import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,6 +43,7 @@ def only_parsed(monkeypatch):
         raise UnderstoodError
 
     monkeypatch.setattr(tyro, "cli", cli)
+    monkeypatch.setattr("hpm.branching.open_trunk", lambda _: Config())  # the runs that pages name are not there
 
 
 def run(words):

@@ -10,30 +10,54 @@ from hpm.build import build_method, build_student, build_target
 from hpm.config import Config, with_fields
 from hpm.errors import InputError
 from hpm.method import StudentOutput, Teacher, rank_correlation
-from hpm.targets import CoarseError, PixelTarget
+from hpm.pretrain import pretrain
+from hpm.targets import PixelHardness, PixelTarget
 from hpm.visualize import measure_hardness
 from hpm.vit import patchify, take
-from tiny import tiny_config
+from tiny import TINY, tiny_config
 
 torch.set_num_threads(1)
 
 
+def measured(hardness, prediction, target, images=None):
+    """Of patches that are all decoded."""
+    images = torch.zeros(len(target), 3, 8, 8) if images is None else images
+    return hardness(prediction, target, images, torch.arange(target.shape[1]).expand(len(target), -1))
+
+
 @pytest.mark.parametrize(("patch", "block"), [((8, 16), 4), ((8, 8), 8), ((6, 4), 2)])
-def test_coarse_error_is_the_error_of_pooled_images(patch, block):
+def test_error_of_blocks_is_the_error_of_pooled_images(patch, block):
     one, other = torch.randn(2, 3, 5, 48, 32)
     expected = F.avg_pool2d(one - other, block).square()
     expected = patchify(expected, (patch[0] // block, patch[1] // block)).mean(dim=-1)
-    measured = CoarseError(patch, block=block)(patchify(one, patch), patchify(other, patch))
-    torch.testing.assert_close(measured, expected)
+    coarse = measured(PixelHardness(patch, block=block), patchify(one, patch), patchify(other, patch))
+    torch.testing.assert_close(coarse, expected)
 
 
 def test_blocks_of_one_pixel_are_the_loss():
     prediction, target = torch.randn(2, 3, 5, 3 * 8 * 8)
     loss = PixelTarget((8, 8), channels=3, normalise=False).patch_loss(prediction, target)
-    torch.testing.assert_close(CoarseError((8, 8), block=1)(prediction, target), loss)
+    torch.testing.assert_close(measured(PixelHardness((8, 8)), prediction, target), loss)
 
 
-def test_noise_is_hard_by_loss_and_easy_by_coarse_error():
+@pytest.mark.parametrize("block", [1, 4])
+def test_error_in_pixels_is_that_of_the_reconstruction(block):
+    """Of some patches, in two views of each image."""
+    target = PixelTarget((8, 8), channels=3, normalise=True)
+    images = torch.randn(2, 3, 32, 32) * torch.linspace(0.01, 2, 32)
+    index = torch.stack([torch.randperm(16)[:5].sort().values for _ in range(4)])
+    wanted = take(target(images), index)
+    prediction = torch.randn_like(wanted)
+    twice = images.repeat_interleave(2, dim=0)
+    pixels = take(patchify(twice, (8, 8)), index)
+    everywhere = torch.zeros(4, 16, 192).scatter(1, index.unsqueeze(-1).expand(-1, -1, 192), prediction)
+    filled = take(target.to_pixels(everywhere, twice), index)
+    expected = measured(PixelHardness((8, 8), block=block), filled, pixels)
+    hardness = PixelHardness((8, 8), block=block, in_pixels=True)
+    torch.testing.assert_close(hardness(prediction, wanted, images, index), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_noise_is_hard_by_loss_and_easy_by_the_error_of_blocks():
     """A patch of noise of which nothing was predicted, and one with an edge that was put half as high as it is."""
     torch.manual_seed(0)
     noise = torch.randn(1, 3, 16, 16)
@@ -42,56 +66,63 @@ def test_noise_is_hard_by_loss_and_easy_by_coarse_error():
     target = patchify(torch.cat([noise, edge], dim=3), (16, 16))
     prediction = target * torch.tensor([0.0, 0.5]).reshape(1, 2, 1)
     loss = PixelTarget((16, 16), channels=3, normalise=True).patch_loss(prediction, target)[0]
-    coarse = CoarseError((16, 16), block=4)(prediction, target)[0]
+    coarse = measured(PixelHardness((16, 16), block=4), prediction, target)[0]
     assert loss[0] > 3 * loss[1]
     assert coarse[1] == pytest.approx(0.25)
     assert coarse[0] < 0.1
 
 
-def _step(**fields):
-    config = tiny_config(target="norm_pix", hardness_block=4, **fields)
+CHOICES = [{"hardness_block": 4}, {"hardness_in_pixels": True}, {"hardness_block": 2, "hardness_in_pixels": True}]
+
+
+def built(**fields):
+    """Method and student of a tiny run on norm_pix."""
+    config = tiny_config(target="norm_pix", **fields)
     target = build_target(config)
     student = build_student(config, target_dim=target.dim)
     return build_method(config, student, target), student
 
 
-def test_the_predictor_learns_the_coarse_error_and_the_loss_stays():
-    method, _ = _step()
+@pytest.mark.parametrize("fields", CHOICES)
+def test_predictor_and_rank_correlation_are_held_against_it_and_the_loss_stays(fields):
+    method, _ = built(**fields)
+    chosen = PixelHardness(
+        (8, 8), block=fields.get("hardness_block", 1), in_pixels=fields.get("hardness_in_pixels", False)
+    )
     seen = []
     method = replace(method, predicted_loss=lambda scores, hardness, valid: seen.append(hardness) or scores.sum())
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32) * torch.linspace(0.1, 2, 32)
     decoded = torch.arange(method.num_hidden).expand(2, -1)
     target = take(method.target(images), decoded)
     prediction, scores = torch.randn(target.shape, requires_grad=True), torch.randn(target.shape[:2])
-    losses = method.losses(StudentOutput(prediction, scores, None), images, decoded, torch.randn(2, 16))
-    coarse = CoarseError((8, 8), block=4)(prediction.detach(), target)
-    torch.testing.assert_close(seen[0], coarse)
+    teacher = torch.randn(2, 16)
+    losses = method.losses(StudentOutput(prediction, scores, None), images, decoded, teacher)
+    expected = chosen(prediction.detach(), target, images, decoded)
+    torch.testing.assert_close(seen[0], expected)
     assert not seen[0].requires_grad
     torch.testing.assert_close(losses.reconstruction, (prediction - target).square().mean())
-
-
-def test_the_rank_correlation_is_that_with_the_coarse_error():
-    method, _ = _step()
-    images = torch.randn(2, 3, 32, 32)
-    decoded = torch.arange(method.num_hidden).expand(2, -1)
-    target = take(method.target(images), decoded)
-    prediction, teacher = torch.randn(target.shape), torch.randn(2, 16)
-    losses = method.losses(StudentOutput(prediction, None, None), images, decoded, teacher)
-    expected = rank_correlation(teacher[:, : method.num_hidden], CoarseError((8, 8), block=4)(prediction, target))
-    torch.testing.assert_close(losses.rank_correlation, expected.mean())
+    agreement = rank_correlation(teacher[:, : method.num_hidden], expected).mean()
+    torch.testing.assert_close(losses.rank_correlation, agreement)
 
 
 def test_figures_show_what_the_predictor_is_held_against():
-    method, student = _step()
+    method, student = built(hardness_block=4)
     images = torch.randn(2, 3, 32, 32)
-    shown = {
-        block: measure_hardness(
-            student, Teacher(student), replace(method, coarse_error=error), images, share=0.5,
+    shown = [
+        measure_hardness(
+            student, Teacher(student), replace(method, hardness=hardness), images, share=0.5,
             generator=torch.Generator().manual_seed(0),
         ).true_loss
-        for block, error in ((4, method.coarse_error), (1, None))
-    }  # fmt: skip
-    assert (shown[4] < shown[1]).all(), "means of 16 pixels of noise are nearer to 0 than the pixels"
+        for hardness in (method.hardness, None)
+    ]  # fmt: skip
+    assert (shown[0] < shown[1]).all(), "means of 16 pixels of noise are nearer to 0 than the pixels"
+
+
+@pytest.mark.parametrize("fields", CHOICES)
+def test_a_run_mines_by_it(tmp_path, fields):
+    values = TINY | {"target": "norm_pix", "figures": True, "num_figure_images": 2} | fields
+    result = pretrain(values.pop("data"), tmp_path / "run", **values)
+    assert -1 <= result["predictor_rank_correlation"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -103,6 +134,11 @@ def test_figures_show_what_the_predictor_is_held_against():
             "hardness_block: with predicted_loss 'none'",
         ),
         ({"hardness_block": 0}, "hardness_block"),
+        ({"hardness_in_pixels": True}, "hardness_in_pixels: goes with target 'norm_pix' .* got target 'pixels'"),
+        (
+            {"mask": "random", "predicted_loss": "none", "target": "norm_pix", "hardness_in_pixels": True},
+            "predicted_loss 'none'",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, said):

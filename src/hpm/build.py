@@ -25,7 +25,7 @@ from hpm.masking import MASKS, num_hidden_patches
 from hpm.method import PREDICTED_LOSSES, Method, Student
 from hpm.schedules import NUM_STAGES, stage_side
 from hpm.seeding import Stream, derive_seed
-from hpm.targets import CoarseError, EmaFeatureTarget, HogTarget, PixelTarget, Target
+from hpm.targets import EmaFeatureTarget, HogTarget, PixelHardness, PixelTarget, Target
 from hpm.tokens import KMeansTokenizer, TokenTarget, load_tokenizer
 from hpm.vit import CrossAttention, CrossBlock, create_encoder, grid_size, has_class_attention, patch_size
 
@@ -225,7 +225,11 @@ def build_method(
             f"mask: {config.method.mask!r} needs an encoder with a class token and plain attention blocks, "
             f"got {config.model.encoder!r}"
         )
-    patch, block = patch_size(student.encoder), config.method.hardness_block
+    patch, block, in_pixels = (
+        patch_size(student.encoder),
+        config.method.hardness_block,
+        config.method.hardness_in_pixels,
+    )
     if any(side % block for side in patch):
         raise InputError(f"hardness_block: must divide a patch of {patch[0]}x{patch[1]} pixels, got {block}")
     return Method(
@@ -237,7 +241,7 @@ def build_method(
         prediction_weight=config.method.prediction_weight,
         predictor_view=config.method.predictor_view,
         num_decoded=num_decoded,
-        coarse_error=CoarseError(patch, block=block) if block > 1 else None,
+        hardness=PixelHardness(patch, block=block, in_pixels=in_pixels) if block > 1 or in_pixels else None,
     )
 
 

@@ -165,6 +165,9 @@ class MethodConfig:
     hardness_block: Positive = 1
     """The loss predictor learns, and patches are mined by, the error of the means of blocks of this many pixels a side
     (published: 1, every pixel): fine texture and noise, which nobody can predict, no longer count as hard."""
+    hardness_in_pixels: bool = False
+    """With norm_pix: the loss predictor learns, and patches are mined by, the error in pixels, as where HPM was
+    published, so that flat patches do not count as hard (published with target pixels only)."""
     mining_threshold: Share | None = None
     """Masks stay random while the running rank correlation of predicted and true loss is below this; none: 0.3 for a
     run that starts from weights (init_from), else 0, which is never wait (published)."""

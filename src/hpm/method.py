@@ -65,8 +65,8 @@ tokens to visible ones (CrossMAE)."""
 PredictedLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(scores (B, M), patch loss (B, M), valid (B, M) or None) -> L_pred, a scalar."""
 
-PatchMeasure = Callable[[Tensor, Tensor], Tensor]
-"""(prediction (B, M, P), target (B, M, Q)) -> one value per patch (B, M): its loss, or how hard it is."""
+PatchHardness = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(prediction (V, M, P), target (V, M, Q), images (B, C, H, W), index (V, M)) -> how hard each patch is (V, M)."""
 
 
 class StudentOutput(NamedTuple):
@@ -393,7 +393,7 @@ class Method:
         guide: What the mask policy is told of each patch.
         predictor_view: Where the loss predictor learns; as the student's.
         num_decoded: How many of the hidden patches are decoded, drawn at random; None: all, as published.
-        coarse_error: What makes a patch hard, if not its loss (published).
+        hardness: What makes a patch hard, if not its reconstruction loss (published).
     """
 
     target: Target
@@ -404,12 +404,7 @@ class Method:
     guide: Guide | None = "predicted_loss"
     predictor_view: PredictorView = "masked"
     num_decoded: int | None = None
-    coarse_error: PatchMeasure | None = None
-
-    @property
-    def hardness(self) -> PatchMeasure:
-        """What makes a patch hard: the loss predictor learns it, and by its prediction patches are mined."""
-        return self.target.patch_loss if self.coarse_error is None else self.coarse_error
+    hardness: PatchHardness | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -501,8 +496,8 @@ class Method:
         patch_loss = self.target.patch_loss(output.prediction, target)
         reconstruction = mean_over(patch_loss, counted)
         hardness = patch_loss.detach()
-        if self.coarse_error is not None:
-            hardness = self.coarse_error(output.prediction.detach(), target)
+        if self.hardness is not None:
+            hardness = self.hardness(output.prediction.detach(), target, images, decoded)
         prediction = reconstruction.new_zeros(())
         for scores in (output.scores, output.full_scores):
             if self.predicted_loss is not None and scores is not None:

@@ -113,6 +113,11 @@ def random_lpred_fast_coarse() -> Fields:
     return random_lpred_fast() | {"hardness_block": 4}
 
 
+def hpm_fast_in_pixels() -> Fields:
+    """hpm-fast on norm_pix whose hardness is the error in pixels, as where HPM was published."""
+    return hpm_fast() | {"target": "norm_pix", "hardness_in_pixels": True}
+
+
 # Methods: where masks lie
 
 
@@ -246,6 +251,7 @@ METHODS: dict[str, Callable[[], Fields]] = {
     "hpm-coarse": hpm_coarse,
     "hpm-fast-coarse": hpm_fast_coarse,
     "random+lpred-fast-coarse": random_lpred_fast_coarse,
+    "hpm-fast-in-pixels": hpm_fast_in_pixels,
     "hpm-absolute": hpm_absolute,
     "hpm-detached": hpm_detached,
     "hpm-shallow": hpm_shallow,

@@ -56,6 +56,11 @@ def check_together(config: Config) -> None:
     if method.hardness_block > 1 and method.predicted_loss == "none":
         raise InputError("hardness_block: with predicted_loss 'none' nothing learns what is hard, so it must be 1; "
                          f"got {method.hardness_block}")  # fmt: skip
+    if method.hardness_in_pixels and (method.target != "norm_pix" or method.predicted_loss == "none"):
+        raise InputError(
+            "hardness_in_pixels: goes with target 'norm_pix' and a loss predictor, got target "
+            f"{method.target!r} and predicted_loss {method.predicted_loss!r}"
+        )
     if len(data.image_size) not in (1, 2):
         raise InputError(f"image_size: must be one number or height and width, got {data.image_size}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1]:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Num
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.vit import patchify
+from hpm.vit import patchify, take
 
 
 @runtime_checkable
@@ -94,28 +94,47 @@ def patch_statistics(
     return mean, (variance + 1e-6).sqrt()
 
 
-class CoarseError:
-    """Squared error of a patch that is left after averaging it over blocks of pixels: hardness that ignores noise.
+class PixelHardness:
+    """What makes a patch of pixels hard, where that is not its reconstruction loss.
 
-    The loss of a patch is mostly that of its fine texture, above all where ``norm_pix`` has brought every patch to the
-    same contrast; nobody can predict texture from what is around it, so mining by the loss hides noise. The mean of a
-    block can be predicted or missed.
+    Under ``norm_pix`` every patch has the same contrast, and what is lost of it is mostly fine texture, which nobody
+    can predict from what is around it: mining by the loss hides noise, that of flat patches blown up too. Two ways
+    out, alone or together: the error of the means of blocks of pixels, which can be predicted or missed; and the error
+    in pixels, as where HPM was published, which is small in flat patches.
 
     Args:
         patch_size: Height and width of a patch in pixels.
-        block: Side of a block in pixels; divides both. 1 gives :meth:`PixelTarget.patch_loss`.
+        block: Side of a block in pixels; divides both. 1: every pixel counts.
+        in_pixels: Undo ``norm_pix`` before.
     """
 
-    def __init__(self, patch_size: tuple[int, int], *, block: int) -> None:
+    def __init__(self, patch_size: tuple[int, int], *, block: int = 1, in_pixels: bool = False) -> None:
         self.patch_size = patch_size
         self.block = block
+        self.in_pixels = in_pixels
 
-    def __call__(self, prediction: Float[Tensor, "b m p"], target: Float[Tensor, "b m p"]) -> Float[Tensor, "b m"]:
-        """Mean over blocks and channels of the squared mean error of a block."""
+    def __call__(
+        self,
+        prediction: Float[Tensor, "v m p"],
+        target: Float[Tensor, "v m p"],
+        images: Float[Tensor, "b c h w"],
+        index: Int[Tensor, "v m"],
+    ) -> Float[Tensor, "v m"]:
+        """Mean over blocks and channels of the squared mean error of a block.
+
+        Args:
+            prediction: Of the patches that were decoded.
+            target: Of the same.
+            images: Normalised images.
+            index: Which patches these are.
+        """
         rows, columns = (side // self.block for side in self.patch_size)
         error = (prediction.float() - target).unflatten(-1, (rows, self.block, columns, self.block, -1))
-        coarse: Tensor = error.mean(dim=(3, 5)).square().flatten(2).mean(dim=-1)
-        return coarse
+        hardness: Tensor = error.mean(dim=(3, 5)).square().flatten(2).mean(dim=-1)
+        if self.in_pixels:
+            _, deviation = patch_statistics(patchify(images.float(), self.patch_size))
+            hardness = hardness * take(deviation, index).squeeze(-1).square()
+        return hardness
 
 
 class HogTarget:

@@ -20,7 +20,7 @@ from hpm.display import Display, build_display, hatched
 from hpm.errors import InputError
 from hpm.feeding import whole_patches
 from hpm.masking import split_patches
-from hpm.method import Method, PatchMeasure, Student, Teacher, rank_correlation
+from hpm.method import Method, PatchHardness, Student, Teacher, rank_correlation
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
 from hpm.targets import PixelTarget
@@ -85,7 +85,7 @@ def measure_hardness(
         answers = method.ask(teacher, images)
         order = torch.rand(len(images), student.positions.shape[1], generator=generator).argsort(1).to(images.device)
         target = method.target(images, answers.features)
-        true_loss = average_loss(student, method, images, target, order, measure=method.hardness)
+        true_loss = average_loss(student, method, images, target, order, hardness=method.hardness)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
         hidden = method.mask_policy(
             answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share), valid=whole
@@ -103,7 +103,7 @@ def average_loss(
     target: Num[Tensor, "b n q"],
     order: Int[Tensor, "b n"],
     *,
-    measure: PatchMeasure | None = None,
+    hardness: PatchHardness | None = None,
 ) -> Float[Tensor, "b n"]:
     """Mean loss of every patch over :data:`NUM_MASKS` masks that rotate, so that each is hidden equally often.
 
@@ -113,9 +113,8 @@ def average_loss(
         images: Normalised images.
         target: Of every patch.
         order: A permutation of the patches per image; it decides the masks.
-        measure: What is measured of each patch; None: its reconstruction loss.
+        hardness: What is measured of each patch; None: its reconstruction loss.
     """
-    measure = measure or method.target.patch_loss
     num_patches = student.positions.shape[1]
     total = torch.zeros(len(images), num_patches, device=images.device)
     count = torch.zeros_like(total)
@@ -124,7 +123,13 @@ def average_loss(
         hidden = turned < method.num_hidden
         _, index = split_patches(hidden, method.num_hidden)
         output = student(images, hidden, num_hidden=method.num_hidden)
-        total.scatter_add_(1, index, measure(output.prediction, take(target, index)))
+        wanted = take(target, index)
+        measured = (
+            method.target.patch_loss(output.prediction, wanted)
+            if hardness is None
+            else hardness(output.prediction, wanted, images, index)
+        )
+        total.scatter_add_(1, index, measured)
         count += hidden
     return total / count.clamp(min=1)
 
