@@ -18,6 +18,7 @@ from hpm.vit import (
     initialise,
     patch_size,
     patchify,
+    project,
     sincos_positions,
     take,
     unpatchify,
@@ -77,6 +78,23 @@ def test_encoding_some_patches_equals_the_blocks_on_these_tokens(name):
         chosen = [*range(vit.num_prefix_tokens), *(vit.num_prefix_tokens + n for n in visible[b].tolist())]
         expected = vit.norm(vit.blocks(vit.norm_pre(all_tokens[b : b + 1, chosen])))
         torch.testing.assert_close(actual[b : b + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("patch", "channels"), [((8, 8), 3), ((4, 6), 1), ((2, 3), 13)])
+def test_projecting_some_patches_equals_the_convolution_of_whole_images(patch, channels, precision):
+    """In float32 to the last bit, or trajectories would not be those of the published code after a few steps."""
+    convolution = torch.nn.Conv2d(channels, 16, kernel_size=patch, stride=patch)
+    images = torch.randn(3, channels, 4 * patch[0], 5 * patch[1])
+    some = torch.stack([torch.randperm(20)[:7] for _ in range(6)])  # two views of each image
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        whole = take(convolution(images).flatten(2).transpose(1, 2), some)
+        alone = project(convolution, take(patchify(images, patch), some))
+    assert alone.dtype == whole.dtype == precision
+    if precision == torch.float32:
+        assert torch.equal(alone, whole)
+    else:
+        torch.testing.assert_close(alone, whole, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 13])
