@@ -132,8 +132,8 @@ class PixelHardness:
         error = (prediction.float() - target).unflatten(-1, (rows, self.block, columns, self.block, -1))
         hardness: Tensor = error.mean(dim=(3, 5)).square().flatten(2).mean(dim=-1)
         if self.in_pixels:
-            _, deviation = patch_statistics(patchify(images.float(), self.patch_size))
-            hardness = hardness * take(deviation, index).squeeze(-1).square()
+            _, deviation = patch_statistics(take(patchify(images.float(), self.patch_size), index))
+            hardness = hardness * deviation.squeeze(-1).square()
         return hardness
 
 
