@@ -180,6 +180,26 @@ def test_what_no_branch_may_change(trunk, tmp_path, changes, said):
         pretrain(values.pop("data"), tmp_path / "branch", branch_from=trunk, **values)
 
 
+@pytest.mark.parametrize("resume", ["auto", "restart"])
+def test_a_branch_never_grows_in_the_folder_of_its_trunk(trunk, tmp_path, resume):
+    (tmp_path / "same").symlink_to(trunk)
+    before = steps(trunk)
+    with pytest.raises(InputError, match="branch_from: a branch needs a folder of its own"):
+        branch(trunk, tmp_path / "same", epochs=5, resume=resume)
+    assert steps(trunk) == before
+
+
+def test_figures_up_to_the_branch_go_with_it(tmp_path):
+    changes = {"figures": True, "num_figure_images": 1, "checkpoint_steps": 8}
+    run(tmp_path / "trunk", **changes)
+    branch(tmp_path / "trunk", tmp_path / "longer", epochs=5, checkpoint_steps=8)
+    drawn = {
+        name: sorted(int(file.stem[-8:]) for file in (tmp_path / name / "figures").iterdir())
+        for name in ("trunk", "longer")
+    }
+    assert drawn == {"trunk": [0, 8, 16, 19, 24], "longer": [0, 8, 16, 19, 24, 30]}
+
+
 def test_a_falling_learning_rate_cannot_be_branched_off(tmp_path):
     run(tmp_path / "cosine", learning_rate_schedule="cosine", epochs=1)
     with pytest.raises(InputError, match=r"branch_from: the learning rate of .* falls .*--init-from"):

@@ -8,6 +8,7 @@ start with the same ``schedule_epochs``. The run that it branches off stays as i
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 from hpm.checkpoint import CheckpointFolder, write_text_atomically
@@ -19,6 +20,16 @@ from hpm.run_schedule import branching_step, resolve_schedule
 
 FREE = ("epochs", "cooldown_epochs")
 """What may be another in a branch; and the section ``run``, which decides no result."""
+
+
+def check_apart(trunk: RunFolder, out: RunFolder) -> None:
+    """Refuse a branch in the folder of its trunk, which stays as it is.
+
+    Raises:
+        InputError: It is the same folder.
+    """
+    if trunk.path.resolve() == out.path.resolve():
+        raise InputError(f"branch_from: a branch needs a folder of its own, got {str(out.path)!r} for out as well")
 
 
 def open_trunk(run: RunFolder) -> Config:
@@ -65,7 +76,7 @@ def branched(trunk: Config, wanted: Config) -> Config:
 
 
 def branch_off(trunk: RunFolder, config: Config, folder: RunFolder, *, num_images: int) -> None:
-    """Put the trunk's last usable checkpoint and its records into a new folder, for a run to go on with.
+    """Put the trunk's last usable checkpoint, records and figures into a new folder, for a run to go on with.
 
     Args:
         trunk: The run to branch off.
@@ -90,5 +101,9 @@ def branch_off(trunk: RunFolder, config: Config, folder: RunFolder, *, num_image
         )
     records = [record for record in read_metrics(trunk.path) if record["step"] <= state["step"]]
     write_text_atomically(folder.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    for figure in trunk.figures.glob("hardness_*.png"):
+        if int(figure.stem.removeprefix("hardness_")) <= state["step"]:
+            folder.figures.mkdir(exist_ok=True)
+            shutil.copy(figure, folder.figures)
     CheckpointFolder(folder.checkpoints).save(state | {"config": asdict(config)})
     say(f"branching off {trunk.path} at step {state['step']}")

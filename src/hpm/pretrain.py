@@ -22,7 +22,7 @@ from torch import nn
 
 from hpm import distributed
 from hpm.batches import open_batches, training_images
-from hpm.branching import branch_off, branched, open_trunk
+from hpm.branching import branch_off, branched, check_apart, open_trunk
 from hpm.budget import keep_to_budget
 from hpm.build import (
     Stage,
@@ -113,6 +113,7 @@ def train(
     trunk = None
     if branch_from is not None:
         trunk = RunFolder(branch_from)
+        check_apart(trunk, RunFolder(out))
         config = branched(open_trunk(trunk), config)
     device = distributed.choose_device(config.run.device)
     with ExitStack() as stack:
