@@ -1,19 +1,22 @@
 """Runs that branch off another: longer, shorter, stopped in between, refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from hpm.checkpoint import CheckpointFolder
+from hpm.checkpoint import CheckpointFolder, CheckpointWarning
 from hpm.config import Config, OptimisationConfig, load_config, with_fields
 from hpm.errors import InputError, Interrupted
 from hpm.log import read_metrics
 from hpm.pretrain import pretrain
 from hpm.reporter import Reporter
 from hpm.run_schedule import branching_step, resolve_schedule
-from tiny import TINY, assert_same_state, final_state
+from tiny import TINY, assert_same_state, final_state, flags
 
 CONSTANT = TINY | {"learning_rate_schedule": "constant", "epochs": 4, "checkpoint_steps": 100, "keep_last": 1}
 """24 steps of 8 images, the last 5 of them with a falling learning rate."""
@@ -38,6 +41,19 @@ def trunk(tmp_path_factory):
 
 def steps(folder):
     return CheckpointFolder(folder / "checkpoints").steps()
+
+
+def stop_after(monkeypatch, step):
+    """Interrupt a run after a step, saved."""
+    after_step = Reporter.after_step
+
+    def stopping(self, meter):
+        after_step(self, meter)
+        if self.run.state.step == step:
+            self.run.save()
+            raise Interrupted("test")
+
+    monkeypatch.setattr(Reporter, "after_step", stopping)
 
 
 def test_the_checkpoint_before_the_cool_down_is_kept_for_good(trunk):
@@ -79,15 +95,7 @@ def test_a_branch_of_a_branch_keeps_the_ramps_of_the_first(trunk, tmp_path):
 
 
 def test_an_unfinished_run_can_be_brought_to_an_early_end(tmp_path, monkeypatch):
-    after_step = Reporter.after_step
-
-    def stopping(self, meter):
-        after_step(self, meter)
-        if self.run.state.step == 13:
-            self.run.save()
-            raise Interrupted("test")
-
-    monkeypatch.setattr(Reporter, "after_step", stopping)
+    stop_after(monkeypatch, 13)
     with pytest.raises(Interrupted):
         run(tmp_path / "stopped", epochs=40, schedule_epochs=4, warmup_epochs=1)
     monkeypatch.undo()
@@ -97,15 +105,7 @@ def test_an_unfinished_run_can_be_brought_to_an_early_end(tmp_path, monkeypatch)
 
 
 def test_a_branch_that_was_stopped_goes_on_by_the_same_command(trunk, tmp_path, monkeypatch):
-    after_step = Reporter.after_step
-
-    def stopping(self, meter):
-        after_step(self, meter)
-        if self.run.state.step == 27:
-            self.run.save()
-            raise Interrupted("test")
-
-    monkeypatch.setattr(Reporter, "after_step", stopping)
+    stop_after(monkeypatch, 27)
     with pytest.raises(Interrupted):
         branch(trunk, tmp_path / "longer", epochs=7)
     monkeypatch.undo()
@@ -147,12 +147,93 @@ def test_a_batch_kept_for_several_steps_is_not_cut(tmp_path):
     assert_same_state(final_state(tmp_path / "longer"), final_state(tmp_path / "whole"))
 
 
-def test_a_fitted_codebook_goes_with_the_branch(tmp_path):
+def test_a_fitted_codebook_goes_with_the_branch(tmp_path, monkeypatch):
     changes = {"target": "tokens", "num_tokens": 8}
     run(tmp_path / "trunk", **changes)
+    monkeypatch.setattr(sys.modules["hpm.pretrain"], "fit_codebook", None)  # nothing is fitted again
     branch(tmp_path / "trunk", tmp_path / "longer", epochs=5)
     ends = [final_state(tmp_path / name)["target"] for name in ("trunk", "longer")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_refused_branch_leaves_nothing_and_can_be_asked_for_again(trunk, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint up to step 4"):
+        branch(trunk, tmp_path / "branch", epochs=1)
+    with pytest.raises(InputError, match="does not hold the images"):
+        pretrain("shapes:96", tmp_path / "branch", branch_from=trunk, epochs=8, device="cpu", workers=0)
+    assert not (tmp_path / "branch").exists()
+    assert branch(trunk, tmp_path / "branch", epochs=2)["steps"] == 12
+
+
+def test_what_cannot_be_branched_off_again_is_not_cleared(trunk, tmp_path):
+    branch(trunk, tmp_path / "branch", epochs=5)
+    with pytest.raises(InputError, match="no checkpoint up to step 4"):
+        branch(trunk, tmp_path / "branch", epochs=1, resume="restart")
+    assert steps(tmp_path / "branch")[-1] == 30
+
+
+def test_a_branch_outlives_its_trunk(trunk, tmp_path, monkeypatch):
+    shutil.copytree(trunk, tmp_path / "trunk")
+    stop_after(monkeypatch, 27)
+    with pytest.raises(Interrupted):
+        branch(tmp_path / "trunk", tmp_path / "longer", epochs=7)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "trunk")
+    assert branch(tmp_path / "trunk", tmp_path / "longer", epochs=7)["steps"] == 42
+    with pytest.raises(InputError, match="epochs: 7 -> 8"):
+        branch(tmp_path / "trunk", tmp_path / "longer", epochs=8)
+
+
+def test_a_damaged_checkpoint_of_the_trunk_is_passed_over(trunk, tmp_path, monkeypatch):
+    shutil.copytree(trunk, tmp_path / "trunk")
+    newest = tmp_path / "trunk/checkpoints/step_00000019.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    started = []
+    monkeypatch.setattr(Reporter, "start", lambda self: started.append(self.run.state.step))
+    with pytest.warns(CheckpointWarning):
+        branch(tmp_path / "trunk", tmp_path / "longer", epochs=5)
+    assert started == [18]
+    for file in (tmp_path / "trunk/checkpoints").glob("step_*.pt"):
+        file.write_bytes(b"nothing")
+    with (
+        pytest.warns(CheckpointWarning),
+        pytest.raises(InputError, match=r"branch_from: no checkpoint of .* up to step 19 is whole"),
+    ):
+        branch(tmp_path / "trunk", tmp_path / "other", epochs=5)
+    assert not (tmp_path / "other").exists()
+
+
+def test_damaged_images_are_remembered(trunk, tmp_path):
+    shutil.copytree(trunk, tmp_path / "trunk")
+    (tmp_path / "trunk/damaged.csv").write_text("path,reason\na.jpg,cut off\n")
+    (tmp_path / "trunk/figures").mkdir()
+    (tmp_path / "trunk/figures/hardness_mine.png").touch()
+    branch(tmp_path / "trunk", tmp_path / "longer", epochs=5, max_damaged=0.1)
+    assert (tmp_path / "longer/damaged.csv").read_text() == "path,reason\na.jpg,cut off\n"
+
+
+def test_two_processes_branch_off_together(trunk, tmp_path):
+    words = flags({"precision": "float32", "device": "cpu", "workers": 0, "epochs": 5, "checkpoint_steps": 100})
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hpm",
+         "pretrain", "--branch-from", str(trunk), "--out", str(tmp_path / "longer"), *words],
+        check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    branch(trunk, tmp_path / "one", epochs=5)
+    ends = [final_state(tmp_path / name)["student"] for name in ("longer", "one")]
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-4) for name in ends[0])
+
+
+def test_who_ends_before_the_schedules_is_told(trunk, tmp_path, capsys):
+    branch(trunk, tmp_path / "shorter", epochs=2)
+    assert "ends before its schedules do (schedule_epochs 4): with a hard share of 0.23" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_recipe_and_branch_exclude_each_other(trunk, tmp_path):
+    with pytest.raises(InputError, match="branch_from: takes the place of recipe and config, got 'mae'"):
+        branch(trunk, tmp_path / "longer", recipe="mae", epochs=5)
 
 
 def test_what_the_trunk_began_with_is_not_needed_any_more(trunk, tmp_path):
@@ -170,8 +251,8 @@ def test_what_the_trunk_began_with_is_not_needed_any_more(trunk, tmp_path):
         ({"epochs": 8, "batch_size": 16, "seed": 3}, r"batch_size: 8 -> 16\n  seed: 0 -> 3"),
         ({"epochs": 8, "schedule_epochs": 8}, "schedule_epochs: None -> 8"),
         ({"epochs": 8, "learning_rate_schedule": "cosine", "cooldown_epochs": None}, "'constant' -> 'cosine'"),
-        ({"epochs": 1}, r"no checkpoint up to step 4 is left in .* \(there are 6, 12, 18, 19, 24\)"),
-        ({"epochs": 8, "data": "shapes:40"}, "does not hold the images this run began with"),
+        ({"epochs": 1}, r"no checkpoint up to step 4 is left in .* \(there are 6, 12, 18, 19, 24\).*has --epochs 2;"),
+        ({"epochs": 8, "data": "shapes:40"}, "does not hold the images that .* was trained on"),
     ],
 )
 def test_what_no_branch_may_change(trunk, tmp_path, changes, said):

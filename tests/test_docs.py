@@ -43,7 +43,7 @@ def only_parsed(monkeypatch):
         raise UnderstoodError
 
     monkeypatch.setattr(tyro, "cli", cli)
-    monkeypatch.setattr("hpm.branching.open_trunk", lambda _: Config())  # the runs that pages name are not there
+    monkeypatch.setattr("hpm.branching.open_trunk", lambda run: Config())  # the runs that pages name are not there
 
 
 def run(words):

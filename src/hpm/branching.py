@@ -2,34 +2,52 @@
 
 With a constant learning rate nothing in a run knows its end before the cool-down begins. So a run of another length
 goes on from the last checkpoint before that, and ends bit-identical (on a CPU) to one that had this length from the
-start with the same ``schedule_epochs``. The run that it branches off stays as it is.
+start with the same ``schedule_epochs``. The run that it branches off, its trunk, stays as it is; once a branch has a
+checkpoint of its own it is a run like any other, and its trunk may go.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from hpm.checkpoint import CheckpointFolder, write_text_atomically
-from hpm.config import Config, differences, load_config, with_fields
+from hpm.config import Config, differences, load_config
 from hpm.errors import InputError
 from hpm.log import read_metrics, say
 from hpm.run_folder import RunFolder
-from hpm.run_schedule import branching_step, resolve_schedule
+from hpm.run_schedule import Schedule, branching_step, resolve_schedule
 
 FREE = ("epochs", "cooldown_epochs")
-"""What may be another in a branch; and the section ``run``, which decides no result."""
+"""What may be another in a branch; and the section ``run``, which decides no result, and where the images lie."""
 
 
-def check_apart(trunk: RunFolder, out: RunFolder) -> None:
-    """Refuse a branch in the folder of its trunk, which stays as it is.
+class Beginning(NamedTuple):
+    """What a run that was asked to branch off begins with."""
+
+    config: Config
+    """Defaults of what the user gives."""
+    trunk: RunFolder | None
+    """The run to branch off; None: the branch is there already and goes on as any run."""
+
+
+def beginning_of_branch(branch_from: str | Path, out: str | Path, *, resume: str) -> Beginning:
+    """The trunk, or the branch itself where it has a checkpoint already.
 
     Raises:
-        InputError: It is the same folder.
+        InputError: There is no run, none that another can branch off, or it is in the same folder.
     """
-    if trunk.path.resolve() == out.path.resolve():
-        raise InputError(f"branch_from: a branch needs a folder of its own, got {str(out.path)!r} for out as well")
+    trunk, branch = RunFolder(branch_from), RunFolder(out)
+    if trunk.path.resolve() == branch.path.resolve():
+        raise InputError(f"branch_from: a branch needs a folder of its own, got {str(branch.path)!r} for out as well")
+    if resume == "auto" and branch.config_file.is_file() and CheckpointFolder(branch.checkpoints).steps():
+        return Beginning(load_config(branch.config_file), None)
+    return Beginning(open_trunk(trunk), trunk)
 
 
 def open_trunk(run: RunFolder) -> Config:
@@ -60,50 +78,106 @@ def branched(trunk: Config, wanted: Config) -> Config:
     Raises:
         InputError: Something else was changed as well, or nothing.
     """
-    same = with_fields(wanted, {name: getattr(trunk.optimisation, name) for name in FREE} | {"data": trunk.data.data})
+    ramps = trunk.optimisation.schedule_epochs or trunk.optimisation.epochs
+    lengths = {name: getattr(trunk.optimisation, name) for name in FREE}
+    given = wanted.optimisation.schedule_epochs
+    same = replace(
+        wanted,
+        data=replace(wanted.data, data=trunk.data.data),
+        optimisation=replace(
+            wanted.optimisation,
+            **lengths,
+            schedule_epochs=trunk.optimisation.schedule_epochs if given == ramps else given,
+        ),
+    )
     if changed := differences(trunk, same):
         raise InputError(
-            f"branch_from: a branch may differ in {', '.join(FREE)} and in how it runs, not in what is learnt before; "
-            "changed:\n  " + "\n  ".join(changed)
+            f"branch_from: a branch may differ in {', '.join(FREE)}, in how it runs, and in where its images lie, not "
+            "in what is learnt; changed:\n  " + "\n  ".join(changed)
         )
-    if all(getattr(wanted.optimisation, name) == getattr(trunk.optimisation, name) for name in FREE):
+    if all(getattr(wanted.optimisation, name) == value for name, value in lengths.items()):
         raise InputError(
             f"branch_from: this would be the same run again; give other epochs than {trunk.optimisation.epochs}, or "
             "cooldown_epochs"
         )
-    ramps = trunk.optimisation.schedule_epochs or trunk.optimisation.epochs
     return replace(wanted, optimisation=replace(wanted.optimisation, schedule_epochs=ramps))
 
 
-def branch_off(trunk: RunFolder, config: Config, folder: RunFolder, *, num_images: int) -> None:
-    """Put the trunk's last usable checkpoint, records and figures into a new folder, for a run to go on with.
+def cut(trunk: RunFolder, config: Config, schedule: Schedule, *, images: str, num_images: int) -> dict[str, Any]:
+    """The trunk's last checkpoint in which neither learning rate has begun to fall. Writes nothing.
 
     Args:
         trunk: The run to branch off.
         config: Of :func:`branched`, resolved.
-        folder: Of the branch; its config is written already.
-        num_images: How many there are to learn from.
+        schedule: Of the branch.
+        images: Fingerprint of the images there are.
+        num_images: How many they are.
 
     Raises:
-        InputError: No checkpoint is left from before the cool-down of either.
+        InputError: Other images, or no such checkpoint is left whole.
     """
-    ends = [
-        step
-        for one in (open_trunk(trunk), config)
-        if (step := branching_step(one, resolve_schedule(one.optimisation, num_images))) is not None
-    ]
+    before = open_trunk(trunk)
+    before_schedule = resolve_schedule(before.optimisation, num_images)
+    ends = branching_step(before, before_schedule), branching_step(config, schedule)
+    until = min(step for step in ends if step is not None)
     checkpoints = CheckpointFolder(trunk.checkpoints)
-    state = checkpoints.load_latest(until=min(ends))
+    try:
+        state = checkpoints.load_latest(until=until)
+    except InputError as error:
+        raise InputError(
+            f"branch_from: no checkpoint of {str(trunk.path)!r} up to step {until} is whole; after it one of the two "
+            f"learning rates falls\n{error}"
+        ) from None
     if state is None:
         raise InputError(
-            f"branch_from: no checkpoint up to step {min(ends)} is left in {str(trunk.checkpoints)!r} (there are "
-            f"{', '.join(map(str, checkpoints.steps())) or 'none'}); after it one of the two learning rates falls"
+            f"branch_from: no checkpoint up to step {until} is left in {str(trunk.checkpoints)!r} (there are "
+            f"{', '.join(map(str, checkpoints.steps())) or 'none'}); after it one of the two learning rates falls. "
+            + _what_would_do(checkpoints.steps(), ends[0], config, schedule)
         )
-    records = [record for record in read_metrics(trunk.path) if record["step"] <= state["step"]]
-    write_text_atomically(folder.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    for figure in trunk.figures.glob("hardness_*.png"):
-        if int(figure.stem.removeprefix("hardness_")) <= state["step"]:
-            folder.figures.mkdir(exist_ok=True)
-            shutil.copy(figure, folder.figures)
-    CheckpointFolder(folder.checkpoints).save(state | {"config": asdict(config)})
+    if state["images"] != images:
+        raise InputError(
+            f"data: {config.data.data!r} does not hold the images that {str(trunk.path)!r} was trained on "
+            f"({state['images']}; now {images}): order and schedules would change. Say where they are with --data"
+        )
+    return state
+
+
+def _what_would_do(steps: list[int], end: int | None, config: Config, schedule: Schedule) -> str:
+    """The shortest length that the checkpoints of the trunk allow."""
+    usable = [step for step in steps if end is None or step <= end]
+    if not usable:
+        return "It has none from before its own cool-down, either"
+    given = config.optimisation.cooldown_epochs
+    needed = min(usable) / schedule.steps_per_epoch
+    epochs = math.ceil(needed / 0.8 if given is None else needed + given)
+    return f"The shortest run that can branch off here has --epochs {epochs}; --keep-steps keeps more checkpoints"
+
+
+def plant(trunk: RunFolder, state: dict[str, Any], config: Config, folder: RunFolder) -> None:
+    """Put a checkpoint of the trunk, and what was recorded up to it, into the folder of a branch.
+
+    The checkpoint comes last: a folder without one is branched off again.
+
+    Args:
+        trunk: The run that is branched off.
+        state: Of :func:`cut`.
+        config: Of the branch; it is written already.
+        folder: Of the branch.
+
+    Raises:
+        InputError: The disk is full, or does not let itself be written.
+    """
+    try:
+        records = [record for record in read_metrics(trunk.path) if record["step"] <= state["step"]]
+        write_text_atomically(folder.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        for figure in trunk.figures.glob("hardness_*.png"):
+            found = re.fullmatch(r"hardness_(\d+)", figure.stem)
+            if found and int(found[1]) <= state["step"]:
+                folder.figures.mkdir(exist_ok=True)
+                shutil.copy(figure, folder.figures)
+        if damaged := trunk.read_damaged():
+            folder.save_damaged(damaged)
+        CheckpointFolder(folder.checkpoints).save(state | {"config": asdict(config)})
+    except OSError as error:
+        raise InputError(f"out: cannot write in {str(folder.path)!r}: {error.strerror or error}") from error
     say(f"branching off {trunk.path} at step {state['step']}")

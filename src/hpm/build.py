@@ -232,6 +232,11 @@ def build_method(
     )
     if any(side % block for side in patch):
         raise InputError(f"hardness_block: must divide a patch of {patch[0]}x{patch[1]} pixels, got {block}")
+    if patch == (block, block) and config.method.target == "norm_pix":
+        raise InputError(
+            f"hardness_block: must be smaller than a patch ({block}x{block} pixels) with target 'norm_pix', which "
+            f"takes the mean of every patch away; got {block}"
+        )
     return Method(
         target=build_target(config) if target is None else target,
         mask_policy=mask.policy((rows, columns)),

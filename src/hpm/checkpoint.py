@@ -156,7 +156,7 @@ class CheckpointFolder:
                 warnings.warn(f"{error}; trying the checkpoint before it", CheckpointWarning, stacklevel=2)
         if problems:
             raise InputError(
-                "resume: every checkpoint is damaged; use --resume never to start over\n" + "\n".join(problems)
+                "resume: every checkpoint is damaged; use --resume restart to start over\n" + "\n".join(problems)
             )
         return None
 

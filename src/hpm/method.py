@@ -101,7 +101,8 @@ class Losses(NamedTuple):
     total: Float[Tensor, ""]
     """L_rec + weight * L_pred: what is differentiated."""
     rank_correlation: Float[Tensor, ""]
-    """Spearman correlation, per image, of the teacher's scores with the true patch loss: does mining see anything?"""
+    """Spearman correlation, per image, of the teacher's scores with what they predict, the true patch loss or another
+    hardness: does mining see anything?"""
 
 
 class Student(nn.Module):

@@ -51,7 +51,7 @@ def measure_overhead(run: Run) -> Overhead | None:
     pixels = (views // config.method.masks_per_image, config.data.channels, rows * patch[0], columns * patch[1])
     images = build_normalise(config).to(device)(torch.randint(256, pixels, dtype=torch.uint8, device=device))
     noise = torch.rand(views, rows * columns, device=device)
-    plain = replace(method, predicted_loss=None, guide=None, mask_policy=hide_random, num_decoded=None)
+    plain = replace(method, predicted_loss=None, guide=None, mask_policy=hide_random, num_decoded=None, hardness=None)
     answers: Answers | None = None
 
     def ask() -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from hpm import distributed
 from hpm.batches import open_batches, training_images
-from hpm.branching import branch_off, branched, check_apart, open_trunk
+from hpm.branching import beginning_of_branch, branched, cut, open_trunk, plant
 from hpm.budget import keep_to_budget
 from hpm.build import (
     Stage,
@@ -98,22 +98,19 @@ def pretrain(
         InputError: A field, the data or the folder breaks a rule.
         Interrupted: A signal stopped the run after it was saved.
     """
-    if branch_from is not None:
-        base = open_trunk(RunFolder(branch_from))
-    else:
-        base = load_config(Path(config)) if config is not None else named_recipe(recipe)
-    chosen = with_fields(base, {"data": str(data), **fields})
-    return train(chosen, Path(out), resume=resume, branch_from=branch_from)
-
-
-def train(
-    config: Config, out: Path, *, resume: Resume = "auto", branch_from: str | Path | None = None
-) -> dict[str, Any]:
-    """Run a whole config in a folder: start, go on or branch off, train, evaluate, report."""
+    if branch_from is not None and (config is not None or recipe != "hpm"):
+        raise InputError(f"branch_from: takes the place of recipe and config, got {config or recipe!r} as well")
     trunk = None
     if branch_from is not None:
-        trunk = RunFolder(branch_from)
-        check_apart(trunk, RunFolder(out))
+        base, trunk = beginning_of_branch(branch_from, out, resume=resume)
+    else:
+        base = load_config(Path(config)) if config is not None else named_recipe(recipe)
+    return train(with_fields(base, {"data": str(data), **fields}), Path(out), resume=resume, trunk=trunk)
+
+
+def train(config: Config, out: Path, *, resume: Resume = "auto", trunk: RunFolder | None = None) -> dict[str, Any]:
+    """Run a whole config in a folder: start, go on or branch off a trunk, train, evaluate, report."""
+    if trunk is not None:
         config = branched(open_trunk(trunk), config)
     device = distributed.choose_device(config.run.device)
     with ExitStack() as stack:
@@ -159,7 +156,7 @@ def prepare(
         folder: Where it lives.
         device: Where it is trained.
         resume: As in :func:`pretrain`.
-        trunk: The run that this one branches off, unless it has done so already.
+        trunk: The run that this one branches off; None: it begins afresh, or goes on.
 
     Raises:
         InputError: Names the field, the rule and the value.
@@ -189,8 +186,15 @@ def prepare(
     choose_attention(student, device)
     teacher = Teacher(student)
     codebook = embedded_codebook(target)
-    fresh = resume == "restart" or not checkpoints.steps()
-    if fresh and trunk is None:
+    # Decided by one process: another may look when the first has written there.
+    fresh = distributed.from_main(lambda: resume == "restart" or not checkpoints.steps())
+    images = fingerprint(source)
+    cuttings: list[dict[str, Any]] = []  # on the main process, which alone needs it
+    if fresh and trunk is not None:
+        distributed.from_main(
+            lambda: cuttings.append(cut(trunk, config, schedule, images=images, num_images=len(source)))
+        )
+    elif fresh:
         _begin(config, source, student, teacher, codebook)
     if config.run.activation_checkpointing:
         recompute_blocks(student)
@@ -207,9 +211,8 @@ def prepare(
             folder.clear()
         checkpoints.clear_temporary()
     if fresh and trunk is not None:
-        distributed.from_main(lambda: _branch_off(trunk, config, folder, device, num_images=len(source)))
+        distributed.from_main(lambda: _plant(trunk, cuttings[0], config, folder, device))
     distributed.barrier()
-    images = fingerprint(source)
     if saved := checkpoints.load_latest():
         if saved["images"] != images:
             raise InputError(
@@ -224,10 +227,10 @@ def prepare(
     return Run(config, folder, device, bf16, source, schedule, position, stages, state, checkpoints, images)
 
 
-def _branch_off(trunk: RunFolder, config: Config, folder: RunFolder, device: torch.device, *, num_images: int) -> None:
-    """Start as a branch; the config comes first, so that a folder that was left half made is branched off again."""
+def _plant(trunk: RunFolder, cutting: dict[str, Any], config: Config, folder: RunFolder, device: torch.device) -> None:
+    """Start as a branch; config first and checkpoint last, so that a folder left half made is branched off again."""
     folder.write_config(config, device)
-    branch_off(trunk, config, folder, num_images=num_images)
+    plant(trunk, cutting, config, folder)
 
 
 def _begin(
@@ -278,8 +281,8 @@ def _check_disk(path: Path, student: Student, kept: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f"out: {str(path)!r} needs about {needed / 1e9:.1f} GB for {kept} checkpoints (keep_last) and one "
-            f"being written, and {free / 1e9:.1f} GB are free"
+            f"out: {str(path)!r} needs about {needed / 1e9:.1f} GB for {kept} checkpoints (keep_last, and the one "
+            f"before a cool-down) and one being written, and {free / 1e9:.1f} GB are free"
         )
 
 
@@ -382,6 +385,12 @@ def _announce(run: Run) -> None:
         f"{run.method.num_hidden} hidden; {run.device.type}, {'bf16' if run.bf16 else 'float32'}, "
         f"{run.position.world_size} process(es), {run.position.num_micro_batches} micro-batch(es)"
     )
+    if schedule.ramp_steps > schedule.total_steps:
+        side = f" and images of {run.stage(schedule.total_steps - 1).grid} patches" if len(run.stages) > 1 else ""
+        warn(
+            f"this run ends before its schedules do (schedule_epochs {config.optimisation.schedule_epochs}): with a "
+            f"hard share of {run.hard_share(schedule.total_steps - 1):.2f}{side}"
+        )
     stale = untouched_share(schedule.ema, schedule.total_steps)
     if run.method.needs_teacher and stale > 0.05 and not config.model.init_from:
         warn(

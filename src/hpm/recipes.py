@@ -218,7 +218,7 @@ def hpm_third() -> Fields:
 
 
 def hpm_half_teacher() -> Fields:
-    """HPM whose teacher sees the image at half size."""
+    """HPM whose teacher sees the image at half size, where its predictor (learning on the masked view) never was."""
     return hpm() | {"teacher_reduction": 2}
 
 

@@ -1,7 +1,8 @@
 """What is reconstructed, and how wrong a reconstruction is.
 
 A target turns images into one vector per patch and owns the per-patch loss, because losses differ by target (squared
-error for pixels, cross-entropy for tokens). The loss predictor and the mining only ever see that per-patch loss.
+error for pixels, cross-entropy for tokens). The loss predictor and the mining see that per-patch loss, or
+:class:`PixelHardness`.
 
 Here: the protocol, and the targets that are made of the image or of the teacher alone. Features of a frozen timm model
 are in :mod:`hpm.frozen`, discrete tokens in :mod:`hpm.tokens`.

@@ -20,7 +20,7 @@ from hpm.display import Display, build_display, hatched
 from hpm.errors import InputError
 from hpm.feeding import whole_patches
 from hpm.masking import split_patches
-from hpm.method import Method, PatchHardness, Student, Teacher, rank_correlation
+from hpm.method import Method, Student, Teacher, rank_correlation
 from hpm.run_folder import LoadedRun
 from hpm.seeding import Stream, derive_seed
 from hpm.targets import PixelTarget
@@ -34,8 +34,9 @@ class Hardness(NamedTuple):
     """What is hard in some images."""
 
     true_loss: Float[Tensor, "b n"]
-    """The student's reconstruction loss of each patch, or what the run takes for its hardness, averaged over the masks
-    that hide it."""
+    """The student's reconstruction loss of each patch, averaged over the masks that hide it."""
+    hardness: Float[Tensor, "b n"]
+    """What the loss predictor learns, in the same way: the loss, where the run does not say otherwise."""
     predicted_loss: Float[Tensor, "b n"] | None
     """The teacher's scores on the full image; None without a loss predictor."""
     hidden: Bool[Tensor, "b n"]
@@ -47,10 +48,10 @@ class Hardness(NamedTuple):
 
     @property
     def rank_correlation(self) -> float:
-        """Mean Spearman correlation of predicted and true loss over all patches of an image that are data."""
+        """Mean Spearman correlation of predicted loss and hardness over all patches of an image that are data."""
         if self.predicted_loss is None:
             return float("nan")
-        return float(rank_correlation(self.predicted_loss, self.true_loss, self.whole).mean())
+        return float(rank_correlation(self.predicted_loss, self.hardness, self.whole).mean())
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def measure_hardness(
         answers = method.ask(teacher, images)
         order = torch.rand(len(images), student.positions.shape[1], generator=generator).argsort(1).to(images.device)
         target = method.target(images, answers.features)
-        true_loss = average_loss(student, method, images, target, order, hardness=method.hardness)
+        true_loss, hardness = average_loss(student, method, images, target, order)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
         hidden = method.mask_policy(
             answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share), valid=whole
@@ -93,7 +94,16 @@ def measure_hardness(
         prediction = student(images, hidden, num_hidden=method.num_hidden).prediction.float()
     student.train(was_training)
     filled = _fill_in(student, method, images, hidden, prediction)
-    return Hardness(true_loss, answers.scores, hidden, filled, whole)
+    return Hardness(true_loss, hardness, answers.scores, hidden, filled, whole)
+
+
+class AverageLoss(NamedTuple):
+    """Of every patch, over masks."""
+
+    loss: Float[Tensor, "b n"]
+    """The student's reconstruction loss."""
+    hardness: Float[Tensor, "b n"]
+    """What the loss predictor learns; the loss, where the run does not say otherwise."""
 
 
 def average_loss(
@@ -102,10 +112,9 @@ def average_loss(
     images: Float[Tensor, "b c h w"],
     target: Num[Tensor, "b n q"],
     order: Int[Tensor, "b n"],
-    *,
-    hardness: PatchHardness | None = None,
-) -> Float[Tensor, "b n"]:
-    """Mean loss of every patch over :data:`NUM_MASKS` masks that rotate, so that each is hidden equally often.
+) -> AverageLoss:
+    """Mean loss and hardness of every patch over :data:`NUM_MASKS` masks that rotate, so that each is hidden equally
+    often.
 
     Args:
         student: Reconstructs; in evaluation mode.
@@ -113,25 +122,20 @@ def average_loss(
         images: Normalised images.
         target: Of every patch.
         order: A permutation of the patches per image; it decides the masks.
-        hardness: What is measured of each patch; None: its reconstruction loss.
     """
     num_patches = student.positions.shape[1]
-    total = torch.zeros(len(images), num_patches, device=images.device)
-    count = torch.zeros_like(total)
+    total, hard, count = torch.zeros(3, len(images), num_patches, device=images.device)
     for number in range(NUM_MASKS):
         turned = (order + number * num_patches // NUM_MASKS) % num_patches
         hidden = turned < method.num_hidden
         _, index = split_patches(hidden, method.num_hidden)
-        output = student(images, hidden, num_hidden=method.num_hidden)
-        wanted = take(target, index)
-        measured = (
-            method.target.patch_loss(output.prediction, wanted)
-            if hardness is None
-            else hardness(output.prediction, wanted, images, index)
-        )
-        total.scatter_add_(1, index, measured)
+        prediction, wanted = student(images, hidden, num_hidden=method.num_hidden).prediction, take(target, index)
+        total.scatter_add_(1, index, method.target.patch_loss(prediction, wanted))
+        if method.hardness is not None:
+            hard.scatter_add_(1, index, method.hardness(prediction, wanted, images, index))
         count += hidden
-    return total / count.clamp(min=1)
+    loss = total / count.clamp(min=1)
+    return AverageLoss(loss, loss if method.hardness is None else hard / count.clamp(min=1))
 
 
 def _fill_in(
@@ -160,7 +164,7 @@ def draw_hardness(
     title: str,
     valid: Bool[Tensor, "b h w"] | None = None,
 ) -> Figure:
-    """One row per image: input, true loss, predicted loss, masked input, reconstruction (what there is of these).
+    """One row per image: input, loss (or hardness), predicted loss, masked input, reconstruction, if any.
 
     Pixels without data are hatched; so are patches that hold some, in the maps.
 
@@ -175,9 +179,10 @@ def draw_hardness(
     patch = (images.shape[2] // grid[0], images.shape[3] // grid[1])
     covered = hardness.hidden.reshape(-1, *grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
     shown = hatched(display(images), valid)
+    told = "loss" if hardness.hardness is hardness.true_loss else "hardness"
     pictures: dict[str, Any] = {
         "image": shown,
-        f"loss, {NUM_MASKS} masks": hardness.true_loss,
+        f"{told}, {NUM_MASKS} masks": hardness.hardness,
         "predicted loss": hardness.predicted_loss,
         "hidden": np.where(covered.cpu().numpy()[..., None], np.uint8(128), shown),
     }

@@ -198,7 +198,7 @@ def embed(
     places = grid_size(vit) if vit.dynamic_img_size else (vit.patch_embed.num_patches,)
     blank = vit._pos_embed(images.new_zeros(1, *places, vit.embed_dim))
     prefix, positions = blank.tensor_split([vit.num_prefix_tokens], dim=1)
-    positions = resample_positions(positions, grid_size(vit), grid)
+    positions = resample_positions(positions.detach(), grid_size(vit), grid)  # a fixed table
     if visible is None:
         patches = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
     else:
@@ -211,11 +211,10 @@ def embed(
 def project(convolution: nn.Conv2d, patches: Float[Tensor, "v k p"]) -> Float[Tensor, "v k d"]:
     """What a patch embedding's convolution makes of some patches.
 
-    Under autocast as a matrix product, the quickest. In float32 as the convolution of as many images of one patch,
-    which sums in the same order as that of whole images: results stay those of the published code to the last bits.
+    As a matrix product, the quickest; but in float32 on a CPU as the convolution of as many images of one patch, which
+    sums in the same order there as that of whole images: trajectories stay those of the published code.
     """
-    device = patches.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if patches.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.linear(patches, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
     height, width = convolution.weight.shape[2:]
     alone = patches.flatten(0, 1).unflatten(-1, (height, width, -1)).permute(0, 3, 1, 2)

@@ -80,7 +80,7 @@ def measure(folder: Path, images: Images, device: torch.device) -> dict[str, flo
     """The figures of one run: accuracies, rank correlation on full images, foreground AUROC where masks are known.
 
     Rank correlation is the mean over images of Spearman's between the teacher's scores of the full image and the
-    student's loss on each patch, averaged over ten random masks.
+    student's loss on each patch, averaged over ten random masks (or what the run takes for hardness).
     """
     loaded = LoadedRun(folder, device=device)
     config = loaded.config

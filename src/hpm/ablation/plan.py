@@ -52,6 +52,7 @@ class Rows(NamedTuple):
     """Of a training step per image."""
     reference: str
     """Whose compute and time the others are given."""
+    num_images: int
 
 
 def choose_rows(config: AblateConfig, fields: Mapping[str, Any]) -> Rows:
@@ -63,10 +64,10 @@ def choose_rows(config: AblateConfig, fields: Mapping[str, Any]) -> Rows:
     suite = chosen_suite(config)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
         raise InputError(f"seeds: must be different numbers from 0 on, at least one, got {config.seeds}")
-    configs, data = _configs(config, suite, fields)
+    configs, data, num_images = _configs(config, suite, fields)
     flops = {row: training_flops(base) for row, base in configs.items()}
     reference = suite.reference if suite.reference in flops else max(flops, key=lambda row: flops[row])
-    return Rows(configs, data, flops, reference)
+    return Rows(configs, data, flops, reference, num_images)
 
 
 def plan(config: AblateConfig, rows: Rows, step_seconds: Mapping[str, float] | None = None) -> list[Job]:
@@ -93,13 +94,14 @@ def plan(config: AblateConfig, rows: Rows, step_seconds: Mapping[str, float] | N
                     budgets.append((budget, equal))
             for budget, length in budgets:
                 chosen = with_fields(base, {"seed": seed, "epochs": length})
+                resolve_schedule(chosen.optimisation, rows.num_images)  # or a short one would fail after the others
                 folder = _folder(Path(config.out), row, chosen, rows.data)
                 jobs.append(Job(row, seed, budget, chosen, rows.flops[row], folder))
     return jobs
 
 
-def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> tuple[dict[str, Config], str]:
-    """The config of every row, and the fingerprint of the training images.
+def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> tuple[dict[str, Config], str, int]:
+    """The config of every row, the fingerprint of the training images, and their number.
 
     Raises:
         InputError: Names the field, the rule and the value.
@@ -128,7 +130,7 @@ def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> t
             warn(f"{row} is the same run as {twin} here; left out")
         else:
             different[row] = chosen
-    return different, fingerprint(source)
+    return different, fingerprint(source), len(source)
 
 
 def chosen_suite(config: AblateConfig) -> Suite:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,15 +48,17 @@ def pretrain(arguments: list[str]) -> None:
     first.add_argument("--recipe")
     first.add_argument("--config")
     first.add_argument("--branch-from", "--branch_from")
+    first.add_argument("--out", default="")
+    first.add_argument("--resume", default="auto")
     chosen, _ = first.parse_known_args(arguments)
-    given = {name: value for name, value in vars(chosen).items() if value}
+    trunk = None
+    given = {name: value for name in ("recipe", "config", "branch_from") if (value := getattr(chosen, name))}
     if len(given) > 1:
         raise InputError(f"{', '.join(given)}: give one, not both, got {', '.join(map(repr, given.values()))}")
     if chosen.branch_from:
-        from hpm.branching import open_trunk
-        from hpm.run_folder import RunFolder
+        from hpm.branching import beginning_of_branch
 
-        base = open_trunk(RunFolder(chosen.branch_from))
+        base, trunk = beginning_of_branch(chosen.branch_from, chosen.out, resume=chosen.resume)
     else:
         base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or "hpm")
     settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
@@ -70,9 +73,7 @@ def pretrain(arguments: list[str]) -> None:
 
     from hpm.pretrain import train
 
-    result = train(
-        validated(asdict(command.settings)), Path(command.out), resume=command.resume, branch_from=command.branch_from
-    )
+    result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume, trunk=trunk)
     report_run(command.out, result, as_json=command.json)
 
 
@@ -106,7 +107,8 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     )
     optimisation = load_config(folder.config_file).optimisation
     if optimisation.learning_rate_schedule == "constant":
-        print(f"more:  hpm pretrain --branch-from {out} --out {out}-longer --epochs {2 * optimisation.epochs}")
+        longer = shlex.join(["--branch-from", out, "--out", f"{out.rstrip('/')}-longer"])
+        print(f"more:  hpm pretrain {longer} --epochs {2 * optimisation.epochs}")
     if as_json:
         print_json(result)
 

@@ -72,7 +72,7 @@ def measure_difficulty(
         target = run.method.target(normalised, answers.features)
         error = average_loss(
             run.student, run.method, normalised, target, order.to(images.device).expand(len(images), -1)
-        )
+        ).loss
     patch = patch_size(run.student.encoder)
     variance = patch_variance(images / 255, patch)
     scores = None if answers.scores is None else answers.scores.float()
