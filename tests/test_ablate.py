@@ -89,6 +89,14 @@ def test_equal_time_goes_by_the_clock_and_equal_compute_by_flops(tmp_path):
     assert [(job.row, job.budget) for job in alone] == [("mae", "epochs"), ("hpm", "epochs")]
 
 
+def test_a_run_too_short_for_its_schedule_is_refused_before_the_first(tmp_path):
+    fields = FIELDS | {"epochs": 2, "learning_rate_schedule": "constant", "cooldown_epochs": 1.5}
+    call = setting(tmp_path, seeds=(0,), equal_compute=False)
+    assert len(planned(call, fields, {"mae": 0.01, "hpm": 0.01})) == 2
+    with pytest.raises(InputError, match="cooldown_epochs: must begin after the warm-up"):
+        planned(call, fields, {"mae": 0.02, "hpm": 0.01})  # one epoch of mae
+
+
 def test_ratios_of_steps_are_medians_within_rounds():
     """A round in which the machine was half as fast changes no ratio, nor does one that was spoilt for one row."""
     steady = seconds_of({"mae": [100.0, 50.0], "hpm": [25.0, 12.5]}, "mae")
