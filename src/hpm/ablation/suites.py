@@ -26,7 +26,7 @@ SUITES: dict[str, Suite] = {
     "speed": Suite(
         (
             "mae-norm-pix", "mae-third-norm-pix", "random+lpred-fast-norm-pix", "crossmae", "hpm-norm-pix",
-            "hpm-fast-norm-pix", "hpm-shared-norm-pix",
+            "hpm-fast-norm-pix", "hpm-fast-in-pixels", "hpm-shared-norm-pix",
         ),
         "hpm-norm-pix",
         "Does mining at MAE's price lose anything against HPM as published, what do MAE and CrossMAE make of its time, "

@@ -18,7 +18,7 @@ def benchmark_step(arguments: list[str]) -> None:
 
     from hpm.benchmark import step
 
-    next_command = "hpm pretrain --recipe hpm-fast-norm-pix --data IMAGES --out RUN"
+    next_command = "hpm pretrain --recipe hpm-fast-in-pixels --data IMAGES --out RUN"
     _report(step.run(config), config.out, next_command, as_json=as_json)
 
 

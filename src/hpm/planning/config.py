@@ -26,7 +26,7 @@ class PlanConfig:
     """How long the run may take: a number and s, m, h or d, e.g. 90m, 8h, 2d."""
     out: str = ""
     """Also write the proposal as a config, for hpm pretrain --config FILE.yaml."""
-    method: str = "hpm-fast-norm-pix"
+    method: str = "hpm-fast-in-pixels"
     """Recipe without a scale, METHOD[-TARGET], see hpm recipes."""
     processes: Positive | None = None
     """Training processes, one per GPU; none: as many as this machine has GPUs; 1 on a CPU."""
