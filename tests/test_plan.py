@@ -235,7 +235,7 @@ def test_the_command_and_the_file_are_the_proposal(photos, rates, tmp_path, monk
     found = propose(photos, method=method, out=str(out), **ONE, crop_scale=(0.5, 1.0), flip=False)
     seen = []
     loop = importlib.import_module("hpm.pretrain")
-    monkeypatch.setattr(loop, "train", lambda config, out, resume: seen.append(config) or {})
+    monkeypatch.setattr(loop, "train", lambda config, out, **_: seen.append(config) or {})
     monkeypatch.setattr(pretraining, "report_run", lambda *_, **__: None)
     for command in (found["command"], found["command_from_file"]):
         words = shlex.split(command)
