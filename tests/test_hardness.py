@@ -123,7 +123,7 @@ def test_figures_show_what_the_predictor_is_held_against():
 
 @pytest.mark.parametrize("fields", CHOICES)
 def test_a_run_mines_by_it(tmp_path, fields):
-    values = TINY | {"target": "norm_pix", "figures": True, "num_figure_images": 2} | fields
+    values = TINY | {"target": "norm_pix"} | fields
     pretrain(values.pop("data"), tmp_path / "run", **values)
     hardness = LoadedRun(tmp_path / "run").method.hardness
     chosen = fields.get("hardness_block", 1), fields.get("hardness_in_pixels", False)
