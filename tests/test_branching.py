@@ -16,7 +16,7 @@ from hpm.log import read_metrics
 from hpm.pretrain import pretrain
 from hpm.reporter import Reporter
 from hpm.run_schedule import branching_step, resolve_schedule
-from tiny import TINY, assert_same_state, final_state, flags
+from tiny import TINY, assert_same_state, final_state, flags, stop_after
 
 CONSTANT = TINY | {"learning_rate_schedule": "constant", "epochs": 4, "checkpoint_steps": 100, "keep_last": 1}
 """24 steps of 8 images, the last 5 of them with a falling learning rate."""
@@ -41,19 +41,6 @@ def trunk(tmp_path_factory):
 
 def steps(folder):
     return CheckpointFolder(folder / "checkpoints").steps()
-
-
-def stop_after(monkeypatch, step):
-    """Interrupt a run after a step, saved."""
-    after_step = Reporter.after_step
-
-    def stopping(self, meter):
-        after_step(self, meter)
-        if self.run.state.step == step:
-            self.run.save()
-            raise Interrupted("test")
-
-    monkeypatch.setattr(Reporter, "after_step", stopping)
 
 
 def test_the_checkpoint_before_the_cool_down_is_kept_for_good(trunk):

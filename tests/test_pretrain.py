@@ -26,7 +26,7 @@ from hpm.reporter import Reporter
 from hpm.run_schedule import resolve_schedule
 from hpm.schedules import ema_decay, learning_rate
 from hpm.targets import PixelTarget
-from tiny import TINY, assert_same_state, final_state, flags, in_child
+from tiny import TINY, assert_same_state, final_state, flags, in_child, stop_after
 
 
 def run(out, **changes):
@@ -89,19 +89,11 @@ def test_a_run_from_hard_to_easy(tmp_path, mask, unit):
     assert 0.25 <= shares[-1] < 0.4 < 0.6 < shares[0] <= 1
 
 
-@pytest.mark.parametrize("stop_after", [1, 5, 6, 11])
+@pytest.mark.parametrize("last", [1, 5, 6, 11])
 @pytest.mark.parametrize("unit", ["step", "epoch"])
-def test_a_stopped_run_ends_bit_identical(tmp_path, monkeypatch, stop_after, unit):
+def test_a_stopped_run_ends_bit_identical(tmp_path, monkeypatch, last, unit):
     run(tmp_path / "whole", hard_share_unit=unit, predictor_view="both")
-    after_step = Reporter.after_step
-
-    def stopping(self, meter):
-        after_step(self, meter)
-        if self.run.state.step == stop_after:
-            self.run.save()
-            raise Interrupted("test")
-
-    monkeypatch.setattr(Reporter, "after_step", stopping)
+    stop_after(monkeypatch, last)
     with pytest.raises(Interrupted):
         run(tmp_path / "stopped", hard_share_unit=unit, predictor_view="both")
     monkeypatch.undo()

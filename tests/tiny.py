@@ -47,6 +47,22 @@ def assert_same_state(a: dict, b: dict) -> None:
             assert torch.equal(value, b["optimizer"]["state"][number][name]), f"optimizer: {number}.{name}"
 
 
+def stop_after(monkeypatch, step: int) -> None:
+    """Interrupt a run after a step, saved."""
+    from hpm.errors import Interrupted
+    from hpm.reporter import Reporter
+
+    after_step = Reporter.after_step
+
+    def stopping(self, meter):
+        after_step(self, meter)
+        if self.run.state.step == step:
+            self.run.save()
+            raise Interrupted("test")
+
+    monkeypatch.setattr(Reporter, "after_step", stopping)
+
+
 def flags(values: dict) -> list[str]:
     """Fields as command-line flags."""
     words = []

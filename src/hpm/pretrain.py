@@ -389,7 +389,7 @@ def _announce(run: Run) -> None:
         side = f" and images of {run.stage(schedule.total_steps - 1).grid} patches" if len(run.stages) > 1 else ""
         warn(
             f"this run ends before its schedules do (schedule_epochs {config.optimisation.schedule_epochs}): with a "
-            f"hard share of {run.hard_share(schedule.total_steps - 1):.2f}{side}"
+            f"hard share of {run.hard_share(schedule.total_steps - 1):.2f}{side}; more epochs would reach their ends"
         )
     stale = untouched_share(schedule.ema, schedule.total_steps)
     if run.method.needs_teacher and stale > 0.05 and not config.model.init_from:

@@ -94,7 +94,7 @@ def branching_step(config: Config, schedule: Schedule) -> int | None:
 
 
 def _cooldown_steps(config: OptimisationConfig, total_steps: int, warmup_steps: int) -> int:
-    """Length of the cool-down, at least one step with a constant learning rate.
+    """Length of the cool-down: 0 with a cosine, at least one step with a constant learning rate.
 
     Raises:
         InputError: It would begin before the warm-up has ended.
