@@ -83,7 +83,7 @@ def _tiles(
         tiles.append((f"{losses[-1]:.3f}", "reconstruction loss", f"from {losses[0]:.3f}"))
     correlation = result.get("predictor_rank_correlation")
     if correlation is not None:
-        tiles.append((f"{correlation:+.2f}", "rank correlation", "of predicted and true hardness of patches; 0 = blind"))
+        tiles.append((f"{correlation:+.2f}", "rank correlation", "of predicted and true hardness; 0 = blind"))
     if foreground := evaluations.get("foreground"):
         found, plain = foreground["predicted_loss"], foreground["patch_variance"]
         if found:
