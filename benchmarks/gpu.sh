@@ -163,7 +163,7 @@ stage small 100 "${bench[@]}" step --encoder "$small_model" --batch-size "$batch
 stage means 120 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants mae "${means[@]}" \
     --out "$FOUND/step_means.json"
 
-stage evidence "${EVIDENCE_SECONDS:-400}" "$PYTHON" -m hpm ablate --suite speed --rows mae-norm-pix random+lpred-fast-norm-pix hpm-fast-norm-pix \
+stage evidence "${EVIDENCE_SECONDS:-400}" "$PYTHON" -m hpm ablate --suite speed --rows mae-norm-pix random+lpred-fast-norm-pix hpm-fast-in-pixels \
     --data "$train" --val "$val" --equal-time --no-equal-compute "${evidence[@]}" --out "$SCRATCH/evidence"
 
 # Matrix products by the fastest of many kernels: does the exact step come nearer to the peak?

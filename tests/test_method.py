@@ -333,6 +333,50 @@ def test_mining_needs_a_teacher():
         tiny_method(hide_hard).step(tiny_student(), None, some_images(), some_noise(), num_hard=0)
 
 
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+@pytest.mark.parametrize(
+    ("residual_precision", "bf16", "expected"),
+    [("auto", True, torch.bfloat16), ("float32", True, torch.float32), ("auto", False, torch.float32)],
+)
+def test_what_blocks_add_to(residual_precision, bf16, expected, decoder):
+    """Every block of student and teacher, those of the attention guide included, and what it hands to the next."""
+    fields = {"predictor_view": "both", "mask": "attention", "residual_precision": residual_precision}
+    config = with_fields(Config(), TINY | fields | {"decoder": decoder})
+    student = build_student(config)
+    teacher, seen = Teacher(student), []
+    models = (student, teacher.model)
+    parts = [part for model in models for part in (model.encoder, model.reconstructor, model.predictor)]
+    for block in (block for part in parts for block in part.blocks):
+        block.register_forward_hook(lambda _, tokens, out: seen.extend([tokens[0].dtype, out.dtype]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        method = build_method(config, student)
+        losses = method.step(student, teacher, torch.randn(3, 3, 32, 32), torch.rand(3, 16), num_hard=2)
+    losses.total.backward()
+    assert set(seen) == {expected}
+    assert len(seen) >= 2 * (len(student.encoder.blocks) * 2 + len(student.predictor.blocks) * 3)
+
+
+def test_a_bf16_residual_rounds_and_no_more():
+    """Losses and gradients of float32, as near as autocast alone comes, give or take."""
+    config = with_fields(Config(), TINY | {"encoder_depth": 6, "predictor_view": "both"})
+    images, noise = torch.randn(8, 3, 32, 32), torch.rand(8, 16)
+
+    def step(residual_precision, *, bf16):
+        student = build_student(with_fields(config, {"residual_precision": residual_precision}))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = build_method(config, student).step(student, Teacher(student), images, noise, num_hard=2)
+        losses.total.backward()
+        return losses, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+    exact, exact_gradient = step("float32", bf16=False)
+    for residual_precision in ("float32", "auto"):
+        losses, gradient = step(residual_precision, bf16=True)
+        assert losses.reconstruction.item() == pytest.approx(exact.reconstruction.item(), rel=1e-3)
+        assert losses.prediction.item() == pytest.approx(exact.prediction.item(), rel=1e-2)
+        error = ((gradient - exact_gradient).norm() / exact_gradient.norm()).item()
+        assert 0 < error < 0.02
+
+
 def test_step_never_waits_for_the_device():
     """Reading a value (``.item()``, ``nonzero``, a branch on a tensor) is an error on fake tensors."""
     student = tiny_student("both")

@@ -159,6 +159,11 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def is_bf16(precision: str, device: torch.device) -> bool:
+    """Does a run with this ``precision`` (auto, bf16, float32) compute under bf16 autocast there?"""
+    return precision == "bf16" or (precision == "auto" and has_bf16(device))
+
+
 def has_bf16(device: torch.device) -> bool:
     """Does the hardware compute in bf16, rather than emulate it?"""
     if device.type == "cuda":

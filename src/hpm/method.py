@@ -47,6 +47,7 @@ from hpm.vit import (
     resample_positions,
     sincos_positions,
     take,
+    to_residual,
 )
 
 PredictorView = Literal["masked", "full", "both"]
@@ -122,6 +123,7 @@ class Student(nn.Module):
         predictor_view: Where the loss predictor learns.
         predictor_detached: Let the loss predictor learn from the decoder input without shaping it.
         reduction: Losses are predicted from the full image made this many times smaller per side.
+        residual: Under autocast, what blocks add to (:func:`hpm.vit.to_residual`); None: as autocast leaves it.
     """
 
     def __init__(
@@ -137,12 +139,14 @@ class Student(nn.Module):
         predictor_view: PredictorView = "masked",
         predictor_detached: bool = False,
         reduction: int = 1,
+        residual: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.predictor_view = predictor_view
         self.predictor_detached = predictor_detached
         self.reduction = reduction
+        self.residual = residual
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.positions = nn.Buffer(sincos_positions(grid_size(encoder), decoder_dim).unsqueeze(0))
@@ -187,7 +191,8 @@ class Student(nn.Module):
         decoded = masked if decoded is None else decoded
         predict = predict and self.predictor is not None
         grid = grid_of(self.encoder, images)
-        context, queries = self.decoder_input(encode(self.encoder, images, visible), visible, decoded, grid)
+        features = encode(self.encoder, images, visible, residual=self.residual)
+        context, queries = self.decoder_input(features, visible, decoded, grid)
         scores = full_scores = None
         if predict and self.predictor_view != "full":
             scores = self._predict(context, queries)
@@ -210,6 +215,7 @@ class Student(nn.Module):
         prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
         context = torch.cat([prefix, patches + take(positions.expand(len(visible), -1, -1), visible)], dim=1)
         queries = self.mask_token + take(positions.expand(len(decoded), -1, -1), decoded)
+        context = to_residual(context, self.residual)
         return context, queries.to(context.dtype)
 
     def positions_on(self, grid: tuple[int, int]) -> Float[Tensor, "1 n c"]:
@@ -249,12 +255,14 @@ class Student(nn.Module):
             raise ValueError("this student was built without a loss predictor (predictor_depth=0)")
         if self.predictor_detached:
             context, queries = context.detach(), queries.detach()
+        context, queries = (to_residual(tokens, self.residual) for tokens in (context, queries))
         scores: Tensor = self.predictor(context, queries).float().mean(dim=-1)
         return scores
 
     def encode_full(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
         """Tokens of the full image, at the size at which losses are predicted."""
-        return encode(self.encoder, images if self.reduction == 1 else F.avg_pool2d(images, self.reduction))
+        smaller = images if self.reduction == 1 else F.avg_pool2d(images, self.reduction)
+        return encode(self.encoder, smaller, residual=self.residual)
 
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """Predicted loss of every patch of the full image, higher = harder."""
@@ -291,7 +299,7 @@ class Teacher(nn.Module):
         self, images: Float[Tensor, "b c h w"]
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b n"]]:
         """Tokens of the full image, and the attention of its class token to every patch in the last block."""
-        return encode_with_attention(self.model.encoder, images)
+        return encode_with_attention(self.model.encoder, images, residual=self.model.residual)
 
     @torch.no_grad()
     def update(self, student: Student, decay: float) -> None:

@@ -223,7 +223,7 @@ def prepare(
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
     elif distributed.is_main():
         folder.write_config(config, device)
-    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))
+    bf16 = distributed.is_bf16(config.run.precision, device)
     return Run(config, folder, device, bf16, source, schedule, position, stages, state, checkpoints, images)
 
 

@@ -155,7 +155,11 @@ def per_view(values: Shaped[Tensor, "b ..."], num_views: int) -> Shaped[Tensor, 
 
 
 def encode(
-    vit: VisionTransformer, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "v k"] | None = None
+    vit: VisionTransformer,
+    images: Float[Tensor, "b c h w"],
+    visible: Int[Tensor, "v k"] | None = None,
+    *,
+    residual: torch.dtype | None = None,
 ) -> Float[Tensor, "v t d"]:
     """Run a stock timm ViT on the visible patches only (``forward_features`` with a choice of patches).
 
@@ -164,12 +168,24 @@ def encode(
         images: Normalised images, of the encoder's size or any other that the patch size divides.
         visible: Indices of the visible patches in image order, for one or more views of every image; ``None`` means
             one view of all.
+        residual: As :func:`to_residual`.
 
     Returns:
         Normalised tokens: the prefix tokens (class, registers), then the visible patches.
     """
-    encoded: Tensor = vit.norm(run_blocks(vit, vit.norm_pre(embed(vit, images, visible))))
+    tokens = to_residual(vit.norm_pre(embed(vit, images, visible)), residual)
+    encoded: Tensor = vit.norm(run_blocks(vit, tokens))
     return encoded
+
+
+def to_residual(tokens: Float[Tensor, "b t d"], dtype: torch.dtype | None) -> Float[Tensor, "b t d"]:
+    """Tokens as blocks add to them: in ``dtype`` under autocast, else as they are.
+
+    Autocast alone leaves what blocks add to in float32 (positions are), and only what is multiplied is rounded.
+    """
+    device = tokens.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return tokens if dtype is None or not autocast else tokens.to(dtype)
 
 
 def run_blocks(model: VisionTransformer | Decoder, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
@@ -254,7 +270,7 @@ def has_class_attention(vit: VisionTransformer) -> bool:
 
 
 def encode_with_attention(
-    vit: VisionTransformer, images: Float[Tensor, "b c h w"]
+    vit: VisionTransformer, images: Float[Tensor, "b c h w"], *, residual: torch.dtype | None = None
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b n"]]:
     """:func:`encode` of the full image and :func:`class_attention` from one pass; the tokens are the very same.
 
@@ -263,6 +279,7 @@ def encode_with_attention(
     Args:
         vit: An encoder for which :func:`has_class_attention` is true.
         images: Normalised images.
+        residual: As :func:`to_residual`.
 
     Raises:
         ValueError: The encoder has no class token, or its last block is of another kind.
@@ -270,7 +287,7 @@ def encode_with_attention(
     if not has_class_attention(vit):
         raise ValueError(f"no class attention in this encoder: it needs a class token and a plain last block, "
                          f"got a {type(vit.blocks[-1]).__name__}")  # fmt: skip
-    tokens = vit.norm_pre(embed(vit, images))
+    tokens = to_residual(vit.norm_pre(embed(vit, images)), residual)
     *blocks, last = vit.blocks
     for block in blocks:
         tokens = block(tokens)

@@ -43,7 +43,7 @@ class TimedStep(NamedTuple):
         views = run.micro_batch_size or config.optimisation.batch_size // distributed.world_size()
         return cls(
             with_fields(config, {"batch_size": views}),
-            run.precision == "bf16" or (run.precision == "auto" and distributed.has_bf16(device)),
+            distributed.is_bf16(run.precision, device),
             run.compile == "on" or (run.compile == "auto" and device.type == "cuda"),
         )
 
@@ -111,7 +111,7 @@ def known_by(steps: Mapping[str, TimedStep]) -> list[Any]:
         [
             row, asdict(step.config.model), asdict(step.config.method), step.config.data.size,
             step.config.data.channels, step.config.optimisation.batch_size, step.config.run.activation_checkpointing,
-            step.bf16, step.compiled,
+            step.config.run.residual_precision, step.bf16, step.compiled,
         ]
         for row, step in steps.items()
     ]  # fmt: skip

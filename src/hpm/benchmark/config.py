@@ -17,6 +17,7 @@ VARIANTS: dict[str, str] = {
     "mae-third": "MAE that decodes a third of the hidden patches",
     "crossmae": "MAE with cross-attention decoders, a third decoded",
     "fast": "recipe hpm-fast",
+    "fast-in-pixels": "recipe hpm-fast-in-pixels",
     "random+lpred-fast": "recipe random+lpred-fast: fast without teacher and mining",
     "shared": "recipe hpm-shared",
     "cross": "recipe hpm-cross",
@@ -27,14 +28,15 @@ VARIANTS: dict[str, str] = {
     "exact+4-masks": "exact with one pass of the teacher for four masks",
     "exact+4-steps": "exact with batches kept for four steps",
     "exact+progressive": "exact on images that grow from half the side, mean over the run",
+    "exact+float32-residual": "exact, blocks add to float32 and not to bf16",
 }
 """What can be measured, in the order of the table."""
 
 VariantName = Literal[
-    "reference", "mae", "exact", "random+lpred", "mae-third", "crossmae", "fast",
+    "reference", "mae", "exact", "random+lpred", "mae-third", "crossmae", "fast", "fast-in-pixels",
     "random+lpred-fast", "shared", "cross",
     "exact+third", "exact+cross", "exact+shallow", "exact+half-teacher", "exact+4-masks", "exact+4-steps",
-    "exact+progressive",
+    "exact+progressive", "exact+float32-residual",
 ]  # fmt: skip
 
 

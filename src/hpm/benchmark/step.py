@@ -50,6 +50,7 @@ RECIPES = {
     "mae-third": "mae-third-norm-pix",
     "crossmae": "crossmae",
     "fast": "hpm-fast-norm-pix",
+    "fast-in-pixels": "hpm-fast-in-pixels",
     "random+lpred-fast": "random+lpred-fast-norm-pix",
     "shared": "hpm-shared-norm-pix",
     "cross": "hpm-cross-norm-pix",
@@ -64,6 +65,7 @@ MEANS: dict[str, dict[str, Any]] = {
     "exact+4-masks": {"masks_per_image": 4},
     "exact+4-steps": {"steps_per_batch": 4},
     "exact+progressive": {"progressive_start": 0.5},
+    "exact+float32-residual": {"residual_precision": "float32"},
 }
 """Fields that a variant sets beside its recipe."""
 
@@ -196,7 +198,7 @@ def run(config: StepConfig) -> dict[str, Any]:
         source = open_source(config.data, image_size=first.data.size, field="data")
         if len(source) < batch_size:
             raise InputError(f"data: needs at least batch_size ({batch_size}) images, got {len(source)}")
-    bf16, compiled = is_bf16(config, device), is_compiled(config, device)
+    bf16, compiled = distributed.is_bf16(config.precision, device), is_compiled(config, device)
     steppers: dict[str, Callable[[], Stepper]] = {
         name: partial(ReferenceStep, chosen, device=device)
         if name == "reference"
@@ -237,11 +239,6 @@ def variant_config(name: str, config: BenchmarkConfig, batch_size: int) -> Confi
     if base.model.predictor_depth == Config().model.predictor_depth:  # not chosen by the variant itself
         fields["predictor_depth"] = config.decoder_depth
     return with_fields(base, fields)
-
-
-def is_bf16(config: BenchmarkConfig, device: torch.device) -> bool:
-    """Is it bf16?"""
-    return config.precision == "bf16" or (config.precision == "auto" and distributed.has_bf16(device))
 
 
 def is_compiled(config: BenchmarkConfig, device: torch.device) -> bool:

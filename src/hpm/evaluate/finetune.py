@@ -227,7 +227,7 @@ def fine_tune(
                 text = yaml.safe_dump({"finetune": settings, "about": about}, sort_keys=False, default_flow_style=None)
                 write_text_atomically(folder.config_file, text)
         distributed.barrier()
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and distributed.has_bf16(device))
+        bf16 = distributed.is_bf16(config.precision, device)
         checkpoints = CheckpointFolder(folder.checkpoints, keep_last=2, holds="model")
         finetuning = Finetuning.start(
             recipe, contender, images,

@@ -118,7 +118,7 @@ def make_candidate(size: Size, base: Config, given: Mapping[str, Any], num_image
     """A run with an encoder, with micro-batches, recomputation and shards as memory asks for."""
     config = with_size(size, base, given, num_images, machine)
     share = config.optimisation.batch_size // machine.processes
-    bf16 = is_bf16(config, machine.device)
+    bf16 = distributed.is_bf16(config.run.precision, machine.device)
     ways = [(sharding, again) for sharding in ("none", "full") for again in (False, True)]
     ways = [
         (sharding, again) for sharding, again in ways
@@ -157,8 +157,3 @@ def with_costs(size: Size, config: Config, memory: float, *, fits: bool) -> Cand
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_student(config).parameters())
     return Candidate(size, config, parameters, round(memory), fits, training_flops(config))
-
-
-def is_bf16(config: Config, device: torch.device) -> bool:
-    """Is it bf16?"""
-    return config.run.precision == "bf16" or (config.run.precision == "auto" and distributed.has_bf16(device))

@@ -1,0 +1,223 @@
+"""The steps of a run on a GPU that is not there: tensors without content that only say which device they lie on.
+
+What differs from a CPU shows without one: which operations autocast runs in which precision there, tensors left on the
+host, values that the host would have to wait for. Kernels, compilation and backward passes it does not show:
+``benchmarks/cuda_agreement.py`` does, on a GPU.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpm.build import (
+    build_method,
+    build_normalise,
+    build_optimizer,
+    build_stages,
+    build_student,
+    build_target,
+    choose_attention,
+    embedded_codebook,
+)
+from hpm.config import Config, with_fields
+from hpm.data.loading import Batch
+from hpm.evaluate.features import pool
+from hpm.feeding import Feed
+from hpm.method import Teacher
+from hpm.mining import MiningGate
+from hpm.recipes import METHODS
+from hpm.vit import class_attention, encode, patch_size
+from tiny import TINY
+
+CUDA = torch.device("cuda", 0)
+PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+
+
+class Transfers(TorchDispatchMode):
+    """Notes whatever copies between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [value for value in (*args, out) if isinstance(value, torch.Tensor)]
+        if "copy" in str(function) and len({tensor.device for tensor in tensors}) > 1:
+            self.seen.append(str(function))
+        return out
+
+
+class Pretended:
+    """A place where tensors lie on a GPU that is not there."""
+
+    def __init__(self):
+        self.mode = FakeTensorMode()
+
+    def move(self, module: nn.Module) -> None:
+        frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        state = {name: (tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()}
+        module.to("meta")
+        with self.mode:
+            there = {name: torch.empty(shape, dtype=dtype, device=CUDA) for name, (shape, dtype) in state.items()}
+            module.load_state_dict(there, assign=True)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+
+    def images(self, count: int = 4) -> torch.Tensor:
+        with self.mode:
+            return torch.empty(count, 3, 32, 32, device=CUDA)
+
+    def noise(self, count: int = 4) -> torch.Tensor:
+        with self.mode:
+            return torch.empty(count, 16, device=CUDA)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    return Pretended()
+
+
+def built(config, pretended):
+    """Student, teacher and method of a run, there."""
+    target = build_target(config)
+    if codebook := embedded_codebook(target):
+        codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
+    student = build_student(config, target_dim=target.dim)
+    choose_attention(student, CUDA)
+    teacher = Teacher(student)
+    for module in (student, teacher, target):
+        if isinstance(module, nn.Module):
+            pretended.move(module)
+    return student, teacher, build_method(config, student, target)
+
+
+def on_cuda(config):
+    return with_fields(config, {"precision": "auto", "device": "cuda"})
+
+
+def check_step(config, pretended, *, bf16):
+    student, teacher, method = built(config, pretended)
+    images, noise = pretended.images(), pretended.noise(4 * config.method.masks_per_image)
+    with pretended.mode, Transfers() as transfers, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        assert torch.is_autocast_enabled("cuda") == bf16
+        losses = method.step(student, teacher if method.needs_teacher else None, images, noise, num_hard=2)
+    assert transfers.seen == []
+    assert {(loss.device, loss.dtype, loss.shape) for loss in losses} == {(CUDA, torch.float32, ())}
+    return student, teacher
+
+
+@pytest.mark.parametrize("name", METHODS)
+@PRECISIONS
+def test_a_step_of_every_method(name, bf16, pretended):
+    if name == "beit-tokens":
+        pytest.skip("its target is fitted to images: test_a_step_on_every_target")
+    fields = METHODS[name]() | {key: TINY[key] for key in TINY if key.endswith(("_depth", "_width", "_heads"))}
+    config = on_cuda(with_fields(Config(), TINY | fields))
+    check_step(config, pretended, bf16=bf16)
+
+
+@pytest.mark.parametrize("target", ["pixels", "norm_pix", "hog", "ema_features", "tokens"])
+@PRECISIONS
+def test_a_step_on_every_target(target, bf16, pretended):
+    fields = {"target": target, "predictor_view": "both"}
+    check_step(on_cuda(with_fields(Config(), TINY | fields)), pretended, bf16=bf16)
+
+
+@pytest.mark.parametrize(("residual_precision", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_what_blocks_add_to(residual_precision, expected, pretended):
+    """Norms give float32 there under autocast, and bf16 on a CPU: neither may leak into what is added to."""
+    config = on_cuda(with_fields(Config(), TINY | {"predictor_view": "both", "residual_precision": residual_precision}))
+    student, teacher, method = built(config, pretended)
+    seen = set()
+    for part in (m for model in (student, teacher.model) for m in (model.encoder, model.reconstructor, model.predictor)):
+        for block in part.blocks:
+            block.register_forward_hook(lambda _, tokens, out: seen.update([tokens[0].dtype, out.dtype]))
+    images, noise = pretended.images(), pretended.noise()
+    with pretended.mode, torch.autocast("cuda", torch.bfloat16):
+        method.step(student, teacher, images, noise, num_hard=2)
+    assert seen == {expected}
+
+
+@PRECISIONS
+def test_what_is_fed_and_when_mining_opens(bf16, pretended):
+    """Progressive resolution, pixels without data, a batch that is kept, and a gate: nothing goes to the host."""
+    fields = {"progressive_start": 0.5, "steps_per_batch": 2, "predictor_view": "both"}
+    config = on_cuda(with_fields(Config(), TINY | fields))
+    student, teacher, _ = built(config, pretended)
+    normalise = build_normalise(config)
+    pretended.move(normalise)
+    with pretended.mode:
+        pixels = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device=CUDA)
+        valid = torch.empty(4, 32, 32, dtype=torch.bool, device=CUDA)
+        gate = MiningGate(0.3, CUDA)
+    grids = set()
+    for stage in build_stages(config, student, build_target(config)):
+        feed = Feed(
+            lambda stage, images: stage.method.ask(teacher, images), normalise,
+            patch=patch_size(student.encoder), steps_per_batch=2, num_micro_batches=1,
+        )  # fmt: skip
+        with pretended.mode:
+            noise = torch.empty(4, stage.grid[0] * stage.grid[1], device=CUDA)
+        for step in (0, 1):
+            with pretended.mode, Transfers() as transfers, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                (meal,) = feed.meals(step, stage, lambda: Batch(pixels, [], valid))
+                losses = stage.method.step(
+                    student, teacher, meal.images, noise, num_hard=2, answers=meal.answers, valid=meal.valid
+                )
+            assert transfers.seen == []
+            assert losses.total.device == CUDA
+        with pretended.mode:
+            gate.update(losses.rank_correlation)
+            assert gate.admit(2).device == CUDA
+        grids.add(stage.grid)
+    assert len(grids) > 1
+
+
+def test_clipping_optimizer_and_average(pretended):
+    config = on_cuda(with_fields(Config(), TINY))
+    student, teacher, _ = built(config, pretended)
+    optimizer = build_optimizer(config.optimisation, student)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    with pretended.mode, Transfers() as transfers:
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        norm = nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        teacher.update(student, 0.99)
+    assert transfers.seen == []
+    assert norm.device == CUDA
+    assert {value.device for state in optimizer.state.values() for value in state.values()} == {CUDA}
+
+
+@PRECISIONS
+@pytest.mark.parametrize("pooling", ["mean", "class"])
+def test_features_and_attention(pooling, bf16, pretended):
+    vit = build_student(with_fields(Config(), TINY)).encoder
+    pretended.move(vit)
+    images = pretended.images()
+    with pretended.mode, torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        features = pool(encode(vit, images), vit, pooling)
+        attention = class_attention(vit, images)
+    assert (features.device, features.shape, attention.shape) == (CUDA, (4, 32), (4, 16))
+
+
+def test_a_tensor_left_on_the_host_is_found(pretended):
+    """What the tests here are for: a table that does not move with the model, a value that is read."""
+    config = on_cuda(with_fields(Config(), TINY))
+    student, teacher, method = built(config, pretended)
+    images, noise = pretended.images(), pretended.noise()
+    stray = copy.copy(student)
+    with pretended.mode:
+        stray.positions = nn.Buffer(torch.empty(1, 16, 32))
+    with pytest.raises(RuntimeError, match="device"), pretended.mode:
+        method.step(stray, teacher, images, noise, num_hard=2)
+    with pretended.mode, Transfers() as transfers:
+        images.to("cpu")
+    assert transfers.seen
