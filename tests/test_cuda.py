@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpm.build import (
+    blocks,
     build_method,
     build_normalise,
     build_optimizer,
@@ -90,7 +91,7 @@ def built(config, pretended):
     if codebook := embedded_codebook(target):
         codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
     student = build_student(config, target_dim=target.dim)
-    choose_attention(student, CUDA)
+    choose_attention(student, CUDA, bf16=True)
     teacher = Teacher(student)
     for module in (student, teacher, target):
         if isinstance(module, nn.Module):
@@ -136,9 +137,8 @@ def test_what_blocks_add_to(residual_precision, expected, pretended):
     config = on_cuda(with_fields(Config(), TINY | {"predictor_view": "both", "residual_precision": residual_precision}))
     student, teacher, method = built(config, pretended)
     seen = set()
-    for part in (m for model in (student, teacher.model) for m in (model.encoder, model.reconstructor, model.predictor)):
-        for block in part.blocks:
-            block.register_forward_hook(lambda _, tokens, out: seen.update([tokens[0].dtype, out.dtype]))
+    for block in (*blocks(student), *blocks(teacher.model)):
+        block.register_forward_hook(lambda _, tokens, out: seen.update([tokens[0].dtype, out.dtype]))
     images, noise = pretended.images(), pretended.noise()
     with pretended.mode, torch.autocast("cuda", torch.bfloat16):
         method.step(student, teacher, images, noise, num_hard=2)

@@ -76,7 +76,7 @@ def load_parquet(path):
 def one_by_one(run, data):
     """Tokens of every readable image, each alone."""
     loaded, source = LoadedRun(run), open_source(str(data))
-    choose_attention(loaded.student, loaded.device)
+    choose_attention(loaded.student, loaded.device, bf16=False)
     tokens = {}
     for index in range(len(source)):
         if index not in (4, 17):

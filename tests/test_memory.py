@@ -81,4 +81,4 @@ def test_bytes_that_a_block_keeps_per_token_and_channel(residual_precision, widt
     recomputed = step_memory(with_fields(config, {"activation_checkpointing": True}))
     inputs = width * (12 * 50 * 768 + 16 * 197 * 512)
     assert inputs < recomputed.activations_per_view < 2 * inputs
-    assert recomputed.recomputed_per_view == pytest.approx(of_a_block * 197 * 512, rel=0.05), "the largest is a decoder's"
+    assert recomputed.recomputed_per_view == pytest.approx(of_a_block * 197 * 512, rel=0.05)  # a decoder's

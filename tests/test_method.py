@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpm.build import build_method, build_student
+from hpm.build import blocks, build_method, build_student
 from hpm.config import Config, with_fields
 from hpm.errors import InputError
 from hpm.masking import MASKS, hide_hard, hide_random, hide_top, split_patches
@@ -344,9 +344,7 @@ def test_what_blocks_add_to(residual_precision, bf16, expected, decoder):
     config = with_fields(Config(), TINY | fields | {"decoder": decoder})
     student = build_student(config)
     teacher, seen = Teacher(student), []
-    models = (student, teacher.model)
-    parts = [part for model in models for part in (model.encoder, model.reconstructor, model.predictor)]
-    for block in (block for part in parts for block in part.blocks):
+    for block in (*blocks(student), *blocks(teacher.model)):
         block.register_forward_hook(lambda _, tokens, out: seen.extend([tokens[0].dtype, out.dtype]))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         method = build_method(config, student)

@@ -310,14 +310,19 @@ def build_optimizer(config: OptimisationConfig, student: Student) -> torch.optim
     return torch.optim.AdamW(groups, lr=config.base_learning_rate, betas=config.betas, fused=True)
 
 
-def choose_attention(model: nn.Module, device: torch.device) -> None:
-    """Fused attention except on CPUs, where PyTorch's fused backward pass is several times slower on short sequences.
+def choose_attention(model: nn.Module, device: torch.device, *, bf16: bool) -> None:
+    """Fused attention except for bf16 on CPUs, where PyTorch's fused backward pass is several times slower.
 
     Measured in ``docs/log.md``; the numbers agree to rounding.
+
+    Args:
+        model: Changed in place.
+        device: Where it runs.
+        bf16: Under autocast.
     """
     for module in model.modules():
         if isinstance(module, Attention | CrossAttention):
-            module.fused_attn = device.type != "cpu"
+            module.fused_attn = device.type != "cpu" or not bf16
 
 
 def compile_blocks(*models: nn.Module, backend: str = "inductor") -> None:

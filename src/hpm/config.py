@@ -227,7 +227,7 @@ class RunConfig:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Autocast precision; auto: bf16 where the hardware has it."""
     residual_precision: Literal["auto", "float32"] = "auto"
-    """What transformer blocks add to; auto: bf16 under autocast, which moves half of the bytes; float32: rounded less."""
+    """What transformer blocks add to; auto: bf16 under autocast, half of the bytes to move; float32: rounded less."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer blocks; auto: on CUDA (on a CPU it gains a twentieth and costs a minute)."""
     sharding: Literal["none", "full"] = "none"

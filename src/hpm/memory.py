@@ -130,7 +130,7 @@ def _kept(
 ) -> _Kept:
     """Two passes of different size tell what is kept per view from what is kept once."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    choose_attention(student, device)
+    choose_attention(student, device, bf16=bf16)
     for model in (student, teacher):
         _pretend(model, mode)
     masks = config.method.masks_per_image

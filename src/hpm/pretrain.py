@@ -183,7 +183,8 @@ def prepare(
         student.to(device)
     if isinstance(target, nn.Module):
         target.to(device)
-    choose_attention(student, device)
+    bf16 = distributed.is_bf16(config.run.precision, device)
+    choose_attention(student, device, bf16=bf16)
     teacher = Teacher(student)
     codebook = embedded_codebook(target)
     # Decided by one process: another may look when the first has written there.
@@ -223,7 +224,6 @@ def prepare(
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
     elif distributed.is_main():
         folder.write_config(config, device)
-    bf16 = distributed.is_bf16(config.run.precision, device)
     return Run(config, folder, device, bf16, source, schedule, position, stages, state, checkpoints, images)
 
 

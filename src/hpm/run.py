@@ -73,7 +73,7 @@ class State:
         student.load_state_dict(tensors, assign=True)
         teacher.model.load_state_dict(gathered(self.teacher.model.state_dict()), assign=True)
         for model in (student, teacher):
-            choose_attention(model, device)
+            choose_attention(model, device, bf16=distributed.is_bf16(config.run.precision, device))
         return student, teacher
 
 

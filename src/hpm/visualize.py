@@ -264,7 +264,7 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     )  # fmt: skip
     pixels, valid = spread_images(source, count, config.data.size)
     shown = loaded.normalise(pixels)
-    choose_attention(loaded.student, loaded.device)
+    choose_attention(loaded.student, loaded.device, bf16=False)
     hardness = measure_hardness(
         loaded.student, loaded.teacher, loaded.method, shown, share=config.method.largest_hard_share,
         generator=torch.Generator().manual_seed(derive_seed(config.optimisation.seed, Stream.FIGURES)), valid=valid,

@@ -85,9 +85,9 @@ def measure(folder: Path, images: Images, device: torch.device) -> dict[str, flo
     loaded = LoadedRun(folder, device=device)
     config = loaded.config
     figures: dict[str, float] = {}
-    choose_attention(loaded.student, device)
-    choose_attention(loaded.teacher, device)
     bf16 = config.run.precision != "float32" and distributed.has_bf16(device)
+    choose_attention(loaded.student, device, bf16=bf16)
+    choose_attention(loaded.teacher, device, bf16=bf16)
     if images.val is not None:
         figures |= _accuracies(loaded.student.encoder, config, images.data, images.val, device, bf16)._asdict()
     if loaded.student.predictor is not None and distributed.is_main():
@@ -137,6 +137,6 @@ def measure_untrained(config: Config, images: Images, device: torch.device) -> A
     """Accuracies of the encoder at its random start."""
     assert images.val is not None, "accuracies need images to classify"
     encoder = untrained_encoder(config, device)
-    choose_attention(encoder, device)
     bf16 = config.run.precision != "float32" and distributed.has_bf16(device)
+    choose_attention(encoder, device, bf16=bf16)
     return _accuracies(encoder, config, images.data, images.val, device, bf16)

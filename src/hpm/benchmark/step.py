@@ -93,7 +93,7 @@ class OurStep:
         self.student = build_student(config, target_dim=target.dim).to(device)
         self.stages = build_stages(config, self.student, target)
         self.method = self.stages[-1].method
-        choose_attention(self.student, device)
+        choose_attention(self.student, device, bf16=bf16)
         self.teacher = Teacher(self.student)
         if config.run.activation_checkpointing:
             recompute_blocks(self.student)

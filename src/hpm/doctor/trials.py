@@ -155,7 +155,7 @@ def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Ste
     student = build_student(config)
     images, noise = torch.randn(8, 3, 32, 32).to(device), torch.rand(8, 16).to(device)
     method = build_method(config, student.to(device))
-    choose_attention(student, device)
+    choose_attention(student, device, bf16=bf16)
     teacher = Teacher(student)
     if compiled:
         compile_blocks(student, teacher)

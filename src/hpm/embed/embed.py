@@ -109,7 +109,7 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
         config.data, decoder=build_decoder(data), image_size=data.size, downloads=build_downloads(loaded.config)
     )
     for model in (loaded.student, loaded.teacher):
-        choose_attention(model, device)
+        choose_attention(model, device, bf16=config.precision == "bf16")
     bytes_per_image = _bytes_per_image(loaded, config)
     batches_per_part = max(1, min(PART_IMAGES, PART_BYTES // bytes_per_image) // config.batch_size)
     job = Job(loaded, source, config, batches_per_part * config.batch_size)

@@ -21,6 +21,7 @@ from torch import Tensor
 from hpm.build import build_student, choose_attention, input_config, timm_arguments
 from hpm.config import Config
 from hpm.data.loading import Normalise
+from hpm.distributed import has_bf16
 from hpm.errors import InputError
 from hpm.evaluate.accuracy import Interval, top_k_accuracy, wilson_interval
 from hpm.evaluate.config import Pooling
@@ -110,7 +111,7 @@ def _teacher(contender: Contender, loaded: LoadedRun) -> Teacher:
     if teacher is None or teacher.model.predictor is None:
         whose = "this run" if contender.kind == "run" else contender.name
         raise InputError(f"pooling: 'hardness' needs a loss predictor, and {whose} has none")
-    choose_attention(teacher, loaded.device)
+    choose_attention(teacher, loaded.device, bf16=has_bf16(loaded.device))
     return teacher
 
 
@@ -135,7 +136,7 @@ def _contender(
             f"against: {name!r} takes {channels} channel(s), and its description has the mean of {len(mean)}"
         )
     height, width = encoder.patch_embed.img_size or wanted["input_size"][1:]
-    choose_attention(encoder, device)
+    choose_attention(encoder, device, bf16=has_bf16(device))
     normalise = Normalise(mean, std).to(device)
     return Contender(name, kind, encoder.to(device), normalise, (int(height), int(width)), arguments)
 

@@ -137,7 +137,7 @@ class Finetuning:
             drop_path=recipe.drop_path,
             seed=recipe.seed,
         ).to(device)
-        choose_attention(model, device)
+        choose_attention(model, device, bf16=bf16)
         groups = layer_groups(model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=recipe.betas, fused=True)
         ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay is not None else None

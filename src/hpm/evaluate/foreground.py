@@ -361,8 +361,8 @@ def _asker(
             return partial(_attention_alone, contender)
         other = LoadedRun(contender.name, device=device)
         student, teacher, method = other.student, other.teacher, other.method
-    choose_attention(student, device)
-    choose_attention(teacher, device)
+    choose_attention(student, device, bf16=bf16)
+    choose_attention(teacher, device, bf16=bf16)
     return partial(measure_patches, student, teacher, method, contender.normalise, generator=generator, bf16=bf16)
 
 

@@ -82,7 +82,7 @@ class DenseEncoder(nn.Module):
         self.trained = trained
         self.bf16 = bf16
         self._taken = sorted({depth - 1 for depth in depths})
-        choose_attention(self.vit, next(self.vit.parameters()).device)
+        choose_attention(self.vit, next(self.vit.parameters()).device, bf16=bf16)
         self.train(False)
 
     def train(self, mode: bool = True) -> DenseEncoder:
