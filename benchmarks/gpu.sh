@@ -2,7 +2,8 @@
 # Everything worth knowing from one GPU in one call of less than ten minutes: does it compute what the CPU computes, how
 # fast is a step (ViT-B, L, S; peers; every means of the fast mode alone), does a real run train. The most wanted comes
 # first: a stage gets what is left of TOTAL_SECONDS, and is cut or left out where that is too little.
-# Calls for what takes longer: STAGES="evidence", "autotune" (matrix products by the fastest of many kernels), "plan".
+# Calls for what takes longer: STAGES="evidence", "progressive", "autotune" (matrix products by the fastest of many
+# kernels), "plain-reductions" (without the compiler's kernels that reduce rows and columns at once), "plan".
 # Results are summary.json and results.tar.gz in OUT (JSON, CSV, figures; written anew after every stage, so that a call
 # that is cut short brings home what it had).
 #
@@ -11,13 +12,13 @@
 #   OUT               results                                   (runs/gpu)
 #   RUN               run folder of the pre-training            (runs/gpu-pretrain; started over)
 #   DATA              folder with train-*.tar.gz, val-*.tar.gz  (the first of shared/data/nature, ../shared/data/nature)
-#   PRETRAIN_EPOCHS   length of the pre-training                (30)
-#   PRETRAIN_SECONDS  and its limit; stopped there, it is saved (90)
+#   PRETRAIN_EPOCHS   length of the pre-training                (20)
+#   PRETRAIN_SECONDS  and its limit; stopped there, it is saved (110)
 #   EVIDENCE_EPOCHS   length of a run of the evidence           (20)
 #   EVIDENCE_SECONDS  and the limit of all of them              (400; seeds are the outer loop, so a cut loses seeds)
 #   TOTAL_SECONDS     limit of the whole call                   (570)
 #   PYTHON            interpreter                               (python3)
-#   STAGES            which stages, always in this order        ("agreement base pretrain large peers small means")
+#   STAGES            which stages, always in this order        ("agreement base residual pretrain large peers small means")
 #   DEVICE_SMALL=1    everything tiny, to try the script on a CPU
 #
 # A stage that fails does not stop the next. Exit code 0: every stage succeeded; 1: one failed, see OUT/summary.json.
@@ -28,9 +29,9 @@ OUT=${OUT:-runs/gpu}
 RUN=${RUN:-runs/gpu-pretrain}
 PYTHON=${PYTHON:-python3}
 SMALL=${DEVICE_SMALL:-0}
-STAGES=${STAGES:-agreement base pretrain large peers small means}
+STAGES=${STAGES:-agreement base residual pretrain large peers small means}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
-GRACE=30  # to stop well
+GRACE=45  # to stop well: a step of a benchmark that compiles may take so long
 mkdir -p "$OUT" || exit 1
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 SCRATCH=$(mktemp -d)
@@ -41,7 +42,10 @@ mkdir -p "$FOUND"
 # --- Dependencies and the package's version ------------------------------------------------------------------------
 
 if compgen -G "wheels/*.whl" >/dev/null; then
-    timeout 60 "$PYTHON" -m pip install -q --no-index --no-deps wheels/*.whl || echo "gpu.sh: installing wheels/ failed" >&2
+    # Beside what is installed, which may belong to somebody else; before it, should a version differ.
+    timeout 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SCRATCH/site" wheels/*.whl ||
+        echo "gpu.sh: installing wheels/ failed" >&2
+    export PYTHONPATH="$PYTHONPATH:$SCRATCH/site"
 fi
 
 knows_version() { "$PYTHON" -c 'from importlib.metadata import version; version("hpm")' 2>/dev/null; }
@@ -57,6 +61,9 @@ if ! knows_version; then
         export PYTHONPATH="$PYTHONPATH:$SCRATCH"
     fi
 fi
+
+# Better now than in every stage.
+"$PYTHON" -c "import hpm.cli, hpm.pretrain, hpm.benchmark.step, hpm.ablation.ablate" || exit 1
 
 # --- Stages --------------------------------------------------------------------------------------------------------
 
@@ -116,9 +123,8 @@ small_model=vit_small_patch16_224
 base_model=vit_base_patch16_224
 large_model=vit_large_patch16_224
 batch=256
-large_batch=128
-means=(exact exact+third exact+cross exact+shallow exact+half-teacher exact+4-masks exact+4-steps exact+progressive)
-pretrain=(--epochs "${PRETRAIN_EPOCHS:-30}" --batch-size 512 --base-learning-rate 1e-3 --checkpoint-steps 440)
+means=(exact exact+third exact+cross exact+shallow exact+half-teacher exact+4-masks exact+4-steps)
+pretrain=(--epochs "${PRETRAIN_EPOCHS:-20}" --batch-size 512 --base-learning-rate 1e-3 --checkpoint-steps 440)
 evidence=(--scale 64px --epochs "${EVIDENCE_EPOCHS:-20}" --batch-size 512 --base-learning-rate 5e-4 --seeds 0 1)
 budget=1h
 data=${DATA:-}
@@ -133,7 +139,6 @@ if [ "$SMALL" = 1 ]; then
     base_model=vit_tiny_patch16_224
     large_model=vit_tiny_patch16_224
     batch=4
-    large_batch=4
     pretrain=(--epochs 1 --batch-size 16 --encoder-depth 1 --knn-images 40 --num-figure-images 2)
     train=shapes:160
     val=shapes:40@1
@@ -144,15 +149,17 @@ elif [ -z "$data" ]; then
 fi
 
 bench=("$PYTHON" -m hpm benchmark)
-stage agreement 90 "$PYTHON" benchmarks/cuda_agreement.py --out "$FOUND/agreement.json"
-stage base 150 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants reference mae exact fast --profile \
+stage agreement 150 "$PYTHON" benchmarks/cuda_agreement.py --out "$FOUND/agreement.json"
+stage base 200 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants reference mae exact fast --profile \
     --out "$FOUND/step_base.json"
-if stage pretrain "${PRETRAIN_SECONDS:-90}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
+stage residual 80 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants exact exact+bf16-residual \
+    --out "$FOUND/step_residual.json"
+if stage pretrain "${PRETRAIN_SECONDS:-110}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
     --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then
     tail -n 1 "$SCRATCH/pretrain.txt" >"$FOUND/pretrain.json"
 fi
 cat "$SCRATCH/pretrain.txt"
-stage large 130 "${bench[@]}" step --encoder "$large_model" --batch-size "$large_batch" "${step[@]}" --variants exact mae fast \
+stage large 130 "${bench[@]}" step --encoder "$large_model" --batch-size "$batch" "${step[@]}" --variants exact mae fast \
     --out "$FOUND/step_large.json"
 if "$PYTHON" -c "import transformers" 2>/dev/null || "$PYTHON" -c "import lightly" 2>/dev/null; then
     stage peers 60 "${bench[@]}" peers --encoder "$base_model" --batch-size "$batch" "${step[@]}" --out "$FOUND/peers.json"
@@ -166,6 +173,12 @@ stage means 120 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch"
 stage evidence "${EVIDENCE_SECONDS:-400}" "$PYTHON" -m hpm ablate --suite speed --rows mae-norm-pix random+lpred-fast-norm-pix hpm-fast-in-pixels \
     --data "$train" --val "$val" --equal-time --no-equal-compute "${evidence[@]}" --out "$SCRATCH/evidence"
 
+# Twelve graphs for its four sizes: a call of its own.
+stage progressive 200 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants mae exact exact+progressive \
+    --out "$FOUND/step_progressive.json"
+# Do the compiler's newest reductions help or hurt? (They are on by default since torch 2.10.)
+TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 stage plain-reductions 150 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" \
+    --variants exact --out "$FOUND/step_plain_reductions.json"
 # Matrix products by the fastest of many kernels: does the exact step come nearer to the peak?
 TORCHINDUCTOR_MAX_AUTOTUNE_GEMM=1 stage autotune 300 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" \
     --compile on --variants exact --out "$FOUND/step_base_autotune.json"

@@ -207,6 +207,55 @@ def test_other_errors_are_not_taken_for_want_of_memory():
         measured({"a": broken})
 
 
+@pytest.mark.parametrize("when", ["built", "prepared", "timed"])
+def test_what_fails_beside_others_costs_only_itself(when, capsys):
+    """A compiler that stumbles over one of them, or its step, at whatever time."""
+    steps = []
+
+    def failing():
+        steps.append(1)
+        if len(steps) > (0 if when == "prepared" else timing.WARMUP_STEPS):
+            raise ValueError("no such kernel\nand much more")
+
+    def build():
+        if when == "built":
+            failing()
+        return Sleeping(failing)
+
+    if when == "built":
+        steps.extend([1] * timing.WARMUP_STEPS)
+    found = measured({"a": Sleeping, "b": build, "c": Sleeping})
+    assert found["images_per_second"].keys() == {"a", "c"}
+    assert found["left_out"] == {"b": "it failed: ValueError: no such kernel"}
+    assert found["failed"] == ["b"]
+    assert "in failing" in capsys.readouterr().err, "where it failed"
+
+
+def test_a_profiler_that_fails_costs_only_the_profile(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no counters")
+
+    monkeypatch.setattr(timing, "profile", broken)
+    found = measured({"a": Sleeping})
+    assert found["images_per_second"].keys() == {"a"}
+    assert found["profile"] == {}
+    assert "no profile of a: RuntimeError: no counters" in capsys.readouterr().err
+
+
+def test_a_command_that_measured_less_than_was_asked_for_fails(monkeypatch, capsys, tmp_path):
+    def broken(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(step, "OurStep", broken)
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    out = tmp_path / "step.json"
+    with pytest.raises(SystemExit, match="exact failed, see above"):
+        main(["benchmark", "step", *sizes, "--variants", "reference", "exact", "--batch-size", "2", "--seconds", "0.1",
+              "--rounds", "1", "--out", str(out)])  # fmt: skip
+    assert "reference " in capsys.readouterr().out
+    assert json.loads(out.read_text())["failed"] == ["exact"]
+
+
 def test_a_signal_between_two_steps_of_preparing_leaves_that_one_out():
     found = measured({"a": Sleeping, "b": lambda: Sleeping(interrupt), "c": Sleeping})
     assert found["left_out"] == {"b": "SIGTERM came first", "c": "SIGTERM came first"}

@@ -10,8 +10,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hpm.build import (
     blocks,
@@ -39,7 +40,8 @@ PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf1
 
 
 class Transfers(TorchDispatchMode):
-    """Notes whatever copies between devices."""
+    """Notes whatever takes tensors of two devices, or makes one there out of one here: single numbers of the host,
+    which go along with a kernel's arguments, apart."""
 
     def __init__(self):
         super().__init__()
@@ -47,8 +49,9 @@ class Transfers(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        tensors = [value for value in (*args, out) if isinstance(value, torch.Tensor)]
-        if "copy" in str(function) and len({tensor.device for tensor in tensors}) > 1:
+        leaves = tree_leaves((args, kwargs, out))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and (leaf.ndim or leaf.device == CUDA)]
+        if len({tensor.device for tensor in tensors}) > 1:
             self.seen.append(str(function))
         return out
 
@@ -131,7 +134,7 @@ def test_a_step_on_every_target(target, bf16, pretended):
     check_step(on_cuda(with_fields(Config(), TINY | fields)), pretended, bf16=bf16)
 
 
-@pytest.mark.parametrize(("residual_precision", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize(("residual_precision", "expected"), [("bf16", torch.bfloat16), ("float32", torch.float32)])
 def test_what_blocks_add_to(residual_precision, expected, pretended):
     """Norms give float32 there under autocast, and bf16 on a CPU: neither may leak into what is added to."""
     config = on_cuda(with_fields(Config(), TINY | {"predictor_view": "both", "residual_precision": residual_precision}))
@@ -169,13 +172,12 @@ def test_what_is_fed_and_when_mining_opens(bf16, pretended):
             with pretended.mode, Transfers() as transfers, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
                 (meal,) = feed.meals(step, stage, lambda: Batch(pixels, [], valid))
                 losses = stage.method.step(
-                    student, teacher, meal.images, noise, num_hard=2, answers=meal.answers, valid=meal.valid
-                )
+                    student, teacher, meal.images, noise, num_hard=gate.admit(2), answers=meal.answers,
+                    valid=meal.valid,
+                )  # fmt: skip
+                gate.update(losses.rank_correlation)
             assert transfers.seen == []
-            assert losses.total.device == CUDA
-        with pretended.mode:
-            gate.update(losses.rank_correlation)
-            assert gate.admit(2).device == CUDA
+            assert losses.total.device == gate.correlation.device == CUDA
         grids.add(stage.grid)
     assert len(grids) > 1
 
@@ -218,6 +220,14 @@ def test_a_tensor_left_on_the_host_is_found(pretended):
         stray.positions = nn.Buffer(torch.empty(1, 16, 32))
     with pytest.raises(RuntimeError, match="device"), pretended.mode:
         method.step(stray, teacher, images, noise, num_hard=2)
-    with pretended.mode, Transfers() as transfers:
-        images.to("cpu")
-    assert transfers.seen
+    with pretended.mode:
+        index, numbers = torch.empty(2, dtype=torch.long), torch.empty(4, 3, 32, 32)
+    for move in (
+        lambda: images.to("cpu"), lambda: images[index], lambda: torch._foreach_copy_([images], [numbers]),
+        lambda: numbers.to(CUDA),
+    ):  # fmt: skip
+        with pretended.mode, Transfers() as transfers:
+            move()
+        assert transfers.seen
+    with pytest.raises(DataDependentOutputException), pretended.mode:
+        noise.sum().item()

@@ -1,5 +1,6 @@
 """The script for a GPU machine keeps to its time and brings home what it has; what it runs is tested elsewhere."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,7 +8,32 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+import torch
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+
+
+def agreement():
+    found = importlib.util.spec_from_file_location("cuda_agreement", SCRIPT.parent / "cuda_agreement.py")
+    module = importlib.util.module_from_spec(found)
+    sys.modules["cuda_agreement"] = module  # dataclasses look there
+    found.loader.exec_module(module)
+    return module
+
+
+@torch._dynamo.register_backend
+def wrong_by_a_tenth(graph, _):
+    return lambda *tensors: [1.1 * out for out in graph(*tensors)]
+
+
+@pytest.mark.parametrize(("backend", "wrong"), [("eager", False), ("wrong_by_a_tenth", True)])
+def test_a_compiler_that_is_wrong_is_found(backend, wrong):
+    script = agreement()
+    deviations = script.compiled_block(torch.device("cpu"), batch=2, tokens=9, width=32, heads=2, backend=backend)
+    assert {"output", "tokens", "norm1.bias", "mlp.fc2.weight"} < deviations.keys()
+    assert (max(deviations.values()) > script.TOLERANCES["compiled_block"]) == wrong
+    assert not (wrong and min(deviations.values()) == 0), "every gradient is compared"
 
 
 def call(out, **settings):

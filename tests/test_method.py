@@ -336,7 +336,7 @@ def test_mining_needs_a_teacher():
 @pytest.mark.parametrize("decoder", ["self", "cross"])
 @pytest.mark.parametrize(
     ("residual_precision", "bf16", "expected"),
-    [("auto", True, torch.bfloat16), ("float32", True, torch.float32), ("auto", False, torch.float32)],
+    [("bf16", True, torch.bfloat16), ("float32", True, torch.float32), ("bf16", False, torch.float32)],
 )
 def test_what_blocks_add_to(residual_precision, bf16, expected, decoder):
     """Every block of student and teacher, those of the attention guide included, and what it hands to the next."""
@@ -367,7 +367,7 @@ def test_a_bf16_residual_rounds_and_no_more():
         return losses, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
     exact, exact_gradient = step("float32", bf16=False)
-    for residual_precision in ("float32", "auto"):
+    for residual_precision in ("float32", "bf16"):
         losses, gradient = step(residual_precision, bf16=True)
         assert losses.reconstruction.item() == pytest.approx(exact.reconstruction.item(), rel=1e-3)
         assert losses.prediction.item() == pytest.approx(exact.prediction.item(), rel=1e-2)

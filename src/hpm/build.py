@@ -151,7 +151,7 @@ def build_student(config: Config, *, target_dim: int | None = None) -> Student:
             predictor_view=config.method.predictor_view,
             predictor_detached=config.method.predictor_detached,
             reduction=reduction,
-            residual=torch.bfloat16 if config.run.residual_precision == "auto" else None,
+            residual=torch.bfloat16 if config.run.residual_precision == "bf16" else None,
         )
 
 

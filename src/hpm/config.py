@@ -226,8 +226,9 @@ class RunConfig:
     """Device; auto: CUDA, then MPS, then CPU."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Autocast precision; auto: bf16 where the hardware has it."""
-    residual_precision: Literal["auto", "float32"] = "auto"
-    """What transformer blocks add to; auto: bf16 under autocast, half of the bytes to move; float32: rounded less."""
+    residual_precision: Literal["float32", "bf16"] = "float32"
+    """What transformer blocks add to under bf16 autocast; bf16: fewer bytes to move and to keep, gradients are rounded
+    twice as coarsely (of plain blocks only: LayerScale adds in float32)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer blocks; auto: on CUDA (on a CPU it gains a twentieth and costs a minute)."""
     sharding: Literal["none", "full"] = "none"

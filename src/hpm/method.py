@@ -123,7 +123,8 @@ class Student(nn.Module):
         predictor_view: Where the loss predictor learns.
         predictor_detached: Let the loss predictor learn from the decoder input without shaping it.
         reduction: Losses are predicted from the full image made this many times smaller per side.
-        residual: Under autocast, what blocks add to (:func:`hpm.vit.to_residual`); None: as autocast leaves it.
+        residual: Under autocast, what blocks add to (:func:`hpm.vit.to_residual`); None: float32, as
+            autocast leaves it.
     """
 
     def __init__(

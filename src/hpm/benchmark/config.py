@@ -28,7 +28,7 @@ VARIANTS: dict[str, str] = {
     "exact+4-masks": "exact with one pass of the teacher for four masks",
     "exact+4-steps": "exact with batches kept for four steps",
     "exact+progressive": "exact on images that grow from half the side, mean over the run",
-    "exact+float32-residual": "exact, blocks add to float32 and not to bf16",
+    "exact+bf16-residual": "exact, blocks add to bf16 and not to float32",
 }
 """What can be measured, in the order of the table."""
 
@@ -36,7 +36,7 @@ VariantName = Literal[
     "reference", "mae", "exact", "random+lpred", "mae-third", "crossmae", "fast", "fast-in-pixels",
     "random+lpred-fast", "shared", "cross",
     "exact+third", "exact+cross", "exact+shallow", "exact+half-teacher", "exact+4-masks", "exact+4-steps",
-    "exact+progressive", "exact+float32-residual",
+    "exact+progressive", "exact+bf16-residual",
 ]  # fmt: skip
 
 

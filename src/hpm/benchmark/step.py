@@ -65,7 +65,7 @@ MEANS: dict[str, dict[str, Any]] = {
     "exact+4-masks": {"masks_per_image": 4},
     "exact+4-steps": {"steps_per_batch": 4},
     "exact+progressive": {"progressive_start": 0.5},
-    "exact+float32-residual": {"residual_precision": "float32"},
+    "exact+bf16-residual": {"residual_precision": "bf16"},
 }
 """Fields that a variant sets beside its recipe."""
 

@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -31,6 +32,11 @@ from hpm.run_folder import versions
 from hpm.stopping import StopSignal
 
 WARMUP_STEPS = 3
+SECONDS_AFTER_A_STOP = 1.0
+"""That each has its turn for, once a signal has come."""
+PEAK_PRODUCTS = 10
+"""Matrix products timed together on CUDA: one takes little longer than the host's wait for it."""
+PEAK_WARMUP_SECONDS = 0.5
 PROFILED = 20
 """Operations in a profile."""
 OUT_OF_MEMORY = r"out of memory|ALLOC_FAILED|can't allocate memory"
@@ -78,12 +84,15 @@ def measure(
 
     Raises:
         InputError: Nothing fits into memory.
+        Exception: Whatever it was, if nothing can be measured for another reason. One that fails beside others that do
+            not is left out, with the reason: measured is measured.
     """
     images = torch.randint(
         0, 256, (batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device
     )
     ready: dict[str, Prepared] = {}
     left_out: dict[str, str] = {}
+    failed: dict[str, Exception] = {}
     counts: dict[str, int] = {}
     with StopSignal() as stop:
         peak_flops = {precision: matmul_peak(device, dtype) for precision, dtype in _dtypes(device).items()}
@@ -93,31 +102,37 @@ def measure(
                 ready[name] = _prepare(build, images, device, enough=lambda: bool(stop.name and ready))
             except _Enough:
                 left_out[name] = f"{stop.name} came first"
-            except RuntimeError as error:
-                left_out[name] = _for_memory(error)
+            except InputError:
+                raise
+            except Exception as error:
+                left_out[name] = _why(name, error, failed)
             if name in left_out:  # not above, where the exception still holds what did not fit
                 release_memory(device)
         turns = {name: Turn(prepared.stepper, images, device, source) for name, prepared in ready.items()}
         for name in list(turns):  # what was alone when it was prepared may not fit beside the others
             try:
-                cycle = turns[name].stepper.cycle
-                counts[name] = cycle if stop.name else steps_of_a_turn(turns[name], config.seconds / config.rounds)
-            except RuntimeError as error:
-                left_out[name] = _for_memory(error)
+                seconds = config.seconds / config.rounds
+                seconds = min(seconds, SECONDS_AFTER_A_STOP) if stop.name else seconds
+                counts[name] = steps_of_a_turn(turns[name], seconds)
+            except Exception as error:
+                left_out[name] = _why(name, error, failed)
             if name in left_out:
                 del turns[name], ready[name]
                 release_memory(device)
+        if not ready and failed:
+            raise next(iter(failed.values()))
         if not ready:
             raise InputError(f"batch_size: must fit into the device's memory, got {batch_size}, which nothing does")
         for name, why in left_out.items():
             warn(f"{name} is left out: {why}")
         rates = take_turns(turns, counts, batch_size=batch_size, rounds=config.rounds, stop=stop)
         means = {name: statistics.fmean(values) for name, values in rates.items()}
-        profiles = {
-            name: profile(prepared.stepper, images, device)
-            for name, prepared in ready.items()
-            if config.profile and not stop.name
-        }
+        profiles = {}
+        for name, prepared in ready.items() if config.profile and not stop.name else ():
+            try:
+                profiles[name] = profile(prepared.stepper, images, device)
+            except Exception as error:  # a profiler that fails is no reason to lose what was timed
+                warn(f"no profile of {name}: {_in_a_line(error)}")
     return {
         "device": device_name(device),
         "images_per_second": means,
@@ -130,6 +145,7 @@ def measure(
         "share_of_matmul_peak": {name: ready[name].flops * means[name] / peak_flops["bf16"] for name in rates},
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "left_out": left_out,
+        "failed": list(failed),
         "stopped_by": stop.name,
         **({"profile": profiles} if config.profile else {}),
     }
@@ -181,11 +197,18 @@ def _prepare(
     return Prepared(stepper, flops, peak_memory, time.perf_counter() - start)
 
 
-def _for_memory(error: RuntimeError) -> str:
-    """Why it is left out, if it was for want of memory; everything else is raised again."""
-    if not isinstance(error, torch.OutOfMemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
-        raise error
-    return "it does not fit into memory beside the others (a smaller --batch-size, or fewer at once)"
+def _why(name: str, error: Exception, failed: dict[str, Exception]) -> str:
+    """Why something is left out; what is not for want of memory is told whole, and noted in ``failed``."""
+    if isinstance(error, torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, str(error)):
+        return "it does not fit into memory beside the others (a smaller --batch-size, or fewer at once)"
+    traceback.print_exception(error)
+    failed[name] = error.with_traceback(None)  # or its frames would hold the model
+    return f"it failed: {_in_a_line(error)}"
+
+
+def _in_a_line(error: Exception) -> str:
+    """Type of an error and how its message begins."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def warm_up(stepper: Stepper, images: torch.Tensor, device: torch.device, *, steps: int = WARMUP_STEPS) -> None:
@@ -312,17 +335,27 @@ def _dtypes(device: torch.device) -> dict[str, torch.dtype]:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of large square matrix products, the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
+    """Floating-point operations per second of large square matrix products, the best of ten times.
+
+    Warm first: a GPU that was idle takes a while to reach its clock.
+    """
+    size, products = (8192, PEAK_PRODUCTS) if device.type == "cuda" else (2048, 1)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(13):
+
+    def seconds() -> float:
         synchronise(device)
         start = time.perf_counter()
-        a @ b
+        for _ in range(products):
+            a @ b
         synchronise(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[3:])
+        return (time.perf_counter() - start) / products
+
+    warm_until = time.perf_counter() + (PEAK_WARMUP_SECONDS if device.type == "cuda" else 0)
+    for _ in range(3):
+        seconds()
+    while time.perf_counter() < warm_until:
+        seconds()
+    return 2 * size**3 / min(seconds() for _ in range(10))
 
 
 def _spread(values: list[float]) -> float | None:

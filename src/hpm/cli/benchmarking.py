@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def _report(result: dict[str, Any], out: str, next_command: str, *, as_json: boo
     print(f"next:  {next_command}")
     if as_json:
         print_json(result)
+    if result["failed"]:
+        sys.exit(f"error: {', '.join(result['failed'])} failed, see above; the figures are of the others")
     rounds = len(next(iter(result["images_per_second_rounds"].values())))
     if result["stopped_by"] and (rounds < result["settings"]["rounds"] or result["left_out"]):
         raise Interrupted(
