@@ -1,6 +1,7 @@
 """What makes a step slow without changing a number: compilations during a run, and the host waiting for the device."""
 
 import importlib
+import time
 import traceback
 from functools import partial
 from itertools import pairwise
@@ -11,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpm.build import compile_blocks
+from hpm.log import read_metrics
 from hpm.meter import Meter
 from hpm.pretrain import pretrain
 from tiny import TINY, assert_same_state, final_state, tiny_student
@@ -80,6 +82,23 @@ def test_compiled_blocks_give_the_same_run(tmp_path, graphs):
     pretrain("shapes:48", tmp_path / "compiled", compile="on", **FIELDS)
     assert graphs[-1]
     assert_same_state(final_state(tmp_path / "eager"), final_state(tmp_path / "compiled"))
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_the_step_that_compiles_is_no_training_time(tmp_path, monkeypatch, graphs, capsys, compile):
+    compiling = 3.0
+    end_step = Meter.end_step
+
+    def slow_at_first(self, step, *arguments):
+        time.sleep(compiling if step == 0 else 0)
+        end_step(self, step, *arguments)
+
+    monkeypatch.setattr(Meter, "end_step", slow_at_first)
+    result = pretrain("shapes:48", tmp_path / "run", compile=compile, **FIELDS | {"knn": False, "figures": False})
+    first = next(record for record in read_metrics(tmp_path / "run") if "images_per_second" in record)
+    in_the_first_record = first["step"] * FIELDS["batch_size"] / first["images_per_second"]
+    assert (result["seconds"] > compiling) == (in_the_first_record > compiling) == (compile == "off")
+    assert ("the first step, which compiles, took" in capsys.readouterr().err) == (compile == "on")
 
 
 WAITS = {

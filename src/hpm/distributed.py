@@ -164,6 +164,11 @@ def is_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and has_bf16(device))
 
 
+def is_compiled(compile: str, device: torch.device) -> bool:
+    """Does a run with this ``compile`` (auto, on, off) compile its blocks there?"""
+    return compile == "on" or (compile == "auto" and device.type == "cuda")
+
+
 def has_bf16(device: torch.device) -> bool:
     """Does the hardware compute in bf16, rather than emulate it?"""
     if device.type == "cuda":

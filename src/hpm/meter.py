@@ -32,7 +32,12 @@ class Meter:
         """Begin a new interval: after a record, and after other work that must not count as training time."""
         self._sums = torch.zeros(4, device=self._device)
         self._norms = torch.zeros((), device=self._device)
-        self._count, self._steps = 0, 0
+        self._count, self._steps, self._untimed = 0, 0, 0
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def leave_out_time(self) -> None:
+        """Of the interval up to here: its steps count in the averages, but not in the speed."""
+        self._untimed = self._steps
         self._waited, self._since = 0.0, time.perf_counter()
 
     def next_batch(self, batches: Iterator[Batch]) -> tuple[Batch, list[Damage]]:
@@ -77,7 +82,7 @@ class Meter:
             "prediction_loss": prediction,
             "predictor_rank_correlation": correlation,
             "gradient_norm": norm,
-            "images_per_second": self._steps * batch_size / elapsed if elapsed else math.nan,
+            "images_per_second": (self._steps - self._untimed) * batch_size / elapsed if elapsed else math.nan,
             "data_wait": self._waited / elapsed if elapsed else 0.0,
         }
         self.restart()

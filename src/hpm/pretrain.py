@@ -199,7 +199,7 @@ def prepare(
         _begin(config, source, student, teacher, codebook)
     if config.run.activation_checkpointing:
         recompute_blocks(student)
-    if config.run.compile == "on" or (config.run.compile == "auto" and device.type == "cuda"):
+    if compiled := distributed.is_compiled(config.run.compile, device):
         compile_blocks(student, teacher)
     if sharded:
         shard(student, teacher, device)
@@ -224,7 +224,7 @@ def prepare(
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
     elif distributed.is_main():
         folder.write_config(config, device)
-    return Run(config, folder, device, bf16, source, schedule, position, stages, state, checkpoints, images)
+    return Run(config, folder, device, bf16, compiled, source, schedule, position, stages, state, checkpoints, images)
 
 
 def _plant(trunk: RunFolder, cutting: dict[str, Any], config: Config, folder: RunFolder, device: torch.device) -> None:

@@ -38,6 +38,7 @@ class Reporter:
         self.trackers = trackers
         self._last_save = time.monotonic()
         self._since = time.monotonic()
+        self._cold = run.compiled
         self._mining = run.state.gate.is_open()
         self._told = run.folder.read_damaged()
         """Damaged images that were named already, also before a resume, and why they are."""
@@ -93,6 +94,8 @@ class Reporter:
             InputError: DivergedError, too much damage, or a full disk.
         """
         run, step = self.run, self.run.state.step
+        if self._cold:
+            self._after_compiling(meter)
         if self.log:
             self.log.advance(step)
         due = self._is_due(step)
@@ -117,6 +120,15 @@ class Reporter:
             return
         meter.restart()
         self._last_save = self._since = time.monotonic()
+
+    def _after_compiling(self, meter: Meter) -> None:
+        """Say how long a process's first step took, which compiles: that is not training time, and no speed."""
+        distributed.synchronise(self.run.device)
+        now = time.monotonic()
+        if self.log and now - self._since > 2:  # what was compiled to measure the overhead is compiled
+            say(f"the first step, which compiles, took {now - self._since:.0f} s")
+        self._cold, self._since = False, now
+        meter.leave_out_time()
 
     def _tell_mining(self) -> None:
         """Say when the gate of mining has opened or closed."""

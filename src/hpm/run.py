@@ -85,6 +85,7 @@ class Run:
     folder: RunFolder
     device: torch.device
     bf16: bool
+    compiled: bool
     source: Source
     schedule: Schedule
     position: Position

@@ -44,7 +44,7 @@ class TimedStep(NamedTuple):
         return cls(
             with_fields(config, {"batch_size": views}),
             distributed.is_bf16(run.precision, device),
-            run.compile == "on" or (run.compile == "auto" and device.type == "cuda"),
+            distributed.is_compiled(run.compile, device),
         )
 
 

@@ -18,7 +18,6 @@ from hpm.benchmark.config import PeersConfig
 from hpm.benchmark.step import (
     NUM_FLOP_IMAGES,
     OurStep,
-    is_compiled,
     settings_of,
     variant_config,
 )
@@ -168,7 +167,7 @@ def run(config: PeersConfig) -> dict[str, Any]:
         raise InputError(f"peers: neither transformers nor lightly is installed; {install('bench')}")
     batch_size = config.batch_size or (256 if device.type == "cuda" else 16)
     chosen = variant_config("mae", config, batch_size)
-    bf16, compiled = distributed.is_bf16(config.precision, device), is_compiled(config, device)
+    bf16, compiled = distributed.is_bf16(config.precision, device), distributed.is_compiled(config.compile, device)
     builders: dict[str, Callable[[], Stepper]] = {
         "mae": partial(OurStep, chosen, device=device, bf16=bf16, compiled=compiled)
     }

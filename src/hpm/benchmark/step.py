@@ -198,7 +198,7 @@ def run(config: StepConfig) -> dict[str, Any]:
         source = open_source(config.data, image_size=first.data.size, field="data")
         if len(source) < batch_size:
             raise InputError(f"data: needs at least batch_size ({batch_size}) images, got {len(source)}")
-    bf16, compiled = distributed.is_bf16(config.precision, device), is_compiled(config, device)
+    bf16, compiled = distributed.is_bf16(config.precision, device), distributed.is_compiled(config.compile, device)
     steppers: dict[str, Callable[[], Stepper]] = {
         name: partial(ReferenceStep, chosen, device=device)
         if name == "reference"
@@ -239,11 +239,6 @@ def variant_config(name: str, config: BenchmarkConfig, batch_size: int) -> Confi
     if base.model.predictor_depth == Config().model.predictor_depth:  # not chosen by the variant itself
         fields["predictor_depth"] = config.decoder_depth
     return with_fields(base, fields)
-
-
-def is_compiled(config: BenchmarkConfig, device: torch.device) -> bool:
-    """Are the blocks compiled?"""
-    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
 def settings_of(config: BenchmarkConfig, batch_size: int) -> dict[str, Any]:
