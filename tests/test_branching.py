@@ -55,11 +55,7 @@ def test_a_longer_branch_is_the_run_that_was_longer_from_the_start(trunk, tmp_pa
     assert_same_state(final_state(tmp_path / "longer"), final_state(tmp_path / "whole"))
     assert {file: file.read_bytes() for file in trunk.rglob("*") if file.is_file()} == before, "the trunk was touched"
     told, expected = (
-        {
-            r["step"]: (r["hard_share"], r["learning_rate"], r["ema_decay"])
-            for r in read_metrics(out)
-            if "hard_share" in r
-        }
+        {r["step"]: (r["hard_share"], r["lr"], r["ema_decay"]) for r in read_metrics(out) if "hard_share" in r}
         for out in (tmp_path / "longer", tmp_path / "whole")
     )
     assert told[15] == expected[15], "the records of the trunk up to the branch"

@@ -165,6 +165,23 @@ def test_evaluate_knn_prints_the_untrained_encoder_too(capsys, finished):
     assert "k nearest neighbours" in (finished / "report.html").read_text()
 
 
+def test_neighbours_by_predicted_loss_do_not_take_the_place_of_those_by_features(capsys, finished):
+    command = ("evaluate", "knn", "--checkpoint", finished, "--train", "shapes:64", "--val", "shapes:32@1", "--k", "5")
+    assert call(capsys, *command)[0] == 0
+    features = json.loads((finished / "evaluate" / "knn.json").read_text())
+    assert call(capsys, *command, "--pooling", "hardness")[0] == 0
+    assert json.loads((finished / "evaluate" / "knn.json").read_text()) == features
+    assert json.loads((finished / "evaluate" / "knn_hardness.json").read_text())["pooling"] == "hardness"
+    assert features["pooling"] == "mean"
+
+
+@pytest.mark.parametrize("command", ["evaluate knn", "data check", "benchmark step", "embed", "export", "pretrain"])
+def test_help_tells_of_json(capsys, command):
+    code, out, _ = call(capsys, *command.split(), "--help")
+    assert code == 0
+    assert "--json" in out
+
+
 def labelled_folder(folder, *, damaged=()):
     """30 shapes below folders of their classes; some are no images."""
     from PIL import Image

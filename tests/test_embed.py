@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 from types import SimpleNamespace
 
@@ -174,6 +175,36 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_bits(trained, photos, tmp_
     whole, resumed = load_npz(tmp_path / "whole.npz"), load_npz(out)
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["stopped.npz", "whole.npz"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_with_code_3_and_it_goes_on(number, trained, photos, tmp_path, monkeypatch, capsys):
+    """Schedulers repeat themselves: the second one must not tear what the first began."""
+    write = Parts.write
+
+    def write_and_be_told(parts, which, part):
+        write(parts, which, part)
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(embed, "PART_IMAGES", 8)
+    monkeypatch.setattr(Parts, "write", write_and_be_told)
+    out = tmp_path / "stopped.npz"
+    command = ["embed", "--checkpoint", str(trained), "--data", str(photos), "--out", str(out), "--max-damaged", "0.2"]
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as left:
+        main([*command, "--device", "cpu", "--workers", "0"])
+    assert left.value.code == 3
+    assert f"stopped by {signal.Signals(number).name}; what is done is kept" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+    assert not out.exists()
+    monkeypatch.setattr(Parts, "write", write)
+    with pytest.raises(SystemExit) as left:
+        main([*command, "--device", "cpu", "--workers", "0"])
+    assert left.value.code == 0
+    assert out.exists()
 
 
 @pytest.mark.parametrize(

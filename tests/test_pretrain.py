@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 import hpm
 from hpm.checkpoint import CheckpointFolder
-from hpm.config import with_fields
+from hpm.config import Config, with_fields
 from hpm.data.loading import Batch
 from hpm.distributed import any_process, gather_objects, mean_over_processes
 from hpm.errors import InputError, Interrupted
@@ -61,7 +62,7 @@ def test_a_run_learns_and_leaves_what_the_interface_promises(tmp_path):
     records = read_metrics(tmp_path / "run")
     losses = [record["reconstruction_loss"] for record in records if "reconstruction_loss" in record]
     assert losses[-1] < 0.9 * losses[0]
-    assert {"step", "samples_seen", "epoch", "learning_rate", "ema_decay", "hard_share", "images_per_second",
+    assert {"step", "samples_seen", "epoch", "lr", "ema_decay", "hard_share", "images_per_second",
             "data_wait", "gradient_norm", "predictor_rank_correlation"} <= records[-2].keys()  # fmt: skip
     assert {"step", "knn_top1"} <= records[0].keys(), "the untrained encoder is measured too"
     assert (result["knn_top1_untrained"], result["knn_top1"]) == (records[0]["knn_top1"], records[-1]["knn_top1"])
@@ -71,6 +72,11 @@ def test_a_run_learns_and_leaves_what_the_interface_promises(tmp_path):
     assert [file.name for file in sorted((tmp_path / "run" / "figures").iterdir())] == [
         f"hardness_{step:08d}.png" for step in (0, 90, 180)
     ]
+    schedule = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["about"]["schedule"]
+    assert (schedule["total_steps"], schedule["steps_per_epoch"]) == (180, 6)
+    assert (
+        schedule["ema"] == resolve_schedule(with_fields(Config(), TINY | {"epochs": 30}).optimisation, 48).ema._asdict()
+    )
     images = torch.randn(2, 3, 32, 32)
     encoder = hpm.load_encoder(tmp_path / "run")
     assert torch.equal(encoder.forward_features(images), hpm.load_encoder(tmp_path / "run/checkpoints/last")
@@ -389,7 +395,7 @@ def test_metrics_of_a_killed_run_are_neither_repeated_nor_lost(tmp_path, monkeyp
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("run", "whole")
     )
-    same = ("step", "loss", "gradient_norm", "samples_seen", "learning_rate", "ema_decay", "hard_share", "knn_top1")
+    same = ("step", "loss", "gradient_norm", "samples_seen", "lr", "ema_decay", "hard_share", "knn_top1")
     assert [[record.get(key) for key in same] for record in killed] == [[r.get(key) for key in same] for r in whole]
     assert [record["step"] for record in whole] == [0, 3, 4, 4, 6, 8, 8, 9, 12, 12]
 

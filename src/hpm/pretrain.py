@@ -56,7 +56,7 @@ from hpm.reporter import reporting
 from hpm.rules import split_batch
 from hpm.run import Run, State
 from hpm.run_folder import RunFolder
-from hpm.run_schedule import branching_step, resolve_schedule
+from hpm.run_schedule import Schedule, branching_step, resolve_schedule
 from hpm.schedules import ema_decay, untouched_share
 from hpm.seeding import Stream, derive_seed, mask_noise
 from hpm.stopping import StopSignal
@@ -212,7 +212,7 @@ def prepare(
             folder.clear()
         checkpoints.clear_temporary()
     if fresh and trunk is not None:
-        distributed.from_main(lambda: _plant(trunk, cuttings[0], config, folder, device))
+        distributed.from_main(lambda: _plant(trunk, cuttings[0], config, schedule, folder, device))
     distributed.barrier()
     if saved := checkpoints.load_latest():
         if saved["images"] != images:
@@ -223,13 +223,20 @@ def prepare(
         state.load(saved)
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
     elif distributed.is_main():
-        folder.write_config(config, device)
+        folder.write_config(config, device, schedule)
     return Run(config, folder, device, bf16, compiled, source, schedule, position, stages, state, checkpoints, images)
 
 
-def _plant(trunk: RunFolder, cutting: dict[str, Any], config: Config, folder: RunFolder, device: torch.device) -> None:
+def _plant(
+    trunk: RunFolder,
+    cutting: dict[str, Any],
+    config: Config,
+    schedule: Schedule,
+    folder: RunFolder,
+    device: torch.device,
+) -> None:
     """Start as a branch; config first and checkpoint last, so that a folder left half made is branched off again."""
-    folder.write_config(config, device)
+    folder.write_config(config, device, schedule)
     plant(trunk, cutting, config, folder)
 
 

@@ -196,7 +196,7 @@ class Reporter:
         return {
             "epoch": step / run.schedule.steps_per_epoch,
             "samples_seen": step * run.config.optimisation.batch_size,
-            "learning_rate": run.schedule.learning_rate(step - 1),
+            "lr": run.schedule.learning_rate(step - 1),
             "ema_decay": ema_decay(step - 1, run.schedule.ema),
             "hard_share": run.hard_share(step - 1) if run.state.gate.is_open() else 0.0,
             "seconds": run.state.seconds,

@@ -10,7 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -37,6 +37,7 @@ from hpm.config import Config, differences, load_config, to_yaml, validated
 from hpm.errors import InputError
 from hpm.log import warn
 from hpm.method import Method, Student, Teacher
+from hpm.run_schedule import Schedule
 from hpm.trackers import RUNS_FILE
 
 
@@ -157,10 +158,14 @@ class RunFolder:
         for file in stale:
             file.unlink(missing_ok=True)
 
-    def write_config(self, config: Config, device: torch.device) -> None:
-        """Save the resolved config with versions, git sha and command."""
+    def write_config(self, config: Config, device: torch.device, schedule: Schedule | None = None) -> None:
+        """Save the resolved config with versions, git sha and command, and the schedule that its epochs came to."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.config_file, to_yaml(config, about_this_run(device)))
+        about: dict[str, Any] = {**about_this_run(device)}
+        if schedule is not None:
+            values = asdict(schedule)
+            about["schedule"] = values | {"ema": schedule.ema._asdict()}
+        write_text_atomically(self.config_file, to_yaml(config, about))
 
     def save_evaluation(self, name: str, figures: dict[str, Any]) -> None:
         """Write ``evaluate/NAME.json``."""

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from hpm.errors import Interrupted
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -41,6 +43,35 @@ class StopSignal:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since >= 1:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 end the work where it is; for what is kept piece by piece.
+
+    Raises:
+        Interrupted: One came.
+    """
+    came: list[str] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if not came:  # once: what unwinds is not to be torn by a scheduler that repeats itself
+            came.append(signal.Signals(number).name)
+            raise KeyboardInterrupt  # unlike an exception, nobody on the way takes it for a damaged image
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in SIGNALS} if in_main else {}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not came:
+            raise
+        raise Interrupted(
+            f"stopped by {came[0]}; what is done is kept, and the same command goes on from there"
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -80,7 +80,9 @@ class StepConfig(BenchmarkConfig):
     step with the images of its own data processes. images/s counts student views.
     """
 
-    variants: tuple[VariantName, ...] = ("reference", "mae", "exact", "mae-third", "fast", "shared")
+    variants: tuple[VariantName, ...] = (
+        "reference", "mae", "exact", "fast", "fast-in-pixels", "random+lpred-fast", "shared",
+    )  # fmt: skip
     """What to measure: the plain reference step, recipes, and every means of the fast mode alone on the exact step."""
     data: str = ""
     """Images, any source: measure the whole training, loading included; none: the step alone."""

@@ -25,7 +25,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     ratios = result.get("ratio_to_reference") or result.get("ratio_to_mae")
     base = "reference" if result.get("ratio_to_reference") else "MAE mode"
     for place, name in enumerate(names):
-        told = f" {rates[name]:,.1f}" + (f"  ({ratios[name]['mean']:.2f} x {base})" if ratios else "")
+        told = f" {rates[name]:,.1f}" + (f"  ({ratios[name]:.2f} x {base})" if ratios else "")
         axes.text(rates[name] + spread[place], place, told, va="center", fontsize=9)
     axes.set_xlim(0, 1.35 * max(rates.values()))
     axes.set_xlabel("images/s (student views)")

@@ -180,7 +180,7 @@ def run(config: PeersConfig) -> dict[str, Any]:
         "precision": "bf16" if bf16 else "float32",
         "compiled": compiled,
         "measured": "step alone" + (f"; not installed: {', '.join(missing)}" if missing else ""),
-        "ratio_to_mae": ratios_to(figures, "mae"),
+        **ratios_to(figures, "mae"),
         "settings": settings_of(config, batch_size),
         "versions": versions(device) | {name: importlib.metadata.version(name) for name in there},
     }

@@ -214,8 +214,8 @@ def run(config: StepConfig) -> dict[str, Any]:
         "precision_of_reference": reference if "reference" in configs else None,
         "compiled": compiled,
         "measured": f"training from {config.data}" if config.data else "step alone",
-        "ratio_to_reference": ratios_to(figures, "reference"),
-        "ratio_to_mae": ratios_to(figures, "mae"),
+        **ratios_to(figures, "reference"),
+        **ratios_to(figures, "mae"),
         "settings": settings_of(config, batch_size),
         "versions": versions(device),
     }

@@ -362,13 +362,20 @@ def _spread(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def ratios_to(figures: Mapping[str, Any], base: str) -> dict[str, dict[str, float | None]] | None:
-    """How many times faster than ``base``: mean and standard deviation of the ratios of each round."""
-    rounds = figures["images_per_second_rounds"]
+def ratios_to(figures: Mapping[str, Any], base: str) -> dict[str, dict[str, float | None] | None]:
+    """How many times faster than ``base``: mean and standard deviation of the ratios of each round, by variant.
+
+    Returns:
+        Under ``ratio_to_BASE`` and ``ratio_to_BASE_std``; None where ``base`` was not measured.
+    """
+    rounds, key = figures["images_per_second_rounds"], f"ratio_to_{base}"
     if base not in rounds:
-        return None
+        return {key: None, f"{key}_std": None}
     ratios = {name: [a / b for a, b in zip(values, rounds[base])] for name, values in rounds.items()}
-    return {name: {"mean": statistics.fmean(values), "std": _spread(values)} for name, values in ratios.items()}
+    return {
+        key: {name: statistics.fmean(values) for name, values in ratios.items()},
+        f"{key}_std": {name: _spread(values) for name, values in ratios.items()},
+    }
 
 
 def _say(message: str) -> None:
@@ -390,8 +397,8 @@ def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     def ratio(base: str, name: str) -> str:
         if not result.get(f"ratio_to_{base}"):
             return "-"
-        found = result[f"ratio_to_{base}"][name]
-        return f"{found['mean']:.2f}" + (f" +- {found['std']:.2f}" if found["std"] is not None else "")
+        mean, spread = result[f"ratio_to_{base}"][name], result[f"ratio_to_{base}_std"][name]
+        return f"{mean:.2f}" + (f" +- {spread:.2f}" if spread is not None else "")
 
     rows: list[tuple[str, ...]] = [
         ("", "images/s", "of reference", "of MAE", "GFLOP/image", "of peak", "memory GB", "what")

@@ -177,8 +177,10 @@ def data_pack(arguments: list[str]) -> None:
     config, as_json = parse_with_json(PackConfig, "data pack", source_first(arguments))
 
     from hpm.data import pack
+    from hpm.stopping import stopped_by_signals
 
-    result = pack.run(config)
+    with stopped_by_signals():
+        result = pack.run(config)
     print_table(
         ("", ""),
         [

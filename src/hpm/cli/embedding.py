@@ -17,8 +17,10 @@ def embed(arguments: list[str]) -> None:
 
     from hpm.distributed import is_main_of_environment
     from hpm.embed import embed as command
+    from hpm.stopping import stopped_by_signals
 
-    result = command.run(config)
+    with stopped_by_signals():
+        result = command.run(config)
     if not is_main_of_environment():
         return
     shapes = {name: " x ".join(map(str, shape)) or "one number" for name, shape in result.columns.items()}

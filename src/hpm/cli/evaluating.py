@@ -28,7 +28,9 @@ def evaluate_knn(arguments: list[str]) -> None:
         f"{result.untrained_top1:.2f} %   ({result.num_train:,} neighbours, {result.num_val:,} images classified)\n"
     )
     print_standings(result.standings)
-    save_evaluation(config.checkpoint, "knn", as_plain(result))
+    # Neighbours by predicted loss are no measure of the features: beside the others, not in their place.
+    name = "knn_hardness" if config.pooling == "hardness" else "knn"
+    save_evaluation(config.checkpoint, name, as_plain(result))
     print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
     if as_json:
         print_json(as_plain(result))
@@ -58,7 +60,9 @@ def evaluate_linear(arguments: list[str]) -> None:
         f"\n{result.num_train:,} images of {result.num_classes} classes, {result.num_val:,} images classified; "
         f"{setting}: {told}" + ("" if result.held_out_top1 is None else " (chosen on a held-out tenth of train)")
     )
-    save_evaluation(config.checkpoint, "linear" if config.mode == "sgd" else "logistic", as_plain(result), config.out)
+    name = "linear" if config.mode == "sgd" else "logistic"
+    name += "_hardness" if config.pooling == "hardness" else ""
+    save_evaluation(config.checkpoint, name, as_plain(result), config.out)
     if result.picture:
         print(f"look:  {result.picture}")
     print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")

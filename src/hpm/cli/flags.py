@@ -18,8 +18,11 @@ def parse(kind: type[Any], prog: str, arguments: list[str]) -> Any:
 
 def parse_with_json(kind: type[Any], prog: str, arguments: list[str]) -> tuple[Any, bool]:
     """Evaluations are configured by their own dataclass; ``--json`` is the command line's."""
-    as_json = "--json" in arguments
-    return parse(kind, f"{prog} [--json]", [word for word in arguments if word != "--json"]), as_json
+    with_json = make_dataclass(
+        kind.__name__, [_json_flag()], bases=(kind,), namespace={"__doc__": kind.__doc__}, frozen=True
+    )
+    command = parse(with_json, prog, arguments)
+    return kind(**{item.name: getattr(command, item.name) for item in fields(kind)}), command.json
 
 
 def parse_with_fields(kind: type[Any], prog: str, arguments: list[str]) -> tuple[Any, dict[str, Any], bool]:
@@ -30,10 +33,9 @@ def parse_with_fields(kind: type[Any], prog: str, arguments: list[str]) -> tuple
     from hpm.config import Config
 
     settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
-    json = Annotated[bool, tyro.conf.arg(help="Print the figures as one JSON object in the last line.")]
     with_settings = make_dataclass(
         kind.__name__,
-        [("settings", settings, field(default=Config())), ("json", json, field(default=False))],
+        [("settings", settings, field(default=Config())), _json_flag()],
         bases=(kind,),
         namespace={"__doc__": kind.__doc__},
         frozen=True,
@@ -44,3 +46,10 @@ def parse_with_fields(kind: type[Any], prog: str, arguments: list[str]) -> tuple
     values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
     own = kind(**{item.name: getattr(command, item.name) for item in fields(kind)})
     return own, {name: value for name, value in values.items() if name in flags}, command.json
+
+
+def _json_flag() -> tuple[str, Any, Any]:
+    import tyro
+
+    about = tyro.conf.arg(help="Print the figures as one JSON object in the last line.")
+    return "json", Annotated[bool, about], field(default=False)

@@ -40,6 +40,8 @@ class KnnResult:
     top1: float
     top5: float
     untrained_top1: float
+    pooling: str
+    """What features are made of; ``hardness``: of predicted losses alone."""
     k: int
     """The neighbours behind top1: the first k of the config, not the best."""
     top1_by_k: dict[int, float]
@@ -181,6 +183,7 @@ def _run(config: KnnConfig, device: torch.device) -> KnnResult:
         top1=rows[0].top1,
         top5=rows[0].top5,
         untrained_top1=rows[1].top1,
+        pooling=config.pooling,
         k=k,
         top1_by_k={key: top_k_accuracy(scores, truth, 1) for key, scores in found[0].items()},
         num_train=num_train,
