@@ -82,7 +82,7 @@ def test_everything_is_counted_and_named(capsys, folder, tmp_path):
     near = [[Path(name).name for name in group] for group in found["near_duplicates"]]
     assert near == [["a.png", "b.jpg", "turned.jpg"]]
     assert [Path(name).name for name in found["constant"]] == ["clear.png"]
-    for word in ("cut.jpg", "README.md", "copy of a.png", "deep/", "hpm pretrain --data"):
+    for word in ("cut.jpg", "README.md", "copy of a.png", "deep/", "hpm pretrain --recipe hpm-fast-in-pixels --data"):
         assert word in out
 
     written = tmp_path / "out"
