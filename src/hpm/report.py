@@ -25,7 +25,7 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     ),
     ("kNN accuracy", {"knn_top1": "top-1"}, "%"),
     ("Share of hidden patches chosen by predicted loss", {"hard_share": "hard share"}, ""),
-    ("Learning rate", {"lr": "learning rate", "learning_rate": "learning rate"}, ""),
+    ("Learning rate", {"lr": "learning rate", "learning_rate": "learning rate"}, ""),  # the latter: older runs
     ("Speed", {"images_per_second": "images/s"}, "images/s"),
 )
 """Title, metrics and unit of each plot; a plot without any record is left out."""
