@@ -198,6 +198,8 @@ def data_pack(arguments: list[str]) -> None:
         print(f"... and {len(result.damaged) - _SHOWN:,} more; {result.out}/index.json lists them all")
     flags = "" if result.channels == 3 else f" --channels {result.channels}"
     flags += "" if config.no_data is None else f" --no-data {config.no_data:g}"
-    print(f"next:  hpm pretrain --recipe hpm-fast-in-pixels --data {shlex.quote(result.out + '/*.tar')}{flags} --out RUN")
+    print(
+        f"next:  hpm pretrain --recipe hpm-fast-in-pixels --data {shlex.quote(result.out + '/*.tar')}{flags} --out RUN"
+    )
     if as_json:
         print_json(pack.as_json(result))
