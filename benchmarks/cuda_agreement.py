@@ -208,6 +208,12 @@ def relative_distance(mine: Tensor, theirs: Tensor) -> float:
     return distance if math.isfinite(distance) else math.inf
 
 
+def gradient_of(tensor: Tensor) -> Tensor:
+    """Its gradient, which must be there."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def compiled_block(
     device: torch.device, *, batch: int, tokens: int, width: int, heads: int, backend: str = "inductor"
 ) -> dict[str, float]:
@@ -236,11 +242,10 @@ def compiled_block(
         with torch.autocast(device.type, torch.bfloat16):
             out = model(given)
         (out.float() * direction).sum().backward()
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        gradients = {name: gradient_of(parameter) for name, parameter in model.named_parameters()}
         query, _, value = gradients["0.attn.qkv.bias"].chunk(3)  # a key's bias has no gradient but rounding
-        found.append(
-            gradients | {"0.attn.qkv.bias": torch.cat([query, value]), "output": out.detach(), "tokens": given.grad}
-        )
+        values = torch.cat([query, value])
+        found.append(gradients | {"0.attn.qkv.bias": values, "output": out.detach(), "tokens": gradient_of(given)})
     mine, theirs = found
     return {name.removeprefix("0."): relative_distance(theirs[name], value) for name, value in mine.items()}
 
