@@ -55,6 +55,13 @@ def signal_after(monkeypatch, step, number):
     monkeypatch.setattr(Reporter, "after_step", signalled)
 
 
+def test_a_bf16_residual_without_bf16_is_told(tmp_path, capsys):
+    run(tmp_path / "run", epochs=1, residual_precision="bf16")
+    assert "residual_precision bf16 is ignored" in capsys.readouterr().err
+    run(tmp_path / "other", epochs=1, residual_precision="bf16", precision="bf16")
+    assert "residual_precision" not in capsys.readouterr().err
+
+
 def test_a_run_learns_and_leaves_what_the_interface_promises(tmp_path):
     result = run(tmp_path / "run", epochs=30, figures=True, num_figure_images=2, knn=True, checkpoint_steps=90)
     assert result["steps"] == 180

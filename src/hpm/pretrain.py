@@ -392,6 +392,8 @@ def _announce(run: Run) -> None:
         f"{run.method.num_hidden} hidden; {run.device.type}, {'bf16' if run.bf16 else 'float32'}, "
         f"{run.position.world_size} process(es), {run.position.num_micro_batches} micro-batch(es)"
     )
+    if config.run.residual_precision == "bf16" and not run.bf16:
+        warn("residual_precision bf16 is ignored: this run computes in float32 (--precision float32, or no bf16 here)")
     if schedule.ramp_steps > schedule.total_steps:
         side = f" and images of {run.stage(schedule.total_steps - 1).grid} patches" if len(run.stages) > 1 else ""
         warn(
