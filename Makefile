@@ -22,7 +22,7 @@ $(VENV)/.dev: $(VENV)/.test
 	touch $@
 
 demo: $(VENV)/.runtime
-	$(VENV)/bin/hpm demo --out runs/demo
+	$(VENV)/bin/hardpatch demo --out runs/demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2  # one thread each: threads of two processes would only wait

@@ -32,10 +32,11 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hpm.build import build_method, build_optimizer, build_student, compile_blocks
-from hpm.config import Config, with_fields
-from hpm.method import Losses, Teacher
-from hpm.run_folder import versions
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.method.method import Losses, Teacher
+from hardpatch.runs.build import build_method, build_optimizer, build_student, compile_blocks
+from hardpatch.runs.folder import versions
 
 STEPS = 5
 BATCH_SIZE = 8

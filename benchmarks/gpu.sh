@@ -48,22 +48,22 @@ if compgen -G "wheels/*.whl" >/dev/null; then
     export PYTHONPATH="$PYTHONPATH:$SCRATCH/site"
 fi
 
-knows_version() { "$PYTHON" -c 'from importlib.metadata import version; version("hpm")' 2>/dev/null; }
+knows_version() { "$PYTHON" -c 'from importlib.metadata import version; version("hardpatch")' 2>/dev/null; }
 
 if ! knows_version; then
     timeout 60 "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e . >"$SCRATCH/pip.log" 2>&1
     if ! knows_version; then
-        # hpm asks the installed metadata for its version. Without an installation, say what pyproject.toml says.
-        echo "gpu.sh: could not install hpm, running from src/ with the version in pyproject.toml" >&2
+        # hardpatch asks the installed metadata for its version. Without an installation, say what pyproject.toml says.
+        echo "gpu.sh: could not install hardpatch, running from src/ with the version in pyproject.toml" >&2
         version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
-        mkdir -p "$SCRATCH/hpm-$version.dist-info"
-        printf 'Metadata-Version: 2.1\nName: hpm\nVersion: %s\n' "$version" >"$SCRATCH/hpm-$version.dist-info/METADATA"
+        mkdir -p "$SCRATCH/hardpatch-$version.dist-info"
+        printf 'Metadata-Version: 2.1\nName: hardpatch\nVersion: %s\n' "$version" >"$SCRATCH/hardpatch-$version.dist-info/METADATA"
         export PYTHONPATH="$PYTHONPATH:$SCRATCH"
     fi
 fi
 
 # Better now than in every stage.
-"$PYTHON" -c "import hpm.cli, hpm.pretrain, hpm.benchmark.step, hpm.ablation.ablate" || exit 1
+"$PYTHON" -c "import hardpatch.cli, hardpatch.training.loop, hardpatch.tools.benchmark.step, hardpatch.tools.ablate.ablate" || exit 1
 
 # --- Stages --------------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ stage() {
         pretrained=1
         rm -f "$RUN/metrics.jsonl" "$RUN/config.yaml"  # of an earlier call
     fi
-    # --foreground: the signal is for hpm, which saves and stops, not for its data workers.
+    # --foreground: the signal is for hardpatch, which saves and stops, not for its data workers.
     timeout --foreground --preserve-status --signal=TERM --kill-after="$GRACE" "$limit" "$@"
     code=$?
     if [ "$code" = 3 ]; then
@@ -148,13 +148,13 @@ elif [ -z "$data" ]; then
     echo "gpu.sh: no nature set in shared/data or ../shared/data: name its folder in DATA, or pretrain will fail" >&2
 fi
 
-bench=("$PYTHON" -m hpm benchmark)
+bench=("$PYTHON" -m hardpatch benchmark)
 stage agreement 150 "$PYTHON" benchmarks/cuda_agreement.py --out "$FOUND/agreement.json"
 stage base 200 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants reference mae exact fast --profile \
     --out "$FOUND/step_base.json"
 stage residual 80 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants exact exact+bf16-residual \
     --out "$FOUND/step_residual.json"
-if stage pretrain "${PRETRAIN_SECONDS:-110}" "$PYTHON" -m hpm pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
+if stage pretrain "${PRETRAIN_SECONDS:-110}" "$PYTHON" -m hardpatch pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
     --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then
     tail -n 1 "$SCRATCH/pretrain.txt" >"$FOUND/pretrain.json"
 fi
@@ -170,7 +170,7 @@ stage small 100 "${bench[@]}" step --encoder "$small_model" --batch-size "$batch
 stage means 120 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants mae "${means[@]}" \
     --out "$FOUND/step_means.json"
 
-stage evidence "${EVIDENCE_SECONDS:-400}" "$PYTHON" -m hpm ablate --suite speed --rows mae-norm-pix random+lpred-fast-norm-pix hpm-fast-in-pixels \
+stage evidence "${EVIDENCE_SECONDS:-400}" "$PYTHON" -m hardpatch ablate --suite speed --rows mae-norm-pix random+lpred-fast-norm-pix hpm-fast-in-pixels \
     --data "$train" --val "$val" --equal-time --no-equal-compute "${evidence[@]}" --out "$SCRATCH/evidence"
 
 # Twelve graphs for its four sizes: a call of its own.
@@ -182,7 +182,7 @@ TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 stage plain-reductions 150 "${bench[@]}" ste
 # Matrix products by the fastest of many kernels: does the exact step come nearer to the peak?
 TORCHINDUCTOR_MAX_AUTOTUNE_GEMM=1 stage autotune 300 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" \
     --compile on --variants exact --out "$FOUND/step_base_autotune.json"
-if stage plan 300 "$PYTHON" -m hpm plan --data "$train" --budget "$budget" --json >"$SCRATCH/plan.txt"; then
+if stage plan 300 "$PYTHON" -m hardpatch plan --data "$train" --budget "$budget" --json >"$SCRATCH/plan.txt"; then
     tail -n 1 "$SCRATCH/plan.txt" >"$FOUND/plan.json"
 fi
 cat "$SCRATCH/plan.txt"

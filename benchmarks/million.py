@@ -76,8 +76,8 @@ def measure(spec: str, workers: int) -> dict[str, float]:
     """Open and read one source in this process."""
     import torch
 
-    from hpm.data.loading import Position, TrainingImages, TrainingOrder, training_batches
-    from hpm.data.sources import fingerprint, open_source
+    from hardpatch.data.loader.loading import Position, TrainingImages, TrainingOrder, training_batches
+    from hardpatch.data.sources import fingerprint, open_source
 
     torch.set_num_threads(1)
     empty = pss(os.getpid())

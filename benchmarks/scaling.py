@@ -9,11 +9,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpm.build import build_student
-from hpm.config import Config, with_fields
-from hpm.flops import training_flops
-from hpm.memory import step_memory
-from hpm.recipes import recipe
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import recipe
+from hardpatch.config.values import with_fields
+from hardpatch.cost.flops import training_flops
+from hardpatch.cost.memory import step_memory
+from hardpatch.runs.build import build_student
 
 VIEWS = 256
 """Views of a process in a step, in the table of memory."""

@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hpm.build import blocks, build_method, build_student
-from hpm.config import Config, with_fields
-from hpm.method import Student, StudentOutput
-from hpm.parallel import gathered, parallel
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.method.method import Student, StudentOutput
+from hardpatch.runs.build import blocks, build_method, build_student
+from hardpatch.training.sharding import gathered, parallel
 
 SMALL = {
     "image_size": 32, "encoder": "vit_tiny_patch16_224", "patch_size": 8, "encoder_width": 64, "encoder_depth": 3,

@@ -24,12 +24,7 @@ from typing import Any
 
 import torch
 
-TINY = (
-    "--data shapes:48 --image-size 32 --crop-scale 0.5 1 --encoder vit_tiny_patch16_224 --patch-size 8 "
-    "--encoder-width 32 --encoder-depth 2 --encoder-heads 2 --decoder-width 32 --decoder-depth 1 --decoder-heads 2 "
-    "--predictor-depth 1 --batch-size 8 --epochs 3 --base-learning-rate 3e-2 --precision float32 --device cpu "
-    "--workers 0 --log-steps 1 --no-figures --no-knn"
-).split()
+TINY = ["--data", "shapes:48", "--image-size", "32", "--crop-scale", "0.5", "1", "--encoder", "vit_tiny_patch16_224", "--patch-size", "8", "--encoder-width", "32", "--encoder-depth", "2", "--encoder-heads", "2", "--decoder-width", "32", "--decoder-depth", "1", "--decoder-heads", "2", "--predictor-depth", "1", "--batch-size", "8", "--epochs", "3", "--base-learning-rate", "3e-2", "--precision", "float32", "--device", "cpu", "--workers", "0", "--log-steps", "1", "--no-figures", "--no-knn"]
 
 RUNS: dict[str, str] = {
     "hpm": "--recipe hpm",
@@ -64,7 +59,17 @@ EVALUATIONS: dict[str, str] = {
 }
 """Evaluations of the run ``hpm``, by name."""
 
-NOT_COMPARED = {"seconds", "seconds_left", "images_per_second", "data_wait", "folder", "figure", "picture", "time", "run"}
+NOT_COMPARED = {
+    "seconds",
+    "seconds_left",
+    "images_per_second",
+    "data_wait",
+    "folder",
+    "figure",
+    "picture",
+    "time",
+    "run",
+}
 """Figures of the clock and paths."""
 
 
@@ -156,13 +161,13 @@ def main() -> None:
                 call(hardpatch(given.program, "pretrain", "--out", str(base / name), *TINY, *words.split()))
                 found[name] = trajectory(base / name)
         if wanted("two-processes"):
-            words = ["pretrain", "--out", str(base / "two"), *TINY, "--recipe", "hpm"]
-            call(hardpatch(given.program, *words, processes=2))
+            two = ["pretrain", "--out", str(base / "two"), *TINY, "--recipe", "hpm"]
+            call(hardpatch(given.program, *two, processes=2))
             found["two-processes"] = trajectory(base / "two")
         if wanted("resumed"):
-            words = ["pretrain", "--out", str(base / "resumed"), *TINY, "--recipe", "hpm", "--epochs", "40"]
-            interrupted(hardpatch(given.program, *words), base / "resumed", step=5)
-            call(hardpatch(given.program, *words))
+            long = ["pretrain", "--out", str(base / "resumed"), *TINY, "--recipe", "hpm", "--epochs", "40"]
+            interrupted(hardpatch(given.program, *long), base / "resumed", step=5)
+            call(hardpatch(given.program, *long))
             found["resumed"] = trajectory(base / "resumed")
         for name, words in EVALUATIONS.items():
             if wanted(name):
@@ -172,7 +177,10 @@ def main() -> None:
     if given.against:
         before = json.loads(given.against.read_text())
         changed = [name for name in found if found[name] != before.get(name)]
-        print(f"{len(found) - len(changed)} of {len(found)} are the same to the bit" + "".join(f"\n  {n}" for n in changed))
+        print(
+            f"{len(found) - len(changed)} of {len(found)} are the same to the bit"
+            + "".join(f"\n  {n}" for n in changed)
+        )
         raise SystemExit(bool(changed))
 
 

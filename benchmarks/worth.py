@@ -3,7 +3,7 @@
     python benchmarks/worth.py shapes --out runs/worth-shapes --seeds 0 1 2
     python benchmarks/worth.py photographs --shared ../shared/data --out runs/worth-photographs --seeds 0 1
 
-Runs the commands that a user would: pre-training, then all of ``hpm evaluate``. What is done is not repeated,
+Runs the commands that a user would: pre-training, then all of ``hardpatch evaluate``. What is done is not repeated,
 ``--only`` picks some. Writes NAME.json and NAME.md: mean and standard deviation over seeds; a seed is that of
 pre-training and of everything after it.
 """
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from hpm.checkpoint import write_text_atomically
+from hardpatch.runtime.files import write_text_atomically
 
 Figure = tuple[str, str, str]
 """Evaluation, and where its JSON holds the figure of the run and of the untrained encoder."""
@@ -32,9 +32,9 @@ class Images(NamedTuple):
     """Images to learn from, and what is asked of the encoder afterwards."""
 
     pretrain: str
-    """Arguments of ``hpm pretrain``."""
+    """Arguments of ``hardpatch pretrain``."""
     evaluations: dict[str, str]
-    """Arguments of ``hpm evaluate`` by name; SEED and SHARED are filled in."""
+    """Arguments of ``hardpatch evaluate`` by name; SEED and SHARED are filled in."""
     figures: dict[str, Figure]
     """By name."""
 
@@ -131,15 +131,17 @@ IMAGES = {"shapes": SHAPES, "photographs": PHOTOGRAPHS}
 
 
 def run_json(command: list[str], file: Path) -> dict[str, Any]:
-    """The JSON line of an hpm command, run once.
+    """The JSON line of a hardpatch command, run once.
 
     Raises:
         SystemExit: The command failed, or the file is of another command.
     """
     if not file.is_file():
-        print("hpm", *command, file=sys.stderr, flush=True)
+        print("hardpatch", *command, file=sys.stderr, flush=True)
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "hpm", *command, "--json"], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "hardpatch", *command, "--json"], stdout=subprocess.PIPE, text=True
+        )
         if done.returncode:
             raise SystemExit(done.returncode)
         found = json.loads(done.stdout.splitlines()[-1])
@@ -148,7 +150,7 @@ def run_json(command: list[str], file: Path) -> dict[str, Any]:
         write_text_atomically(file, json.dumps(content) + "\n")
     kept: dict[str, Any] = json.loads(file.read_text())
     if kept["command"] != command:
-        raise SystemExit(f"{file} is of another command: hpm {' '.join(kept['command'])}; choose another --out")
+        raise SystemExit(f"{file} is of another command: hardpatch {' '.join(kept['command'])}; choose another --out")
     return kept
 
 

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hpm.data.shapes import make_shape
-from hpm.masking import MASKS, num_hidden_patches
-from hpm.visualize import save_figure
-from hpm.vit import patchify, unpatchify
+from hardpatch.data.sources.drawn_shapes import make_shape
+from hardpatch.figures.hardness import save_figure
+from hardpatch.method.masks import MASKS, num_hidden_patches
+from hardpatch.method.vit import patchify, unpatchify
 
 GRID = (14, 14)
 PATCH = (8, 8)

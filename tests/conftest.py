@@ -1,5 +1,5 @@
-"""Shape and type annotations of hpm are enforced in every test."""
+"""Shape and type annotations of hardpatch are enforced in every test."""
 
 from jaxtyping import install_import_hook
 
-install_import_hook("hpm", "shape_checking.typechecker")
+install_import_hook("hardpatch", "shape_checking.typechecker")

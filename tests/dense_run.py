@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hpm.build import build_student
-from hpm.checkpoint import CheckpointFolder
-from hpm.method import Teacher
-from hpm.run_folder import RunFolder
+from hardpatch.method.method import Teacher
+from hardpatch.runs.build import build_student
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runs.folder import RunFolder
 from tiny import tiny_config
 
 

@@ -73,7 +73,7 @@ def dicom(array, *, compressed=False, **tags):
 
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["hpm"])
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["hardpatch"])
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
@@ -182,7 +182,7 @@ def fault(name, kind, content, whole):
     """
     import torch
 
-    from hpm.data.decode import DecodeError, Decoder, describe
+    from hardpatch.data.images.decode import DecodeError, Decoder, describe
 
     decoder = Decoder(channels_of(name))
     try:
@@ -218,7 +218,7 @@ def main(cases, first):
     """Decode ``cases`` damaged files and print what was found as JSON."""
     import torch
 
-    from hpm.data.decode import Decoder
+    from hardpatch.data.images.decode import Decoder
 
     warnings.simplefilter("error")
     torch.set_num_threads(1)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from hpm.checkpoint import CheckpointFolder
-from hpm.run_folder import RunFolder
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runs.folder import RunFolder
 from tiny import tiny_config, tiny_student
 
 

@@ -12,21 +12,21 @@ import sys
 import pytest
 import torch
 
-from hpm.ablation import ablate as ablation
-from hpm.ablation import clock
-from hpm.ablation import measure as measuring
-from hpm.ablation.ablate import ablate
-from hpm.ablation.clock import seconds_of
-from hpm.ablation.measure import Accuracies
-from hpm.ablation.plan import choose_rows, plan
-from hpm.ablation.suites import SUITES, AblateConfig
-from hpm.ablation.table import Outcome, Table, View, cells, mean_and_spread
-from hpm.cli import main
-from hpm.config import Config
-from hpm.errors import DivergedError, InputError, Interrupted
-from hpm.flops import training_flops
-from hpm.pretrain import train
-from hpm.recipes import METHODS, TARGETS, recipe
+from hardpatch.cli import main
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import METHODS, TARGETS, recipe
+from hardpatch.cost.flops import training_flops
+from hardpatch.runtime.errors import DivergedError, InputError, Interrupted
+from hardpatch.tools.ablate import ablate as ablation
+from hardpatch.tools.ablate import measure as measuring
+from hardpatch.tools.ablate import step_times as clock
+from hardpatch.tools.ablate.ablate import ablate
+from hardpatch.tools.ablate.measure import Accuracies
+from hardpatch.tools.ablate.runs_to_do import choose_rows, plan
+from hardpatch.tools.ablate.step_times import seconds_of
+from hardpatch.tools.ablate.suites import SUITES, AblateConfig
+from hardpatch.tools.ablate.table import Outcome, Table, View, cells, mean_and_spread
+from hardpatch.training.loop import train
 from tiny import TINY, flags
 
 torch.set_num_threads(1)
@@ -188,7 +188,7 @@ def test_flops_of_a_step_follow_the_table_of_the_method():
 
 
 def recipe_with(name, fields):
-    from hpm.config import with_fields
+    from hardpatch.config.values import with_fields
 
     return with_fields(recipe(name), fields)
 
@@ -265,7 +265,7 @@ def test_two_processes_fill_the_table_of_one(tmp_path):
     words = ["ablate", "--suite", "main", "--out", str(tmp_path / "two"), "--rows", "hpm", "--seeds", "0",
              "--val", "shapes:24@1", *flags(FIELDS)]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hpm", *words],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch", *words],
         check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
-from hpm.data.decode import Decoder
-from hpm.data.sources import open_source
-from hpm.errors import InputError
-from hpm.evaluate.accuracy import (
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import open_source
+from hardpatch.evaluate.classify.accuracy import (
     count_confusions,
     draw_confusions,
     per_class_accuracy,
     wilson_interval,
 )
-from hpm.evaluate.labelled import Subset, choose_per_class, labelled_fingerprint, open_labelled
+from hardpatch.evaluate.classify.labelled import Subset, choose_per_class, labelled_fingerprint, open_labelled
+from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)
 

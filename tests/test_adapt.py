@@ -7,17 +7,17 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models._manipulate import adapt_input_conv
 
-import hpm
-from hpm.errors import InputError, Interrupted
-from hpm.log import read_metrics
-from hpm.method import Teacher
-from hpm.pretrain import pretrain
-from hpm.reporter import Reporter
-from hpm.run_folder import LoadedRun
-from hpm.vit import encode, patchify, unpatchify
-from hpm.weights.adapt import fit, inflate_channels, resample_pixel_head, start_from
-from hpm.weights.names import to_published
-from hpm.weights.read import read_weights
+import hardpatch
+from hardpatch.method.method import Teacher
+from hardpatch.method.vit import encode, patchify, unpatchify
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.log import read_metrics
+from hardpatch.training.loop import pretrain
+from hardpatch.training.reporting import Reporter
+from hardpatch.weights.adapt import fit, inflate_channels, resample_pixel_head, start_from
+from hardpatch.weights.names import to_published
+from hardpatch.weights.read import read_weights
 from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
 
 torch.set_num_threads(1)
@@ -282,7 +282,7 @@ def test_what_a_continued_run_leaves_has_its_position_table(tmp_path):
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     run(tmp_path / "run", init_from=str(tmp_path), image_size=(48, 24), epochs=1)
     expected = resample_abs_pos_embed(source.pos_embed, [6, 3], [4, 4])
-    encoder, loaded = hpm.load_encoder(tmp_path / "run"), LoadedRun(tmp_path / "run")
+    encoder, loaded = hardpatch.load_encoder(tmp_path / "run"), LoadedRun(tmp_path / "run")
     for vit in (encoder, loaded.student.encoder, loaded.teacher.model.encoder):
         torch.testing.assert_close(vit.pos_embed, expected, rtol=1e-6, atol=1e-6)
     images = torch.randn(2, 3, 48, 24)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.benchmark import step, timing
-from hpm.benchmark.config import PeersConfig, StepConfig
-from hpm.benchmark.plain import PlainStep, loop_masks, two_log_loss
-from hpm.build import build_method, build_optimizer
-from hpm.cli import main
-from hpm.errors import InputError
-from hpm.masking import hide_hard
-from hpm.method import Teacher, relative_loss
+from hardpatch.cli import main
+from hardpatch.config.benchmark import PeersConfig, StepConfig
+from hardpatch.method.masks import hide_hard
+from hardpatch.method.method import Teacher, relative_loss
+from hardpatch.runs.build import build_method, build_optimizer
+from hardpatch.runtime.errors import InputError
+from hardpatch.tools.benchmark import step, timing
+from hardpatch.tools.benchmark.plain import PlainStep, loop_masks, two_log_loss
 from tiny import tiny_config, tiny_student
 
 NAMES = ("reference", "mae", "exact", "mae-third", "fast", "shared", "exact+4-steps", "exact+progressive")
@@ -313,8 +313,8 @@ def test_wrong_input_is_one_clear_message(arguments, message, capsys):
 
 def test_peers_are_the_same_model():
     pytest.importorskip("transformers", reason="the peer is not installed")
-    from hpm.benchmark.peers import PEERS
-    from hpm.build import build_student
+    from hardpatch.runs.build import build_student
+    from hardpatch.tools.benchmark.peers import PEERS
 
     config = step.variant_config("mae", PeersConfig(**SMALL), 8)
     ours = sum(p.numel() for p in build_student(config).parameters())
@@ -324,7 +324,7 @@ def test_peers_are_the_same_model():
 
 def test_peers_command():
     pytest.importorskip("transformers", reason="the peer is not installed")
-    from hpm.benchmark import peers
+    from hardpatch.tools.benchmark import peers
 
     result = peers.run(PeersConfig(**SMALL, batch_size=8, seconds=0.01, rounds=2, device="cpu"))
     assert {"mae", "transformers"} <= result["images_per_second"].keys()

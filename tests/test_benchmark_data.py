@@ -1,4 +1,4 @@
-"""``hpm benchmark data``: what it measures is what it says, in turns, with a picture."""
+"""``hardpatch benchmark data``: what it measures is what it says, in turns, with a picture."""
 
 import json
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.benchmark import data, step
-from hpm.benchmark.config import LoadingConfig
-from hpm.benchmark.loaders import MAKERS, Material
-from hpm.cli import main
-from hpm.data.sources import open_source
+from hardpatch.cli import main
+from hardpatch.config.benchmark import LoadingConfig
+from hardpatch.data.sources import open_source
+from hardpatch.tools.benchmark import data, step
+from hardpatch.tools.benchmark.loaders import MAKERS, Material
 
 torch.set_num_threads(1)
 SMALL = ["--images=16", "--batch-size=8", "--seconds=0.05", "--rounds=2", "--image-size=32", "--enlarge", "70", "50",
@@ -67,7 +67,7 @@ def test_files_may_be_taken_as_they_are(tmp_path):
 
 
 def test_the_step_is_measured_on_request(monkeypatch):
-    """By ``hpm benchmark step``, whose views are M to an image."""
+    """By ``hardpatch benchmark step``, whose views are M to an image."""
     monkeypatch.setattr(
         step, "run", lambda config: {"device": "here", "images_per_second": {config.variants[0]: 400.0}}
     )

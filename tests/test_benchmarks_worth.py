@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hpm.cli import pretraining
-from hpm.cli.flags import parse
-from hpm.evaluate import finetune, knn, linear
-from hpm.evaluate.config import FinetuneConfig, ForegroundConfig, KnnConfig, LinearConfig
+from hardpatch.cli import pretrain as pretraining
+from hardpatch.cli.flags import parse
+from hardpatch.config.evaluations import FinetuneConfig, ForegroundConfig, KnnConfig, LinearConfig
+from hardpatch.evaluate.classify import finetune, knn, linear
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks/worth.py"
 CONFIGS = {"knn": KnnConfig, "linear": LinearConfig, "finetune": FinetuneConfig, "foreground": ForegroundConfig}
@@ -34,10 +34,10 @@ def script():
 
 def kinds():
     """Configs and results by command; those of segmentation and detection need their extra."""
-    pytest.importorskip("pycocotools", reason="segmentation and detection need hpm[dense]")
-    pytest.importorskip("torchmetrics", reason="segmentation and detection need hpm[dense]")
-    from hpm.evaluate.dense import detect, segment
-    from hpm.evaluate.dense.config import DetectConfig, SegmentConfig
+    pytest.importorskip("pycocotools", reason="segmentation and detection need hardpatch[dense]")
+    pytest.importorskip("torchmetrics", reason="segmentation and detection need hardpatch[dense]")
+    from hardpatch.config.dense_evaluations import DetectConfig, SegmentConfig
+    from hardpatch.evaluate.dense import detect, segment
 
     configs = CONFIGS | {"segment": SegmentConfig, "detect": DetectConfig}
     return configs, RESULTS | {"segment": segment.SegmentResult, "detect": detect.DetectResult}
@@ -57,7 +57,7 @@ def test_every_command_of_the_script_is_one_of_hpm(images):
 def test_its_pre_training_is_one_of_hpm(images, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        importlib.import_module("hpm.pretrain"), "train", lambda config, out, **_: seen.append(config) or {}
+        importlib.import_module("hardpatch.training.loop"), "train", lambda config, out, **_: seen.append(config) or {}
     )
     monkeypatch.setattr(pretraining, "report_run", lambda *_, **__: None)
     pretraining.pretrain([*images.pretrain.split(), "--no-figures", "--seed", "3", "--out", "run"])
@@ -67,7 +67,7 @@ def test_its_pre_training_is_one_of_hpm(images, monkeypatch):
 
 def test_every_figure_of_the_script_is_in_the_result_of_its_evaluation(images):
     _, results = kinds()
-    from hpm.evaluate.dense.segment import ClassFigures
+    from hardpatch.evaluate.dense.segment import ClassFigures
 
     for name, *paths in images.figures.values():
         command = images.evaluations[name].split()[0]
@@ -97,13 +97,13 @@ def test_the_table_pairs_run_and_untrained_by_seed(script, tmp_path, monkeypatch
         return {"knn": {"seconds": 60.0, "result": {"top1": mine, "few_labels": few}}}
 
     (tmp_path / "seed0/run").mkdir(parents=True)
-    (tmp_path / "seed0/run/config.yaml").write_text(f"about: {{command: hpm --out {tmp_path}/seed0}}")
+    (tmp_path / "seed0/run/config.yaml").write_text(f"about: {{command: hardpatch --out {tmp_path}/seed0}}")
     script.write({0: done(20.0, 10.0) | {"linear": {}}, 1: done(30.0, 18.0)}, "shapes", tmp_path)
     assert "| accuracy | 25.0 ± 7.1 | 14.0 ± 5.7 | +11.0 ± 1.4 |" in (tmp_path / "shapes.md").read_text()
     kept = json.loads((tmp_path / "shapes.json").read_text())
     assert kept["figures"]["accuracy"] == {"run": [20.0, 30.0], "untrained": [10.0, 18.0]}
     assert kept["minutes"] == {"knn": 1.0}
-    assert kept["made_by"] == {"command": "hpm --out OUT/seed0"}  # no folder of this machine
+    assert kept["made_by"] == {"command": "hardpatch --out OUT/seed0"}  # no folder of this machine
     assert kept["figures"].keys() == {"accuracy"}
 
 
@@ -111,5 +111,5 @@ def test_figures_of_another_command_are_not_taken(script, tmp_path):
     file = tmp_path / "knn.json"
     file.write_text(json.dumps({"command": ["evaluate", "knn"], "seconds": 1.0, "result": {}}))
     assert script.run_json(["evaluate", "knn"], file)["seconds"] == 1.0
-    with pytest.raises(SystemExit, match="is of another command: hpm evaluate knn"):
+    with pytest.raises(SystemExit, match="is of another command: hardpatch evaluate knn"):
         script.run_json(["evaluate", "knn", "--k", "5"], file)

@@ -9,13 +9,13 @@ from PIL import Image
 from scipy import ndimage
 from torchvision.ops import box_iou
 
-from hpm.data.sources import open_source
-from hpm.errors import InputError
-from hpm.evaluate import foreground
-from hpm.evaluate.boxes import QUANTILES, box_overlaps, extents, largest_parts, overlap, read_boxes
-from hpm.evaluate.config import ForegroundConfig
-from hpm.evaluate.foreground import mean_finding
-from hpm.pretrain import train
+from hardpatch.config.evaluations import ForegroundConfig
+from hardpatch.data.sources import open_source
+from hardpatch.evaluate import foreground
+from hardpatch.evaluate.boxes import QUANTILES, box_overlaps, extents, largest_parts, overlap, read_boxes
+from hardpatch.evaluate.foreground import mean_finding
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.loop import train
 from tiny import tiny_config
 
 torch.set_num_threads(1)

@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 
-from hpm.checkpoint import CheckpointFolder, CheckpointWarning
-from hpm.config import Config, OptimisationConfig, load_config, with_fields
-from hpm.errors import InputError, Interrupted
-from hpm.log import read_metrics
-from hpm.pretrain import pretrain
-from hpm.reporter import Reporter
-from hpm.run_schedule import branching_step, resolve_schedule
+from hardpatch.config.config import Config, OptimisationConfig
+from hardpatch.config.values import load_config, with_fields
+from hardpatch.runs.checkpoint import CheckpointFolder, CheckpointWarning
+from hardpatch.runs.schedule import branching_step, resolve_schedule
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.log import read_metrics
+from hardpatch.training.loop import pretrain
+from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags, stop_after
 
 CONSTANT = TINY | {"learning_rate_schedule": "constant", "epochs": 4, "checkpoint_steps": 100, "keep_last": 1}
@@ -133,7 +134,7 @@ def test_a_batch_kept_for_several_steps_is_not_cut(tmp_path):
 def test_a_fitted_codebook_goes_with_the_branch(tmp_path, monkeypatch):
     changes = {"target": "tokens", "num_tokens": 8}
     run(tmp_path / "trunk", **changes)
-    monkeypatch.setattr(sys.modules["hpm.pretrain"], "fit_codebook", None)  # nothing is fitted again
+    monkeypatch.setattr(sys.modules["hardpatch.training.loop"], "fit_codebook", None)  # nothing is fitted again
     branch(tmp_path / "trunk", tmp_path / "longer", epochs=5)
     ends = [final_state(tmp_path / name)["target"] for name in ("trunk", "longer")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -198,7 +199,7 @@ def test_damaged_images_are_remembered(trunk, tmp_path):
 def test_two_processes_branch_off_together(trunk, tmp_path):
     words = flags({"precision": "float32", "device": "cpu", "workers": 0, "epochs": 5, "checkpoint_steps": 100})
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hpm",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch",
          "pretrain", "--branch-from", str(trunk), "--out", str(tmp_path / "longer"), *words],
         check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip

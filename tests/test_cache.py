@@ -17,23 +17,23 @@ import pytest
 import torch
 from PIL import Image
 
-from hpm.cli import main
-from hpm.data import cache as caching
-from hpm.data import device as on_device
-from hpm.data import jpeg
-from hpm.data.cache import SharedImages, estimate, open_cache
-from hpm.data.decode import RGB, DecodeError, Decoder, Sample
-from hpm.data.device import (
+from hardpatch.cli import main
+from hardpatch.data.images import jpeg
+from hardpatch.data.images.decode import RGB, DecodeError, Decoder, Sample
+from hardpatch.data.loader import cache as caching
+from hardpatch.data.loader import device as on_device
+from hardpatch.data.loader.cache import SharedImages, estimate, open_cache
+from hardpatch.data.loader.device import (
     ImagesOnDevice,
     WholeImages,
     batches_decoded_on_device,
     batches_kept_on_device,
     copied_behind,
 )
-from hpm.data.loading import Batch, Position, TrainingImages, TrainingOrder, last_read, training_batches
-from hpm.data.sources import FileSource, Source, open_source
-from hpm.errors import InputError
-from hpm.meter import Meter
+from hardpatch.data.loader.loading import Batch, Position, TrainingImages, TrainingOrder, last_read, training_batches
+from hardpatch.data.sources import FileSource, Source, open_source
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.meter import Meter
 from tiny import TINY, assert_same_state, final_state, flags
 
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpm.checkpoint import CheckpointFolder
-from hpm.stopping import StopSignal
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runtime.signals import StopSignal
 from tiny import TINY, assert_same_state, final_state, in_child, pretrain_in_child
 
 KILLS = int(os.environ.get("HPM_KILLS", "20"))
@@ -83,7 +83,7 @@ def test_a_signal_to_the_whole_group_even_twice_saves_and_leaves_with_code_3(tmp
 
 def test_only_a_second_ctrl_c_ends_at_once_and_not_within_a_second(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("hpm.stopping.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("hardpatch.runtime.signals.time", SimpleNamespace(monotonic=lambda: now[0]))
     with StopSignal() as stop:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""``hpm data check``: what it counts, names and survives."""
+"""``hardpatch data check``: what it counts, names and survives."""
 
 import csv
 import json
@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 
 import fuzzing
-from hpm.cli import main
-from hpm.data.check import check, look
-from hpm.data.check.config import CheckConfig
-from hpm.data.check.duplicates import groups_of_equal, groups_of_near
-from hpm.data.check.sheet import displayed
-from hpm.data.check.workers import look_at_all
-from hpm.data.decode import Decoder, Sample
-from hpm.data.shapes import make_shape
-from hpm.data.sources import open_source
+from hardpatch.cli import main
+from hardpatch.config.data_check import CheckConfig
+from hardpatch.data.images.decode import Decoder, Sample
+from hardpatch.data.sources import open_source
+from hardpatch.data.sources.drawn_shapes import make_shape
+from hardpatch.data.tools.check import check, look
+from hardpatch.data.tools.check.duplicates import groups_of_equal, groups_of_near
+from hardpatch.data.tools.check.sheet import displayed
+from hardpatch.data.tools.check.workers import look_at_all
 
 NASTY = Path(__file__).parents[2] / "shared" / "data" / "nasty"
 
@@ -82,7 +82,13 @@ def test_everything_is_counted_and_named(capsys, folder, tmp_path):
     near = [[Path(name).name for name in group] for group in found["near_duplicates"]]
     assert near == [["a.png", "b.jpg", "turned.jpg"]]
     assert [Path(name).name for name in found["constant"]] == ["clear.png"]
-    for word in ("cut.jpg", "README.md", "copy of a.png", "deep/", "hpm pretrain --recipe hpm-fast-in-pixels --data"):
+    for word in (
+        "cut.jpg",
+        "README.md",
+        "copy of a.png",
+        "deep/",
+        "hardpatch pretrain --recipe hpm-fast-in-pixels --data",
+    ):
         assert word in out
 
     written = tmp_path / "out"

@@ -14,14 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hpm.checkpoint import (
-    CheckpointFolder,
-    CheckpointWarning,
-    load_verified,
-    save_weights,
-    write_text_atomically,
-)
-from hpm.errors import InputError
+from hardpatch.runs.checkpoint import CheckpointFolder, CheckpointWarning, load_verified, save_weights
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
 
 
 def state(step):
@@ -268,5 +263,5 @@ def test_weights_carry_timm_arguments(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_weights(path, {"a": torch.arange(6.0).view(2, 3).t()}, {"model_name": "vit"}, {"mean": [0.5]})
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"hpm": '{"timm": {"model_name": "vit"}, "input": {"mean": [0.5]}}'}
+        assert file.metadata() == {"hardpatch": '{"timm": {"model_name": "vit"}, "input": {"mean": [0.5]}}'}
         assert torch.equal(file.get_tensor("a"), torch.arange(6.0).view(2, 3).t())

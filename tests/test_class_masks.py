@@ -8,10 +8,17 @@ import torch
 from PIL import Image
 
 from dense_run import save
-from hpm.data.class_masks import IGNORED, MaskedImages, MaskRules, match_by_stem, read_class_mask, survey
-from hpm.data.decode import DecodeError
-from hpm.data.sources import open_source
-from hpm.errors import InputError
+from hardpatch.data.images.decode import DecodeError
+from hardpatch.data.sources import open_source
+from hardpatch.evaluate.dense.class_masks import (
+    IGNORED,
+    MaskedImages,
+    MaskRules,
+    match_by_stem,
+    read_class_mask,
+    survey,
+)
+from hardpatch.runtime.errors import InputError
 
 CLASSES = np.array([[0, 1, 2], [3, 254, 255]], dtype=np.uint8)
 

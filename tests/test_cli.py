@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hpm.cli import main
+from hardpatch.cli import main
 from tiny import TINY, flags
 
 
 def call(capsys, *words):
-    """Exit code, standard output and standard error of ``hpm words``."""
+    """Exit code, standard output and standard error of ``hardpatch words``."""
     with pytest.raises(SystemExit) as left:
         main([str(word) for word in words])
     captured = capsys.readouterr()
@@ -136,7 +136,7 @@ def test_pretrain_prints_a_table_the_next_command_and_json(capsys, finished):
     assert {"run", "steps", "samples_seen", "seconds", "images_per_second", "reconstruction_loss",
             "predictor_rank_correlation"} <= result.keys()  # fmt: skip
     assert "reconstruction_loss" in out
-    assert "next:  hpm evaluate knn" in out
+    assert "next:  hardpatch evaluate knn" in out
 
 
 def test_restart_starts_over(capsys, tmp_path):
@@ -186,7 +186,7 @@ def labelled_folder(folder, *, damaged=()):
     """30 shapes below folders of their classes; some are no images."""
     from PIL import Image
 
-    from hpm.data.shapes import make_shape
+    from hardpatch.data.sources.drawn_shapes import make_shape
 
     for number in range(30):
         file = folder / "abc"[number % 3] / f"{number}.png"
@@ -220,7 +220,7 @@ def test_evaluate_knn_by_two_processes_gives_the_result_of_one_and_prints_it_onc
                                     "--k", "3", "7", "--max-damaged", "0.1", "--device", "cpu", "--json")]  # fmt: skip
     _, alone, _ = call(capsys, *words)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hpm", *words],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch", *words],
         check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -241,7 +241,7 @@ def test_evaluate_foreground_reports_every_measure_by_level(capsys, finished, tm
 def test_evaluate_foreground_with_a_folder_of_masks(capsys, finished, tmp_path):
     from PIL import Image
 
-    from hpm.data.shapes import make_shape
+    from hardpatch.data.sources.drawn_shapes import make_shape
 
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
@@ -261,7 +261,7 @@ def test_evaluate_foreground_with_a_folder_of_masks(capsys, finished, tmp_path):
 def test_evaluate_foreground_names_damaged_images_once_and_does_not_count_them(capsys, finished, tmp_path):
     from PIL import Image
 
-    from hpm.data.shapes import make_shape
+    from hardpatch.data.sources.drawn_shapes import make_shape
 
     images = labelled_folder(tmp_path / "images", damaged=(4, 7))
     (tmp_path / "masks").mkdir()

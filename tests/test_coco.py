@@ -9,11 +9,11 @@ import torch
 from pycocotools import mask as coco_mask
 
 from dense_run import save
-from hpm.data.coco import CocoImages, draw_mask, find_damage, instances_from_masks, open_instances
-from hpm.data.decode import Decoder
-from hpm.data.shapes import CLASSES
-from hpm.data.sources import open_source
-from hpm.errors import InputError
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import open_source
+from hardpatch.data.sources.drawn_shapes import CLASSES
+from hardpatch.evaluate.dense.coco import CocoImages, draw_mask, find_damage, instances_from_masks, open_instances
+from hardpatch.runtime.errors import InputError
 
 CONTENT = {
     "images": [

@@ -5,11 +5,12 @@ from itertools import product
 import pytest
 import torch
 
-from hpm.build import build_method, build_optimizer, build_student, build_target, embedded_codebook
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.masking import MASKS
-from hpm.method import Teacher
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.method.masks import MASKS
+from hardpatch.method.method import Teacher
+from hardpatch.runs.build import build_method, build_optimizer, build_student, build_target, embedded_codebook
+from hardpatch.runtime.errors import InputError
 from tiny import TINY
 
 torch.set_num_threads(1)

@@ -9,20 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpm.config import (
-    Config,
-    OptimisationConfig,
-    decisions,
-    differences,
-    load_config,
-    section_of,
-    to_yaml,
-    validated,
-    with_fields,
-)
-from hpm.errors import InputError
-from hpm.recipes import METHODS, SCALES, TARGETS, recipe
-from hpm.run_schedule import resolve_schedule
+from hardpatch.config.config import Config, OptimisationConfig
+from hardpatch.config.recipes import METHODS, SCALES, TARGETS, recipe
+from hardpatch.config.values import decisions, differences, load_config, section_of, to_yaml, validated, with_fields
+from hardpatch.runs.schedule import resolve_schedule
+from hardpatch.runtime.errors import InputError
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
@@ -155,7 +146,7 @@ def test_values_at_the_edge_of_a_rule_are_taken():
 @pytest.mark.parametrize("name", ["hpm-both-norm-pix", "attmask", "shapes-demo", "mae-large-imagenet-800"])
 def test_yaml_comes_back_equal(tmp_path, name):
     config = recipe(name)
-    assert read(tmp_path, to_yaml(config, {"git": "abc", "command": "hpm pretrain"})) == config
+    assert read(tmp_path, to_yaml(config, {"git": "abc", "command": "hardpatch pretrain"})) == config
 
 
 def test_yaml_holds_about_and_plain_values():

@@ -1,4 +1,4 @@
-"""``hpm convert``: round trips are exact, what has no counterpart is refused, files are never lost."""
+"""``hardpatch convert``: round trips are exact, what has no counterpart is refused, files are never lost."""
 
 import json
 import os
@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import hpm
-from hpm.cli import main
-from hpm.errors import InputError
-from hpm.run_folder import LoadedRun
-from hpm.vit import encode
-from hpm.weights.config import ConvertConfig
-from hpm.weights.convert import inferred_config, run
-from hpm.weights.names import to_published
+import hardpatch
+from hardpatch.cli import main
+from hardpatch.config.weights import ConvertConfig
+from hardpatch.method.vit import encode
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.errors import InputError
+from hardpatch.weights.convert import inferred_config, run
+from hardpatch.weights.names import to_published
 from tiny import TINY, tiny_student
 
 torch.set_num_threads(1)
@@ -25,7 +25,7 @@ HEADS = ("--encoder-heads", 2, "--decoder-heads", 2)
 
 
 def call(capsys, *words):
-    """Exit code, standard output and standard error of ``hpm words``."""
+    """Exit code, standard output and standard error of ``hardpatch words``."""
     with pytest.raises(SystemExit) as left:
         main([str(word) for word in words])
     captured = capsys.readouterr()
@@ -44,8 +44,8 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    hpm.pretrain(out=folder / "hpm", **TINY | {"data": "shapes:16", "target": "norm_pix"})
-    hpm.pretrain(out=folder / "mae", **TINY | {"data": "shapes:16", "mask": "random", "predicted_loss": "none"})
+    hardpatch.pretrain(out=folder / "hpm", **TINY | {"data": "shapes:16", "target": "norm_pix"})
+    hardpatch.pretrain(out=folder / "mae", **TINY | {"data": "shapes:16", "mask": "random", "predicted_loss": "none"})
     return folder
 
 
@@ -75,7 +75,7 @@ def test_reference_weights_there_and_back(capsys, tmp_path, path):
     assert load(back)["epoch"] == 3
     torch.save({"model": init}, tmp_path / "theirs.pth")
     assert call(capsys, *words, "--force")[0] == 0
-    scores = hpm.load_teacher(there).predict_loss(tensors["images"])
+    scores = hardpatch.load_teacher(there).predict_loss(tensors["images"])
     torch.testing.assert_close(scores, tensors["teacher_loss_prediction"], rtol=1e-5, atol=1e-5)
 
 
@@ -94,15 +94,15 @@ def test_a_run_there_and_back_and_what_is_said(capsys, finished, tmp_path):
     words = ("convert", "--from", theirs, "--to", ours, "--target", "norm_pix", *HEADS)
     code, out, _ = call(capsys, *words)
     assert code == 0
-    assert f"next:  hpm visualize --checkpoint {ours}" in out
+    assert f"next:  hardpatch visualize --checkpoint {ours}" in out
     saved = load(finished / "hpm/checkpoints/last")
     assert_same(load(ours)["student"], saved["student"])
     assert_same(load(ours)["teacher"], saved["teacher"])
     images = torch.randn(2, 3, 32, 32)
-    for loader in (hpm.load_encoder, hpm.load_teacher):
+    for loader in (hardpatch.load_encoder, hardpatch.load_teacher):
         model, original = loader(ours), loader(finished / "hpm")
         assert_same(model.state_dict(), original.state_dict())
-    assert torch.equal(hpm.load_encoder(ours)(images), hpm.load_encoder(finished / "hpm")(images))
+    assert torch.equal(hardpatch.load_encoder(ours)(images), hardpatch.load_encoder(finished / "hpm")(images))
     assert LoadedRun(ours).config.method.target == "norm_pix"
     figure = tmp_path / "hard.png"
     words = ("visualize", "--checkpoint", ours, "--images", "shapes:4", "--count", 2, "--out", figure)
@@ -140,16 +140,16 @@ def test_the_encoder_alone(capsys, finished, tmp_path, source):
     words = ("convert", "--from", path, "--to", tmp_path / "new" / "encoder.safetensors", *HEADS)
     code, out, _ = call(capsys, *words)
     assert code == 0
-    assert "hpm.load_encoder(" in out
-    encoder = hpm.load_encoder(tmp_path / "new" / "encoder.safetensors")
+    assert "hardpatch.load_encoder(" in out
+    encoder = hardpatch.load_encoder(tmp_path / "new" / "encoder.safetensors")
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(encode(encoder, images), encode(hpm.load_encoder(finished / "hpm"), images))
+    assert torch.equal(encode(encoder, images), encode(hardpatch.load_encoder(finished / "hpm"), images))
     assert encoder.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
 
 
 def test_a_full_size_vit_b_there_and_back_is_bit_identical(tmp_path):
-    from hpm.build import build_student
-    from hpm.config import Config
+    from hardpatch.config.config import Config
+    from hardpatch.runs.build import build_student
 
     with torch.device("meta"):
         shapes = to_published(build_student(Config()).state_dict())
@@ -190,9 +190,10 @@ def test_heads_and_grid_come_from_hugging_faces_config(capsys, tmp_path):
     (768, 12, 8, "vit_base_patch16_224"), (1280, 2, 16, "vit_base_patch16_224"),
 ])  # fmt: skip
 def test_the_timm_model_is_chosen_by_the_shapes(width, depth, patch, name):
-    from hpm.build import build_student
-    from hpm.config import Config, with_fields
-    from hpm.weights.read import Weights
+    from hardpatch.config.config import Config
+    from hardpatch.config.values import with_fields
+    from hardpatch.runs.build import build_student
+    from hardpatch.weights.read import Weights
 
     sizes = {
         "encoder_width": width,
@@ -341,5 +342,5 @@ def test_what_has_no_published_counterpart_is_refused(tmp_path, changes, message
 
 
 def test_ours_to_ours_is_refused(finished, tmp_path):
-    with pytest.raises(InputError, match="is hpm's own already"):
+    with pytest.raises(InputError, match="is hardpatch's own already"):
         run(ConvertConfig(source=str(finished / "hpm"), to=str(tmp_path / "x.pt")))

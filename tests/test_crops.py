@@ -10,12 +10,12 @@ from PIL import Image
 from scipy.stats import kstest
 from torchvision.transforms import InterpolationMode, v2
 
-from hpm.data import jpeg
-from hpm.data.batched import crop_batch, crop_masks
-from hpm.data.crops import NUMBERS_PER_CROP, Box, crop_numbers, draw_box, resample, resample_mask
-from hpm.data.decode import RGB, DecodeError, Decoder
-from hpm.data.loading import Cover, TrainingImages
-from hpm.data.sources import FileSource
+from hardpatch.data.images import jpeg
+from hardpatch.data.images.batched_crops import crop_batch, crop_masks
+from hardpatch.data.images.crops import NUMBERS_PER_CROP, Box, crop_numbers, draw_box, resample, resample_mask
+from hardpatch.data.images.decode import RGB, DecodeError, Decoder
+from hardpatch.data.loader.loading import Cover, TrainingImages
+from hardpatch.data.sources import FileSource
 
 torch.set_num_threads(1)
 BICUBIC = InterpolationMode.BICUBIC

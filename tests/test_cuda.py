@@ -14,7 +14,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpm.build import (
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import METHODS
+from hardpatch.config.values import with_fields
+from hardpatch.data.loader.loading import Batch
+from hardpatch.evaluate.features import pool
+from hardpatch.method.method import Teacher
+from hardpatch.method.vit import class_attention, encode, patch_size
+from hardpatch.runs.build import (
     blocks,
     build_method,
     build_normalise,
@@ -25,14 +32,8 @@ from hpm.build import (
     choose_attention,
     embedded_codebook,
 )
-from hpm.config import Config, with_fields
-from hpm.data.loading import Batch
-from hpm.evaluate.features import pool
-from hpm.feeding import Feed
-from hpm.method import Teacher
-from hpm.mining import MiningGate
-from hpm.recipes import METHODS
-from hpm.vit import class_attention, encode, patch_size
+from hardpatch.training.feeding import Feed
+from hardpatch.training.gate import MiningGate
 from tiny import TINY
 
 CUDA = torch.device("cuda", 0)

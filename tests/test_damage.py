@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from hpm import distributed
-from hpm.data.decode import Sample
-from hpm.data.last_read import LastRead
-from hpm.data.loading import Damage, Position, TrainingImages, TrainingOrder, last_read, training_batches
-from hpm.data.sources import Source, open_source
-from hpm.errors import InputError
-from hpm.meter import Meter
-from hpm.pretrain import pretrain
-from hpm.reporter import Reporter
+from hardpatch.data.images.decode import Sample
+from hardpatch.data.loader.last_read import LastRead
+from hardpatch.data.loader.loading import Damage, Position, TrainingImages, TrainingOrder, last_read, training_batches
+from hardpatch.data.sources import Source, open_source
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.loop import pretrain
+from hardpatch.training.meter import Meter
+from hardpatch.training.reporting import Reporter
 from tiny import TINY
 
 
@@ -155,7 +155,7 @@ def test_a_worker_that_dies_is_named_with_the_image_it_was_reading(how, cause):
     images = TrainingImages(Deadly(how), size=(8, 8), crop_scale=(1, 1), flip=False, seed=0)
     order = TrainingOrder(12, batch_size=4, first_step=0, total_steps=3, seed=0, position=Position())
     with pytest.raises(
-        InputError, match=rf"a data worker died \({cause}\) while it read photos/7\.jpg; .*hpm data check"
+        InputError, match=rf"a data worker died \({cause}\) while it read photos/7\.jpg; .*hardpatch data check"
     ):
         list(training_batches(images, order, workers=1, pin_memory=False))
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from fuzzing import deep_png
-from hpm.data import stored
-from hpm.data.decode import DecodeError, Decoder, Sample, decode
-from hpm.errors import InputError
+from hardpatch.data.images import stored
+from hardpatch.data.images.decode import DecodeError, Decoder, Sample, decode
+from hardpatch.runtime.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MANIFEST = SHARED / "nasty" / "manifest.csv"

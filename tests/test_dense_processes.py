@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-pytest.importorskip("pycocotools", reason="segmentation and detection need hpm[dense]")
-pytest.importorskip("segmentation_models_pytorch", reason="segmentation and detection need hpm[dense]")
+pytest.importorskip("pycocotools", reason="segmentation and detection need hardpatch[dense]")
+pytest.importorskip("segmentation_models_pytorch", reason="segmentation and detection need hardpatch[dense]")
 
 from dense_run import write_run
 
@@ -19,10 +19,10 @@ def checkpoint(tmp_path_factory):
 
 
 def together(*words, processes=2):
-    """The JSON line of ``hpm evaluate`` under torchrun, and what stood before it."""
+    """The JSON line of ``hardpatch evaluate`` under torchrun, and what stood before it."""
     done = subprocess.run(
         [
-            *f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {processes} -m hpm".split(),
+            *f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {processes} -m hardpatch".split(),
             "evaluate", *words, "--json",
         ],
         capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},

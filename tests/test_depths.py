@@ -7,13 +7,13 @@ import pytest
 import tifffile
 import torch
 
-from hpm.build import open_images
-from hpm.data.loading import TrainingImages
-from hpm.embed import embed
-from hpm.embed.config import EmbedConfig
-from hpm.errors import InputError
-from hpm.pretrain import train
-from hpm.run_folder import LoadedRun
+from hardpatch.config.embed import EmbedConfig
+from hardpatch.data.loader.loading import TrainingImages
+from hardpatch.embed import embed
+from hardpatch.runs.build import open_images
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.loop import train
 from tiny import tiny_config
 
 NOTHING = -999

@@ -10,17 +10,17 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import masks_to_boxes, roi_align
 
 from dense_run import write_blobs, write_run
-from hpm.cli import main
-from hpm.data.coco import CocoImages, instances_from_masks
-from hpm.data.decode import Decoder
-from hpm.errors import InputError
-from hpm.evaluate.dense import detect
-from hpm.evaluate.dense.config import DetectConfig
-from hpm.evaluate.dense.detector import adapted_samples, build_detector, check_patch, fitting_size
-from hpm.evaluate.dense.encoder import DenseEncoder
-from hpm.evaluate.dense.instances import InstanceCrops, clean_target
-from hpm.evaluate.dense.pyramid import SCALES, SimplePyramid, rescale
-from hpm.vit import create_encoder
+from hardpatch.cli import main
+from hardpatch.config.dense_evaluations import DetectConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.evaluate.dense import detect
+from hardpatch.evaluate.dense.coco import CocoImages, instances_from_masks
+from hardpatch.evaluate.dense.detector import adapted_samples, build_detector, check_patch, fitting_size
+from hardpatch.evaluate.dense.encoder import DenseEncoder
+from hardpatch.evaluate.dense.instances import InstanceCrops, clean_target
+from hardpatch.evaluate.dense.pyramid import SCALES, SimplePyramid, rescale
+from hardpatch.method.vit import create_encoder
+from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.config import Config, with_fields
-from hpm.display import build_display
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.figures.display import build_display
 
 
 def config(channels, **fields):

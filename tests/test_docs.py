@@ -1,4 +1,4 @@
-"""Every command that README and docs show is one that hpm understands."""
+"""Every command that README and docs show is one that hardpatch understands."""
 
 import re
 import shlex
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from hpm.cli import COMMANDS
-from hpm.config import Config
+from hardpatch.cli import COMMANDS
+from hardpatch.config.config import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,14 +16,14 @@ BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands(page):
-    """The words after ``hpm`` of every command in the page's blocks, continuation lines joined, comments left out."""
+    """The words after ``hardpatch`` of every command in the page's blocks, continuation lines joined, comments left out."""
     found = []
     for block in BLOCK.findall(page.read_text()):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
                 words = shlex.split(part, comments=True)
-                if "hpm" in words and "..." not in words and "install" not in words:
-                    found.append(words[len(words) - words[::-1].index("hpm") :])
+                if "hardpatch" in words and "..." not in words and "install" not in words:
+                    found.append(words[len(words) - words[::-1].index("hardpatch") :])
     return found
 
 
@@ -43,7 +43,9 @@ def only_parsed(monkeypatch):
         raise UnderstoodError
 
     monkeypatch.setattr(tyro, "cli", cli)
-    monkeypatch.setattr("hpm.branching.open_trunk", lambda run: Config())  # the runs that pages name are not there
+    monkeypatch.setattr(
+        "hardpatch.training.branching.open_trunk", lambda run: Config()
+    )  # the runs that pages name are not there
 
 
 def run(words):

@@ -1,4 +1,4 @@
-"""hpm doctor says what is wrong with a machine, and never anything that is not."""
+"""hardpatch doctor says what is wrong with a machine, and never anything that is not."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from hpm.cli import main
-from hpm.doctor import software, surroundings, trials
-from hpm.doctor.config import DoctorConfig
-from hpm.doctor.examine import examine, summary, try_apart
-from hpm.doctor.findings import Finding
+from hardpatch.cli import main
+from hardpatch.config.doctor import DoctorConfig
+from hardpatch.tools.doctor import software, surroundings, trials
+from hardpatch.tools.doctor.examine import examine, summary, try_apart
+from hardpatch.tools.doctor.findings import Finding
 
 Usage = namedtuple("Usage", "total used free")
 QUICK = {"processors", "shared memory", "open files", "settings", "disk"}
@@ -42,7 +42,7 @@ def test_command_looks_at_everything_and_ends_well(tmp_path, capsys, monkeypatch
     assert f"torch {metadata.version('torch')}" in seen["versions"]["found"]
     assert seen["images"]["found"].startswith("40, about 224x224 px, 8 classes; ")
     assert "no problems" in printed
-    assert "next:  hpm plan --data shapes:40" in printed
+    assert "next:  hardpatch plan --data shapes:40" in printed
     assert not any(tmp_path.iterdir()), "it left something behind"
 
 
@@ -52,19 +52,19 @@ def test_a_problem_leaves_with_2_and_says_what_to_do(tmp_path, capsys, monkeypat
             return trials.findings_of(trial, *arguments)
         return [Finding("training step" if trial == "device" else trial, "ok", "")]
 
-    monkeypatch.setattr("hpm.doctor.examine.try_apart", at_once)
+    monkeypatch.setattr("hardpatch.tools.doctor.examine.try_apart", at_once)
     with pytest.raises(SystemExit) as left:
         main(["doctor", "--device", "cpu", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert left.value.code == 2
     assert "!!  images: data: " in printed
     assert "1 problem," in printed
-    assert "run hpm doctor again" in printed
+    assert "run hardpatch doctor again" in printed
 
 
 def test_nothing_that_needs_torch_is_tried_where_it_is_broken(monkeypatch):
     broken = Finding("device", "problem", "ImportError: libcudart.so")
-    monkeypatch.setattr("hpm.doctor.examine.try_apart", lambda trial, *_, seconds: [broken])
+    monkeypatch.setattr("hardpatch.tools.doctor.examine.try_apart", lambda trial, *_, seconds: [broken])
     seen = states(examine(DoctorConfig(device="cpu", data="shapes:8")))
     assert seen["device"] == "problem"
     assert not seen.keys() & {"data processes", "images"}
@@ -81,7 +81,7 @@ def test_it_works_where_what_it_needs_is_missing(tmp_path):
     """Without tyro the flags cannot be read, but what is missing is still named."""
     (tmp_path / "tyro.py").write_text("raise ImportError('no tyro')")
     done = subprocess.run(
-        [sys.executable, "-m", "hpm", "doctor"], capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, "-m", "hardpatch", "doctor"], capture_output=True, text=True, timeout=100, check=False,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 2
@@ -95,8 +95,11 @@ def test_it_works_where_what_it_needs_is_missing(tmp_path):
 @pytest.fixture
 def installed(monkeypatch):
     """Pretend that packages are installed in these versions and ask for these."""
-    versions = {"hpm": "1.0", "torch": "2.14.1", "torchvision": "0.29.1", "timm": "1.0.31", "tyro": "1.0"}
-    asked = {"hpm": ["torch>=2.10", "tyro>=0.9", "datasets>=3; extra == 'datasets'"], "torchvision": ["torch==2.14.1"]}
+    versions = {"hardpatch": "1.0", "torch": "2.14.1", "torchvision": "0.29.1", "timm": "1.0.31", "tyro": "1.0"}
+    asked = {
+        "hardpatch": ["torch>=2.10", "tyro>=0.9", "datasets>=3; extra == 'datasets'"],
+        "torchvision": ["torch==2.14.1"],
+    }
 
     def version(name):
         if name not in versions:
@@ -118,8 +121,8 @@ def test_versions_that_match_are_well(installed):
     ("name", "version", "told"),
     [
         ("torch", "2.11.0", "torchvision needs torch==2.14.1, here is 2.11.0"),
-        ("torch", "2.9.1", "hpm needs torch>=2.10, here is 2.9.1"),
-        ("tyro", None, "hpm needs tyro>=0.9, which is not installed"),
+        ("torch", "2.9.1", "hardpatch needs torch>=2.10, here is 2.9.1"),
+        ("tyro", None, "hardpatch needs tyro>=0.9, which is not installed"),
     ],
 )
 def test_packages_that_do_not_match_are_named(installed, name, version, told):
@@ -143,7 +146,7 @@ def test_a_build_between_two_releases_counts_as_the_release(installed):
 
 
 def test_without_an_installation_nothing_is_said_to_be_well(installed):
-    installed.pop("hpm")
+    installed.pop("hardpatch")
     seen = {finding.about: finding for finding in software.look_at_software()}
     assert seen.keys() == {"versions", "packages"}
     assert seen["packages"].state == "problem"
@@ -157,7 +160,7 @@ def test_optional_packages_come_with_how_to_get_them(installed):
 
 
 def test_every_extra_of_hpm_is_explained():
-    declared = set(metadata.metadata("hpm").get_all("Provides-Extra"))
+    declared = set(metadata.metadata("hardpatch").get_all("Provides-Extra"))
     assert software.EXTRAS.keys() == declared - {"test", "dev"}
 
 
@@ -257,8 +260,8 @@ def test_odd_folders_are_one_clear_finding(tmp_path):
 def test_sizes_of_checkpoints():
     import torch
 
-    from hpm.build import build_student
-    from hpm.recipes import recipe
+    from hardpatch.config.recipes import recipe
+    from hardpatch.runs.build import build_student
 
     with torch.device("meta"):
         for model, scale in (("ViT-B", ""), ("ViT-L", "-large")):
@@ -280,7 +283,7 @@ def test_a_trial_that_hangs_is_ended():
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV: without a word", "all of it"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL: without a word", "memory"),
-        ("raise SystemExit('no')", "failed: no", "hpm.doctor.trials device cpu"),
+        ("raise SystemExit('no')", "failed: no", "hardpatch.tools.doctor.trials device cpu"),
         ("print('[]x')", "failed: without a word", "see all of it"),
     ],
 )  # fmt: skip
@@ -361,7 +364,7 @@ def test_faults_of_a_device_show_in_the_step(monkeypatch, broken):
     import torch
     import torch.nn.functional as F
 
-    from hpm import build
+    from hardpatch.runs import build
 
     device = torch.device("cpu")
     expected = trials.take_step(device)
@@ -388,7 +391,7 @@ def test_faults_of_a_device_show_in_the_step(monkeypatch, broken):
 def test_bf16_that_goes_wrong_is_a_problem(monkeypatch):
     import torch
 
-    monkeypatch.setattr("hpm.distributed.has_bf16", lambda _: True)
+    monkeypatch.setattr("hardpatch.runtime.distributed.has_bf16", lambda _: True)
     wrong = GOOD._replace(loss=float("nan"))
     monkeypatch.setattr(trials, "take_step", lambda *_, bf16=False, **__: wrong if bf16 else GOOD)
     found = trials._try_step(torch.device("cpu"))
@@ -425,7 +428,7 @@ def test_damaged_images_are_counted(tmp_path):
     assert found.found.startswith("4, about 8x8 px, no labels; ")
     assert "1 of 4 damaged, the first: " in found.found
     assert "broken.png" in found.found
-    assert "hpm data check" in found.advice
+    assert "hardpatch data check" in found.advice
     for number in range(3):
         (tmp_path / f"{number}.png").unlink()
     (found,) = trials.try_images(str(tmp_path))
@@ -439,11 +442,13 @@ def test_images_of_other_channels_are_well(tmp_path):
     for number in range(3):
         np.save(tmp_path / f"{number}.npy", np.zeros((5, 16, 16), np.uint8))
     (found,) = trials.try_images(str(tmp_path))
-    assert (found.state, found.advice) == ("note", "give --channels 5 to hpm pretrain")
+    assert (found.state, found.advice) == ("note", "give --channels 5 to hardpatch pretrain")
 
 
 def together(*words, **environment):
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m hpm doctor --device cpu"
+    command = (
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m hardpatch doctor --device cpu"
+    )
     return subprocess.run(
         [*command.split(), *words], capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
@@ -465,7 +470,7 @@ def test_processes_see_each_other(tmp_path):
 
 def test_a_process_that_is_alone_says_so(monkeypatch):
     """The others have not come: told after the time that was given, not after half an hour."""
-    from hpm.doctor.processes import look_at_processes
+    from hardpatch.tools.doctor.processes import look_at_processes
 
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29811"}.items():
         monkeypatch.setenv(name, value)
@@ -477,7 +482,7 @@ def test_a_process_that_is_alone_says_so(monkeypatch):
 
 
 def test_processes_that_are_not_alike():
-    from hpm.doctor.processes import compare
+    from hardpatch.tools.doctor.processes import compare
 
     first = {"torch": "2.14.1", "device": "NVIDIA H200"}
     (found,) = compare([first, first, {**first, "torch": "2.11.0"}])

@@ -13,22 +13,22 @@ import pytest
 import torch
 from PIL import Image
 
-from hpm.build import build_normalise, choose_attention
-from hpm.cli import main
-from hpm.data.decode import Decoder
-from hpm.data.loading import Cover
-from hpm.data.sources import open_source
-from hpm.display import Display
-from hpm.embed import embed
-from hpm.embed.chunks import Parts
-from hpm.embed.config import EmbedConfig
-from hpm.embed.difficulty import mask_order, measure_difficulty, rank_agreement
-from hpm.embed.sheet import Ranked, draw_sheet, ends
-from hpm.errors import InputError
-from hpm.method import relative_loss
-from hpm.run_folder import LoadedRun
-from hpm.visualize import NUM_MASKS
-from hpm.vit import encode
+from hardpatch.cli import main
+from hardpatch.config.embed import EmbedConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.loader.loading import Cover
+from hardpatch.data.sources import open_source
+from hardpatch.embed import embed
+from hardpatch.embed.chunks import Parts
+from hardpatch.embed.difficulty import mask_order, measure_difficulty, rank_agreement
+from hardpatch.embed.sheet import Ranked, draw_sheet, ends
+from hardpatch.figures.display import Display
+from hardpatch.figures.hardness import NUM_MASKS
+from hardpatch.method.method import relative_loss
+from hardpatch.method.vit import encode
+from hardpatch.runs.build import build_normalise, choose_attention
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.errors import InputError
 from random_run import random_run
 from tiny import in_child, tiny_config
 
@@ -70,7 +70,7 @@ def load_npz(path):
 def load_parquet(path):
     table = parquet.read_table(path)
     return {name: np.array(table[name].to_pylist()) for name in table.column_names} | {
-        "about": table.schema.metadata[b"hpm"].decode()
+        "about": table.schema.metadata[b"hardpatch"].decode()
     }
 
 

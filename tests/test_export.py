@@ -1,4 +1,4 @@
-"""Exports, loaded by the libraries they are for in processes that cannot import hpm, against the encoder."""
+"""Exports, loaded by the libraries they are for in processes that cannot import hardpatch, against the encoder."""
 
 import json
 import subprocess
@@ -11,16 +11,16 @@ import torch
 import yaml
 from torch import nn
 
-import hpm
-from hpm.cli import main
-from hpm.data.loading import Cover, Normalise
-from hpm.errors import InputError
-from hpm.export import export, huggingface
-from hpm.export.backbone import Pooled, read_backbone
-from hpm.export.config import ExportConfig
-from hpm.export.export import FORMATS
-from hpm.vit import encode
-from hpm.weights.names import from_hugging_face, to_hugging_face
+import hardpatch
+from hardpatch.cli import main
+from hardpatch.config.export import ExportConfig
+from hardpatch.data.loader.loading import Cover, Normalise
+from hardpatch.export import export, huggingface
+from hardpatch.export.backbone import Pooled, read_backbone
+from hardpatch.export.export import FORMATS
+from hardpatch.method.vit import encode
+from hardpatch.runtime.errors import InputError
+from hardpatch.weights.names import from_hugging_face, to_hugging_face
 from random_run import random_run
 from tiny import tiny_config
 
@@ -74,9 +74,9 @@ def pictures_and_images(shape, count=5):
 @pytest.mark.parametrize(
     ("forms", "forbidden"),
     [
-        (["timm", "safetensors"], ["hpm", "transformers"]),
-        (["hf", "torch"], ["hpm", "timm"]),
-        (["onnx"], ["hpm", "timm", "torch", "onnx"]),
+        (["timm", "safetensors"], ["hardpatch", "transformers"]),
+        (["hf", "torch"], ["hardpatch", "timm"]),
+        (["onnx"], ["hardpatch", "timm", "torch", "onnx"]),
     ],
 )
 def test_three_lines_in_a_process_without_hpm_give_the_same_features(forms, forbidden, trained, exported, tmp_path):
@@ -129,22 +129,22 @@ def test_graphs_say_what_they_want(exported):
     import onnx
 
     about = {entry.key: entry.value for entry in onnx.load(exported["onnx"].out).metadata_props}
-    assert json.loads(about["hpm"])["input"]["mean"] == [0.485, 0.456, 0.406]
-    extra = {"hpm.json": ""}
+    assert json.loads(about["hardpatch"])["input"]["mean"] == [0.485, 0.456, 0.406]
+    extra = {"hardpatch.json": ""}
     torch.export.load(exported["torch"].out, extra_files=extra)
-    assert json.loads(extra["hpm.json"])["output"] == "tokens"
+    assert json.loads(extra["hardpatch.json"])["output"] == "tokens"
 
 
 def test_timm_folder_is_not_said_to_be_other_weights(exported):
     cfg = json.loads(Path(exported["timm"].out, "config.json").read_text())["pretrained_cfg"]
-    assert cfg["tag"] == "hpm"
+    assert cfg["tag"] == "hardpatch"
     assert "license" not in cfg
     assert cfg["mean"] == [0.485, 0.456, 0.406]
 
 
 def test_a_file_of_weights_can_be_exported(trained, exported, tmp_path):
     weights = Path(exported["safetensors"].out)
-    assert torch.equal(hpm.load_encoder(weights).pos_embed, read_backbone(trained).vit.pos_embed)
+    assert torch.equal(hardpatch.load_encoder(weights).pos_embed, read_backbone(trained).vit.pos_embed)
     write(weights, tmp_path, "timm")
     assert "Not known" in (tmp_path / "timm" / "README.md").read_text()
 
@@ -215,7 +215,7 @@ def test_parts_of_blocks_that_transformers_has_not(change, reason, trained):
 def test_image_processor_prepares_images_as_hpm_does(size, exported):
     from transformers import AutoImageProcessor
 
-    # Sizes whose long side is a whole number after resizing: transformers rounds it down, hpm to the nearest.
+    # Sizes whose long side is a whole number after resizing: transformers rounds it down, hardpatch to the nearest.
     smooth = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
     picture = nn.functional.interpolate(smooth[None], size, mode="bicubic").clamp(0, 1)[0].mul(255).to(torch.uint8)
     found = AutoImageProcessor.from_pretrained(exported["hf"].out)(picture, return_tensors="pt")["pixel_values"]
@@ -313,7 +313,7 @@ def test_model_card(tmp_path):
     assert header["library_name"] == "timm"
     for line in (
         "# photos", "| knn | top1 | 41.25 |", "| knn | num_val | 1,000 |", "| pretrain | reconstruction_loss | 0.75 |",
-        "`list.txt`", "12 optimizer steps of 8 images, seed 0", "| model.encoder_width | 32 |", "Trained with hpm",
+        "`list.txt`", "12 optimizer steps of 8 images, seed 0", "| model.encoder_width | 32 |", "Trained with hardpatch",
         'timm.create_model("local-dir:timm", pretrained=True)', "32x32 pixels, 3 channels",
     ):  # fmt: skip
         assert line in card

@@ -6,18 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hpm.budget import CHOICES, keep_to_budget, teacher_share
-from hpm.build import build_method, build_stages, build_student, build_target
-from hpm.config import Config, with_fields
-from hpm.data.loading import Batch, Normalise
-from hpm.errors import InputError
-from hpm.feeding import Feed, resize
-from hpm.flops import step_cost
-from hpm.method import Answers, Teacher
-from hpm.pretrain import pretrain
-from hpm.recipes import recipe
-from hpm.schedules import NUM_STAGES, stage, stage_side
-from hpm.vit import embed, encode, grid_size, resample_positions
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import recipe
+from hardpatch.config.values import with_fields
+from hardpatch.cost.flops import step_cost
+from hardpatch.data.loader.loading import Batch, Normalise
+from hardpatch.method.method import Answers, Teacher
+from hardpatch.method.schedules import NUM_STAGES, stage, stage_side
+from hardpatch.method.vit import embed, encode, grid_size, resample_positions, resize
+from hardpatch.runs.build import build_method, build_stages, build_student, build_target
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.budget import CHOICES, keep_to_budget, teacher_share
+from hardpatch.training.feeding import Feed
+from hardpatch.training.loop import pretrain
 from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
 
 torch.set_num_threads(1)
@@ -57,7 +58,7 @@ def test_resampled_positions_keep_the_order_of_places():
     ],
 )
 def test_images_of_another_size_are_embedded_as_a_model_of_that_size_would(name):
-    from hpm.vit import create_encoder
+    from hardpatch.method.vit import create_encoder
 
     sizes = {"patch_size": 8, "width": 32, "depth": 1, "heads": 2}
     large = create_encoder(name, image_size=(48, 32), **sizes)
@@ -192,8 +193,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_goes_on_exactly(tmp_path, kind, monkeypatch):
     """Stopped by a signal at step 5 and three steps later, or as soon as it may: not within a batch that is kept."""
-    from hpm.errors import Interrupted
-    from hpm.stopping import StopSignal
+    from hardpatch.runtime.errors import Interrupted
+    from hardpatch.runtime.signals import StopSignal
 
     fields = {name: value for name, value in TINY.items() if name != "data"} | KINDS[kind]
     pretrain("shapes:48", tmp_path / "whole", **fields)
@@ -213,7 +214,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, kind, monkeypatch):
         def name(self, value):
             pass
 
-    monkeypatch.setattr(importlib.import_module("hpm.pretrain"), "StopSignal", AtStep)
+    monkeypatch.setattr(importlib.import_module("hardpatch.training.loop"), "StopSignal", AtStep)
     stops = []
     for _ in range(2):
         with pytest.raises(Interrupted):
@@ -328,8 +329,8 @@ def test_sizes_that_do_not_fit_are_refused():
 @pytest.fixture
 def prepared(tmp_path):
     """Puts a run together."""
-    from hpm.pretrain import prepare
-    from hpm.run_folder import RunFolder
+    from hardpatch.runs.folder import RunFolder
+    from hardpatch.training.loop import prepare
 
     folder = RunFolder(tmp_path / "run")
     yield lambda **fields: prepare(tiny_config(**fields), folder, device=torch.device("cpu"), resume="auto")
@@ -337,7 +338,7 @@ def prepared(tmp_path):
 
 
 def test_overhead_is_the_time_of_the_step_over_that_of_mae(prepared, monkeypatch):
-    from hpm import overhead
+    from hardpatch.training import overhead
 
     seconds = iter([99.0, 99.0, 99.0] + [1.0, 4.0, 2.0] * 3)  # the first turn does not count
 
@@ -356,8 +357,8 @@ def test_overhead_is_the_time_of_the_step_over_that_of_mae(prepared, monkeypatch
 
 def test_overhead_is_over_mae_that_decodes_all_that_is_hidden(prepared, monkeypatch):
     """What decoding a part saves counts for the step, not for what it is held against."""
-    from hpm.method import Method
-    from hpm.overhead import TURNS, measure_overhead
+    from hardpatch.method.method import Method
+    from hardpatch.training.overhead import TURNS, measure_overhead
 
     decoded = []
     choose = Method.choose_decoded
@@ -375,7 +376,7 @@ def test_overhead_is_over_mae_that_decodes_all_that_is_hidden(prepared, monkeypa
 
 
 def test_overhead_that_does_not_fit_into_memory_stops_no_run(prepared, monkeypatch, capsys):
-    from hpm import overhead
+    from hardpatch.training import overhead
 
     def full(act, device):
         act()
@@ -390,17 +391,17 @@ def test_overhead_that_does_not_fit_into_memory_stops_no_run(prepared, monkeypat
 
 
 def test_mae_has_no_overhead(prepared):
-    from hpm.overhead import measure_overhead
+    from hardpatch.training.overhead import measure_overhead
 
     assert measure_overhead(prepared(mask="random", predicted_loss="none")) is None
 
 
 def test_measured_overhead_of_a_run_is_recorded_and_changes_nothing(tmp_path, monkeypatch):
-    from hpm.log import read_metrics
+    from hardpatch.runtime.log import read_metrics
 
     fields = {name: value for name, value in TINY.items() if name != "data"}
     pretrain("shapes:48", tmp_path / "quiet", **fields)
-    monkeypatch.setattr("hpm.reporter.MIN_STEPS", 12)
+    monkeypatch.setattr("hardpatch.training.reporting.MIN_STEPS", 12)
     result = pretrain("shapes:48", tmp_path / "measured", **fields)
     costs = [record for record in read_metrics(tmp_path / "measured") if "overhead_over_mae" in record]
     assert [record["step"] for record in costs] == [0]

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
 
-from hpm.masking import hide_random, split_patches
-from hpm.method import PREDICTED_LOSSES, Method, Student, Teacher
-from hpm.targets import PixelTarget, feature_loss
-from hpm.vit import create_encoder, encode, sincos_positions, take
-from hpm.weights.names import from_published, to_published
+from hardpatch.method.masks import hide_random, split_patches
+from hardpatch.method.method import PREDICTED_LOSSES, Method, Student, Teacher
+from hardpatch.method.targets.pixels import PixelTarget
+from hardpatch.method.targets.target import feature_loss
+from hardpatch.method.vit import create_encoder, encode, sincos_positions, take
+from hardpatch.weights.names import from_published, to_published
 
 FOLDER = Path(os.environ.get("HPM_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
 CASES = sorted(FOLDER.glob("*.json"))

@@ -20,24 +20,30 @@ from timm.data import create_transform
 from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 
-import hpm
-from hpm.build import build_encoder, build_normalise, build_student, timm_arguments
-from hpm.checkpoint import CheckpointFolder
-from hpm.cli import main
-from hpm.data.decode import DecodeError, Sample
-from hpm.data.loading import Normalise, ordered_batches
-from hpm.data.sources import Source, open_source
-from hpm.errors import InputError, Interrupted
-from hpm.evaluate import finetune, finetune_loop
-from hpm.evaluate.augment import FinetuneImages, Mixing, RandAugment, posterize, stack
-from hpm.evaluate.classifier import build_classifier, layer_groups, load_classifier
-from hpm.evaluate.config import FinetuneConfig
-from hpm.evaluate.controls import folder_name
-from hpm.evaluate.finetune_recipe import RAND_AUGMENT, adapted_batch, adapted_crop, checked, resolve_recipe
-from hpm.log import read_metrics
-from hpm.pretrain import pretrain
-from hpm.run_folder import load_encoder
-from hpm.schedules import learning_rate
+import hardpatch
+from hardpatch.cli import main
+from hardpatch.config.evaluations import FinetuneConfig
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.loader.loading import Normalise, ordered_batches
+from hardpatch.data.sources import Source, open_source
+from hardpatch.evaluate.classify import finetune, finetune_loop
+from hardpatch.evaluate.classify.augment import FinetuneImages, Mixing, RandAugment, posterize, stack
+from hardpatch.evaluate.classify.classifier import build_classifier, layer_groups, load_classifier
+from hardpatch.evaluate.classify.finetune_recipe import (
+    RAND_AUGMENT,
+    adapted_batch,
+    adapted_crop,
+    checked,
+    resolve_recipe,
+)
+from hardpatch.evaluate.controls import folder_name
+from hardpatch.method.schedules import learning_rate
+from hardpatch.runs.build import build_encoder, build_normalise, build_student, timm_arguments
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runs.load import load_encoder
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.log import read_metrics
+from hardpatch.training.loop import pretrain
 from tiny import TINY, flags, in_child, tiny_config
 
 torch.set_num_threads(1)
@@ -394,7 +400,7 @@ def test_it_learns_and_leaves_a_classifier_that_loads(checkpoint, tmp_path):
     assert (out / "confusion.png").stat().st_size > 1000
     assert json.loads((out / "result.json").read_text())["top1"] == result.top1
 
-    model = hpm.load_classifier(out)
+    model = hardpatch.load_classifier(out)
     assert model.pretrained_cfg["label_names"] == sorted(set(open_source("shapes:24").labels))
     source = open_source("shapes:24", image_size=(32, 32))
     normalise = build_normalise(tiny_config())
@@ -406,7 +412,7 @@ def test_it_learns_and_leaves_a_classifier_that_loads(checkpoint, tmp_path):
     transform = create_transform(**timm.data.resolve_model_data_config(model))
     assert transform.transforms[-1].mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
     with pytest.raises(InputError, match=r"classifier: no classifier\.safetensors"):
-        hpm.load_classifier(checkpoint)
+        hardpatch.load_classifier(checkpoint)
 
 
 def test_the_command_prints_and_keeps_what_the_interface_promises(checkpoint, tmp_path, capsys):
@@ -422,14 +428,16 @@ def test_the_command_prints_and_keeps_what_the_interface_promises(checkpoint, tm
     assert (figures["num_train"], figures["num_val"], figures["labels_per_class"]) == (24, 16, 3)
     assert any(line.startswith("this run ") for line in printed)
     assert any(line.startswith("untrained") for line in printed)
-    assert f"  model = hpm.load_classifier('{checkpoint}/finetune')    # a plain timm model" in printed
-    kept = json.loads((hpm.run_folder.RunFolder(checkpoint).evaluations / "finetune.json").read_text())
+    assert f"  model = hardpatch.load_classifier('{checkpoint}/finetune')    # a plain timm model" in printed
+    kept = json.loads((hardpatch.runs.folder.RunFolder(checkpoint).evaluations / "finetune.json").read_text())
     assert kept == figures
-    report = hpm.run_folder.RunFolder(checkpoint).report_file.read_text()
+    report = hardpatch.runs.folder.RunFolder(checkpoint).report_file.read_text()
     assert "Fine-tuned" in report
     assert "confusion" in report
     one, other = (
-        yaml.safe_load((hpm.run_folder.RunFolder(checkpoint).path / place / "config.yaml").read_text())["finetune"]
+        yaml.safe_load((hardpatch.runs.folder.RunFolder(checkpoint).path / place / "config.yaml").read_text())[
+            "finetune"
+        ]
         for place in ("finetune", "finetune/untrained")
     )
     assert one.pop("encoder") != other.pop("encoder")
@@ -446,7 +454,7 @@ def test_other_encoders_by_the_same_recipe_in_one_table(checkpoint, tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes)
     model.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), input_size=(3, 48, 48), num_classes=5)
     save_for_hf(model, tmp_path / "vit", model_args=sizes, safe_serialization=True)
-    against = (str(hpm.run_folder.RunFolder(checkpoint).weights_file), f"timm:local-dir:{tmp_path / 'vit'}")
+    against = (str(hardpatch.runs.folder.RunFolder(checkpoint).weights_file), f"timm:local-dir:{tmp_path / 'vit'}")
     result = finetune.run(config(checkpoint, tmp_path / "tuned", against=against, untrained=True, epochs=1))
     ours, untrained, again, theirs = result.standings
     assert [row.name for row in result.standings] == ["this run", "untrained", *against]
@@ -549,7 +557,7 @@ def test_every_layer_learns_at_its_share_of_the_schedule(checkpoint, tmp_path, m
 
 def test_the_average_of_weights_is_what_is_measured_and_kept(checkpoint, tmp_path):
     finetune.run(config(checkpoint, tmp_path / "run", ema_decay=0.999))
-    state, model = last(tmp_path / "run"), hpm.load_classifier(tmp_path / "run").state_dict()
+    state, model = last(tmp_path / "run"), hardpatch.load_classifier(tmp_path / "run").state_dict()
     assert all(torch.equal(model[name], value) for name, value in state["ema"].items())
     assert not torch.equal(model["head.weight"], state["model"]["head.weight"])
 
@@ -588,7 +596,7 @@ def test_five_channels_not_square(tmp_path):
     pretrain(images, tmp_path / "run", **values)
     few = config(str(tmp_path / "run"), "", train=images, val=images)
     assert finetune.run(few).num_classes == 2
-    assert hpm.load_classifier(tmp_path / "run")(torch.randn(1, 5, 32, 48)).shape == (1, 2)
+    assert hardpatch.load_classifier(tmp_path / "run")(torch.randn(1, 5, 32, 48)).shape == (1, 2)
     with pytest.raises(InputError, match="rand_augment: works on 3 channels only"):
         finetune.run(replace(few, rand_augment=RAND_AUGMENT))
     with pytest.raises(InputError, match="train: shapes have 3 channels, got channels=5"):
@@ -597,7 +605,7 @@ def test_five_channels_not_square(tmp_path):
 
 def test_too_much_damage_stops_it(checkpoint, tmp_path, monkeypatch):
     source = Bright(num_images=24, damaged=(4,), size=(32, 32))
-    monkeypatch.setattr("hpm.evaluate.labelled.open_source", lambda *_, **__: source)
+    monkeypatch.setattr("hardpatch.evaluate.classify.labelled.open_source", lambda *_, **__: source)
     with pytest.raises(
         InputError, match=r"max_damaged: at most 1\.0% .* 1 of the 24 of train are; .*image 4: scratched"
     ):
@@ -617,7 +625,7 @@ def test_two_processes_train_one_classifier(checkpoint, tmp_path):
     words = command(checkpoint, out, val="shapes:17@1", **SHORT | {"epochs": 2})
     done = subprocess.run(
         [
-            *f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m hpm".split(),
+            *f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m hardpatch".split(),
             *words,
             "--json",
         ],

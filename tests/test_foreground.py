@@ -9,12 +9,11 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from hpm.build import build_method, build_normalise, build_student
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.evaluate import foreground
-from hpm.evaluate.config import ForegroundConfig
-from hpm.evaluate.foreground import (
+from hardpatch.config.config import Config
+from hardpatch.config.evaluations import ForegroundConfig
+from hardpatch.config.values import with_fields
+from hardpatch.evaluate import foreground
+from hardpatch.evaluate.foreground import (
     edge_density,
     find_in_images,
     foreground_patches,
@@ -22,8 +21,10 @@ from hpm.evaluate.foreground import (
     measure_patches,
     patch_variance,
 )
-from hpm.method import Teacher
-from hpm.vit import class_attention, create_encoder, has_class_attention
+from hardpatch.method.method import Teacher
+from hardpatch.method.vit import class_attention, create_encoder, has_class_attention
+from hardpatch.runs.build import build_method, build_normalise, build_student
+from hardpatch.runtime.errors import InputError
 from random_run import random_run
 from tiny import TINY
 

@@ -18,10 +18,10 @@ import torch
 from PIL import Image, ImageOps
 
 from fuzzing import channels_of, deep_png, dicom, encapsulated, npy, npz, picture, pillow, seeds, tiff
-from hpm.data import stored
-from hpm.data.decode import DecodeError, Decoder, decode, describe
-from hpm.data.sources import open_source
-from hpm.data.value_range import find_value_range
+from hardpatch.data.images import stored
+from hardpatch.data.images.decode import DecodeError, Decoder, decode, describe
+from hardpatch.data.images.value_range import find_value_range
+from hardpatch.data.sources import open_source
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NASTY, SCIENTIFIC = SHARED / "nasty" / "files", SHARED / "scientific"
@@ -400,7 +400,7 @@ MEASURE = """
 import resource, sys, time, json
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from hpm.data.decode import Decoder, DecodeError
+from hardpatch.data.images.decode import DecodeError, Decoder
 from fuzzing import seeds, channels_of
 for name, content in seeds().items():
     Decoder(channels_of(name))(content)

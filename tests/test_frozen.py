@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from timm.models import save_for_hf
 
-from hpm.build import build_optimizer, build_student, build_target
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.frozen import FrozenModel, TimmFeatureTarget, load_frozen, resample
-from hpm.masking import hide_hard
-from hpm.method import Method, Teacher, relative_loss
-from hpm.pretrain import pretrain
-from hpm.run_folder import load_encoder
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.method.masks import hide_hard
+from hardpatch.method.method import Method, Teacher, relative_loss
+from hardpatch.method.targets.timm_features import FrozenModel, TimmFeatureTarget, load_frozen, resample
+from hardpatch.runs.build import build_optimizer, build_student, build_target
+from hardpatch.runs.load import load_encoder
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.loop import pretrain
 from tiny import TINY
 
 torch.set_num_threads(1)
@@ -185,8 +186,8 @@ def test_a_frozen_model_is_loaded_once_by_a_run_and_never_by_its_encoder(tmp_pat
 
 
 def test_evaluation_from_a_checkpoint_needs_the_model_only_for_its_loss(tmp_path, saved):
-    from hpm.evaluate import controls, foreground
-    from hpm.run_folder import LoadedRun
+    from hardpatch.evaluate import controls, foreground
+    from hardpatch.runs.load import LoadedRun
 
     values = TINY | {"target": "timm_features", "target_model": saved("vit"), "epochs": 1}
     pretrain(values.pop("data"), tmp_path / "run", **values)

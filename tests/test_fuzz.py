@@ -14,7 +14,7 @@ import pytest
 from PIL import ImageFile
 
 import fuzzing
-from hpm.data.decode import Decoder
+from hardpatch.data.images.decode import Decoder
 
 CASES = int(os.environ.get("HPM_FUZZ_CASES", "1500"))
 

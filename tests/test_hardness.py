@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpm.build import build_method, build_student, build_target
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.method import StudentOutput, Teacher, rank_correlation
-from hpm.pretrain import pretrain
-from hpm.run_folder import LoadedRun
-from hpm.targets import PixelHardness, PixelTarget
-from hpm.visualize import measure_hardness
-from hpm.vit import patchify, take
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.figures.hardness import measure_hardness
+from hardpatch.method.method import StudentOutput, Teacher, rank_correlation
+from hardpatch.method.targets.pixels import PixelHardness, PixelTarget
+from hardpatch.method.vit import patchify, take
+from hardpatch.runs.build import build_method, build_student, build_target
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.loop import pretrain
 from tiny import TINY, tiny_config
 
 torch.set_num_threads(1)

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import Dataset
 
-from hpm.data.loading import Position, TrainingOrder, batches_in_order
-from hpm.data.sources import Downloads, fingerprint, hugging_face, open_source
-from hpm.data.sources.hugging_face import HubName
-from hpm.errors import InputError
+from hardpatch.data.loader.loading import Position, TrainingOrder, batches_in_order
+from hardpatch.data.sources import Downloads, fingerprint, hugging_face, open_source
+from hardpatch.data.sources.hugging_face import HubName
+from hardpatch.runtime.errors import InputError
 from test_sources import png, refusal, values
 
 datasets = pytest.importorskip("datasets")

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from hpm.data.decode import DecodeError, Sample
-from hpm.data.loading import Normalise
-from hpm.data.sources import Source
-from hpm.errors import InputError
-from hpm.evaluate.accuracy import top_k_accuracy
-from hpm.evaluate.features import LabelledSplit, extract_features, pool
-from hpm.evaluate.knn import knn_accuracy, knn_votes
-from hpm.vit import create_encoder, encode
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.loader.loading import Normalise
+from hardpatch.data.sources import Source
+from hardpatch.evaluate.classify.accuracy import top_k_accuracy
+from hardpatch.evaluate.classify.knn import knn_accuracy, knn_votes
+from hardpatch.evaluate.features import LabelledSplit, extract_features, pool
+from hardpatch.method.vit import create_encoder, encode
+from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)
 CPU, SIZE, NUM_CLASSES = torch.device("cpu"), (8, 8), 7

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from hpm.masking import hide_hard, hide_random
+from hardpatch.method.masks import hide_hard, hide_random
 
 torch.set_num_threads(1)
 DOCUMENT = Path(__file__).parents[1] / "docs" / "library.md"

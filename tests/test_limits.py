@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hpm import limits
-from hpm.data.loading import default_workers
+from hardpatch.data.loader.loading import default_workers
+from hardpatch.runtime import machine as limits
 
 GIB = 2**30
 

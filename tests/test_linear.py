@@ -13,17 +13,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from timm.models import save_for_hf
 
-from hpm.data.loading import Cover
-from hpm.data.sources import open_source
-from hpm.errors import InputError
-from hpm.evaluate import knn, linear
-from hpm.evaluate.config import KnnConfig, LinearConfig
-from hpm.evaluate.controls import Contender, open_contenders, standings
-from hpm.evaluate.features import pool, split_features, whole_split
-from hpm.evaluate.knn import knn_votes
-from hpm.evaluate.labelled import choose_per_class
-from hpm.pretrain import train
-from hpm.run_folder import LoadedRun, load_encoder
+from hardpatch.config.evaluations import KnnConfig, LinearConfig
+from hardpatch.data.loader.loading import Cover
+from hardpatch.data.sources import open_source
+from hardpatch.evaluate.classify import knn, linear
+from hardpatch.evaluate.classify.knn import knn_votes
+from hardpatch.evaluate.classify.labelled import choose_per_class
+from hardpatch.evaluate.controls import Contender, open_contenders, standings
+from hardpatch.evaluate.features import pool, split_features, whole_split
+from hardpatch.runs.load import LoadedRun, load_encoder
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.loop import train
 from tiny import tiny_config
 
 torch.set_num_threads(1)
@@ -263,7 +263,7 @@ def test_wrong_input_is_refused_before_the_encoder_runs(runs, monkeypatch, chang
 
 
 def test_the_command_prints_tables_keeps_the_figures_and_draws(runs, capsys):
-    from hpm.cli import main
+    from hardpatch.cli import main
 
     words = ["evaluate", "linear", "--checkpoint", str(runs / "run"), "--train", TRAIN, "--val", VAL, "--device", "cpu",
              "--labels-per-class", "2", "--draws", "2", "--against", str(runs / "other"), "--json"]  # fmt: skip

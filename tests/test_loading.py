@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.data.decode import DecodeError, Sample
-from hpm.data.loading import (
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.loader.loading import (
     Cover,
     Normalise,
     Position,
@@ -19,9 +19,9 @@ from hpm.data.loading import (
     read_or_next,
     training_batches,
 )
-from hpm.data.sources import Source, open_source
-from hpm.errors import InputError
-from hpm.stopping import SIGNALS, signals_held
+from hardpatch.data.sources import Source, open_source
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.signals import SIGNALS, signals_held
 
 torch.set_num_threads(1)
 

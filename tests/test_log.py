@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpm import log
+from hardpatch.runtime import log
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import torch
 from scipy.stats import chisquare
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpm.masking import (
+from hardpatch.method.masks import (
     MASKS,
+    NUM_RECTANGLES,
     MaskPolicy,
     hide_easy,
     hide_hard,
@@ -19,8 +20,7 @@ from hpm.masking import (
     num_hidden_patches,
     split_patches,
 )
-from hpm.patterns import NUM_RECTANGLES
-from hpm.seeding import more_noise
+from hardpatch.runtime.seeding import more_noise
 
 torch.set_num_threads(1)
 GRIDS = [(2, 2), (1, 7), (3, 5), (8, 8), (14, 14), (7, 31)]
@@ -323,7 +323,9 @@ def test_uniform_grid_hides_the_same_share_of_every_cell(grid, ratio):
 def test_uniform_grid_survives_the_largest_and_smallest_offsets(monkeypatch):
     """A cell that is as far ahead of the others as can be does not round up to their next level."""
     extremes = torch.tensor([2**-24, 1 - 2**-24]).repeat(1, 8)
-    monkeypatch.setattr("hpm.patterns.more_noise", lambda noise, count: extremes[:, :count].expand(len(noise), -1))
+    monkeypatch.setattr(
+        "hardpatch.method.masks.more_noise", lambda noise, count: extremes[:, :count].expand(len(noise), -1)
+    )
     visible = 1 - hide("uniform_grid", (8, 8), batch=20)
     assert (visible.unflatten(1, (4, 2)).unflatten(3, (4, 2)).sum(dim=(2, 4)) == 1).all()
 

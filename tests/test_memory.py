@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hpm.build import blocks, build_method, build_student, recompute_blocks
-from hpm.config import with_fields
-from hpm.memory import step_memory
-from hpm.method import Teacher
-from hpm.recipes import recipe
+from hardpatch.config.recipes import recipe
+from hardpatch.config.values import with_fields
+from hardpatch.cost.memory import step_memory
+from hardpatch.method.method import Teacher
+from hardpatch.runs.build import blocks, build_method, build_student, recompute_blocks
 from tiny import tiny_config
 
 DEEP = {"encoder_depth": 3, "decoder_depth": 2, "predictor_depth": 2}

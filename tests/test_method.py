@@ -10,13 +10,14 @@ import torch
 from scipy.stats import spearmanr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpm.build import blocks, build_method, build_student
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.masking import MASKS, hide_hard, hide_random, hide_top, split_patches
-from hpm.method import Method, Student, Teacher, absolute_loss, rank_correlation, relative_loss
-from hpm.targets import PixelTarget
-from hpm.vit import class_attention, create_encoder, encode, grid_size, patchify, unpatchify
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.method.masks import MASKS, hide_hard, hide_random, hide_top, split_patches
+from hardpatch.method.method import Method, Student, Teacher, absolute_loss, rank_correlation, relative_loss
+from hardpatch.method.targets.pixels import PixelTarget
+from hardpatch.method.vit import class_attention, create_encoder, encode, grid_size, patchify, unpatchify
+from hardpatch.runs.build import blocks, build_method, build_student
+from hardpatch.runtime.errors import InputError
 from tiny import TINY
 
 torch.set_num_threads(1)

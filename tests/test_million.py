@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hpm.data.sources import FileSource, class_indices, fingerprint, open_source
-from hpm.data.sources.compact import LabelBuilder, Labels, Strings
-from hpm.data.sources.shard_index import ShardIndex
-from hpm.errors import InputError
+from hardpatch.data.sources import FileSource, class_indices, fingerprint, open_source
+from hardpatch.data.sources.compact import LabelBuilder, Labels, Strings
+from hardpatch.data.sources.shard_index import ShardIndex
+from hardpatch.runtime.errors import InputError
 from test_sources import write
 
 COUNT = 12_000

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpm.masking import hide_hard
-from hpm.method import rank_correlation, relative_loss
-from hpm.vit import patchify
+from hardpatch.method.masks import hide_hard
+from hardpatch.method.method import rank_correlation, relative_loss
+from hardpatch.method.vit import patchify
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "minimal.md"
 STEPS = 40

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.mining import MEMORY, THRESHOLD_AFTER_LOADING, MiningGate, mining_threshold
-from hpm.pretrain import pretrain
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.gate import MEMORY, THRESHOLD_AFTER_LOADING, MiningGate, mining_threshold
+from hardpatch.training.loop import pretrain
 from tiny import TINY, assert_same_state, final_state
 
 torch.set_num_threads(1)
@@ -78,7 +79,7 @@ def test_gate_that_never_opens_leaves_masks_random(tmp_path):
 
 def test_gate_is_part_of_a_resumed_run(tmp_path, monkeypatch):
     """Stopped half-way and gone on: the same running correlation, so the same masks."""
-    monkeypatch.setattr("hpm.mining.MEMORY", 3)
+    monkeypatch.setattr("hardpatch.training.gate.MEMORY", 3)
     values = {"mining_threshold": 0.05, "hard_share_start": 0.5, "checkpoint_steps": 6, "keep_last": 10}
     run(tmp_path / "whole", **values)
     run(tmp_path / "cut", **values)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from hpm.data.sources import Downloads, fingerprint, open_source, remote
-from hpm.data.sources.remote import Patience
-from hpm.errors import InputError
+from hardpatch.data.sources import Downloads, fingerprint, open_source, remote
+from hardpatch.data.sources.remote import Patience
+from hardpatch.runtime.errors import InputError
 from test_remote import write_shards
 from test_sources import values, write
 

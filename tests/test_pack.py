@@ -1,4 +1,4 @@
-"""``hpm data pack``: small images as they are, large ones smaller, verified, and after a kill the same bytes."""
+"""``hardpatch data pack``: small images as they are, large ones smaller, verified, and after a kill the same bytes."""
 
 import io
 import json
@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hpm.cli import main
-from hpm.data import pack
-from hpm.data.commands import PackConfig
-from hpm.data.decode import Decoder
-from hpm.data.sources import open_source
-from hpm.errors import InputError
+from hardpatch.cli import main
+from hardpatch.config.data_tools import PackConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import open_source
+from hardpatch.data.tools import pack
+from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)
 
@@ -191,7 +191,7 @@ def test_command_and_its_json(photographs, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     found = json.loads(printed[-1])
     assert (found["images"], len(found["damaged"]), found["labelled"]) == (30, 1, True)
-    assert printed[-2].startswith(f"next:  hpm pretrain --recipe hpm-fast-in-pixels --data '{out}/*.tar'")
+    assert printed[-2].startswith(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data '{out}/*.tar'")
     assert len(open_source(str(out / "*.tar"))) == 30
 
 

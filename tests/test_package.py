@@ -1,4 +1,4 @@
-"""``import hpm`` and its help are quick: what is slow is imported when it is needed."""
+"""``import hardpatch`` and its help are quick: what is slow is imported when it is needed."""
 
 import os
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import hpm
-from hpm.extras import install
+import hardpatch
+from hardpatch.runtime.extras import install
 
-SOURCES = sorted(Path(hpm.__file__).parent.rglob("*.py"))
+SOURCES = sorted(Path(hardpatch.__file__).parent.rglob("*.py"))
 
 SLOW = ("torch", "timm", "sklearn", "matplotlib")
 
@@ -24,7 +24,9 @@ def python(code):
 
 
 def test_importing_hpm_imports_nothing_slow():
-    python(f"import sys, hpm; hpm.__version__, hpm.InputError, dir(hpm); assert not {{*{SLOW}}} & {{*sys.modules}}")
+    python(
+        f"import sys, hardpatch; hardpatch.__version__, hardpatch.InputError, dir(hardpatch); assert not {{*{SLOW}}} & {{*sys.modules}}"
+    )
 
 
 @pytest.mark.parametrize("words", [
@@ -35,7 +37,7 @@ def test_importing_hpm_imports_nothing_slow():
 def test_help_imports_nothing_slow(words):
     python(f"""
 import sys
-from hpm.cli import main
+from hardpatch.cli import main
 try:
     main({words.split()})
 except SystemExit as left:
@@ -43,17 +45,12 @@ except SystemExit as left:
 assert not {{*{SLOW}}} & {{*sys.modules}}""")
 
 
-def test_pretrain_is_the_function_though_a_module_has_its_name():
-    first = "from hpm.pretrain import train; import hpm, hpm.demo"
-    assert python(f"{first}; print(type(hpm.pretrain).__name__, hpm.pretrain.__name__)") == "function pretrain\n"
-
-
 def test_every_public_name_is_there():
-    assert set(hpm.__all__) <= set(dir(hpm))
-    for name in hpm.__all__:
-        assert getattr(hpm, name)
-    with pytest.raises(AttributeError, match="module 'hpm' has no attribute 'pretrian'"):
-        hpm.pretrian  # noqa: B018
+    assert set(hardpatch.__all__) <= set(dir(hardpatch))
+    for name in hardpatch.__all__:
+        assert getattr(hardpatch, name)
+    with pytest.raises(AttributeError, match="module 'hardpatch' has no attribute 'pretrian'"):
+        hardpatch.pretrian  # noqa: B018
 
 
 @pytest.mark.parametrize("words", [["recipes"], ["--help"]])
@@ -62,7 +59,7 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback(words):
     os.close(read)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "hpm", *words],
+            [sys.executable, "-m", "hardpatch", *words],
             check=False,
             stdout=write,
             stderr=subprocess.PIPE,
@@ -77,11 +74,11 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback(words):
 
 def test_another_pipe_that_breaks_is_a_fault():
     code = """
-import hpm.cli
+import hardpatch.cli
 def broken(_): raise BrokenPipeError("a data process")
-hpm.cli.COMMANDS["recipes"] = hpm.cli.Command(broken, "")
+hardpatch.cli.COMMANDS["recipes"] = hardpatch.cli.Command(broken, "")
 try:
-    hpm.cli.main(["recipes"])
+    hardpatch.cli.main(["recipes"])
 except BrokenPipeError:
     print("raised")
 """
@@ -89,7 +86,6 @@ except BrokenPipeError:
 
 
 def test_what_an_extra_needs_is_installed_package_by_package():
-    """``pip install 'hpm[dense]'`` would fetch another project of that name from the package index."""
     command = install("dense")
     assert command.startswith("pip install ")
     for package in ("segmentation-models-pytorch>=", "torchmetrics>=", "pycocotools>="):
@@ -99,10 +95,10 @@ def test_what_an_extra_needs_is_installed_package_by_package():
     used |= {"http", "s3", "hf", "onnx"}
     assert len(used) >= 9
     for name in used:
-        assert "hpm" not in install(name)
+        assert "hardpatch" not in install(name)  # package by package: also right for an install from a checkout
 
 
-def test_no_message_tells_to_install_hpm_from_the_index():
+def test_no_message_tells_to_install_the_other_project_called_hpm():
     root = Path(__file__).parent.parent
     for file in (*SOURCES, root / "README.md", *(root / "docs").glob("*.md")):
         told = re.search(r"""pip install ["']?hpm\b""", file.read_text())

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import hpm
-from hpm.checkpoint import CheckpointFolder
-from hpm.errors import InputError, Interrupted
-from hpm.log import read_metrics
-from hpm.pretrain import pretrain
-from hpm.reporter import Reporter
+import hardpatch
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.log import read_metrics
+from hardpatch.training.loop import pretrain
+from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags, in_child
 
 SHORT = TINY | {"epochs": 1, "micro_batch_size": 2, "checkpoint_steps": 6}
@@ -40,7 +40,7 @@ def train_as(rank, port, out, values, stop_after=None):
     exchanges = count_exchanges()
     if stop_after is not None:
         Reporter.after_step = stopping(stop_after)
-    from hpm.cli import main
+    from hardpatch.cli import main
 
     try:
         main(["pretrain", "--out", str(out), *flags(values)])
@@ -50,7 +50,7 @@ def train_as(rank, port, out, values, stop_after=None):
 
 def count_exchanges():
     """A list that grows by one with every gradient exchange of DDP or of a shard's group."""
-    loop = import_module("hpm.pretrain")
+    loop = import_module("hardpatch.training.loop")
     exchanges, wrap = [], loop.parallel
     name = next(name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, name))  # torch's
     scatter = getattr(dist, name)
@@ -135,7 +135,7 @@ def test_a_sharded_run_goes_on_whole_and_a_whole_one_sharded(tmp_path, monkeypat
                     state[part][key], expected, rtol=1e-3, atol=1e-4, msg=lambda t, k=key: f"{k}: {t}"
                 )
         assert state["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
-        assert hpm.load_teacher(tmp_path / name).predict_loss(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+        assert hardpatch.load_teacher(tmp_path / name).predict_loss(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
 
 
 def test_one_process_cannot_share_a_model(tmp_path):

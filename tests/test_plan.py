@@ -1,4 +1,4 @@
-"""``hpm plan``: the rules, what is proposed, and that the proposal is a run."""
+"""``hardpatch plan``: the rules, what is proposed, and that the proposal is a run."""
 
 import importlib
 import json
@@ -11,14 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from hpm.cli import planning, pretraining
-from hpm.config import load_config
-from hpm.errors import InputError
-from hpm.planning import candidates, plan, timing
-from hpm.planning.candidates import Machine, make_candidate, sizes_for
-from hpm.planning.config import PlanConfig, duration, parse_budget
-from hpm.planning.images import Loading, look_at, open_images_of, time_loading
-from hpm.planning.sizes import (
+from hardpatch.cli import plan as planning
+from hardpatch.cli import pretrain as pretraining
+from hardpatch.config.plan import PlanConfig, duration, parse_budget
+from hardpatch.config.recipes import recipe
+from hardpatch.config.rules import split_batch
+from hardpatch.config.values import load_config
+from hardpatch.runtime.errors import InputError
+from hardpatch.tools.plan import candidates, plan
+from hardpatch.tools.plan import step_time as timing
+from hardpatch.tools.plan.candidates import Machine, make_candidate, sizes_for
+from hardpatch.tools.plan.images_found import Loading, look_at, open_images_of, time_loading
+from hardpatch.tools.plan.sizes import (
     MAX_EPOCHS,
     SIZES,
     Size,
@@ -30,9 +34,7 @@ from hpm.planning.sizes import (
     epochs_within,
     preferred,
 )
-from hpm.planning.timing import StepSeconds, loading_limit, reckoned, step_seconds, with_loading
-from hpm.recipes import recipe
-from hpm.rules import split_batch
+from hardpatch.tools.plan.step_time import StepSeconds, loading_limit, reckoned, step_seconds, with_loading
 
 NAMES = [size.name for size in SIZES]
 CPU = torch.device("cpu")
@@ -234,12 +236,12 @@ def test_the_command_and_the_file_are_the_proposal(photos, rates, tmp_path, monk
     out = tmp_path / "plan.yaml"
     found = propose(photos, method=method, out=str(out), **ONE, crop_scale=(0.5, 1.0), flip=False)
     seen = []
-    loop = importlib.import_module("hpm.pretrain")
+    loop = importlib.import_module("hardpatch.training.loop")
     monkeypatch.setattr(loop, "train", lambda config, out, **_: seen.append(config) or {})
     monkeypatch.setattr(pretraining, "report_run", lambda *_, **__: None)
     for command in (found["command"], found["command_from_file"]):
         words = shlex.split(command)
-        assert words[:2] == ["hpm", "pretrain"]
+        assert words[:2] == ["hardpatch", "pretrain"]
         pretraining.pretrain(words[2:])
     assert seen[0] == seen[1] == load_config(out)
     assert seen[0].run.device == "cpu"  # what was timed
@@ -253,7 +255,7 @@ def test_several_processes_start_by_torchrun_also_from_a_file(photos, rates, tmp
     monkeypatch.setattr(plan, "find_machine", lambda base, config: Machine(CPU, 2, 1e12))
     found = propose(photos, **ONE, out=str(tmp_path / "plan.yaml"))
     for name in ("command", "command_from_file"):
-        assert found[name].startswith("torchrun --nproc-per-node 2 -m hpm pretrain --")
+        assert found[name].startswith("torchrun --nproc-per-node 2 -m hardpatch pretrain --")
     assert found["config"]["batch_size"] % 2 == 0
 
 
@@ -456,7 +458,7 @@ def test_a_crop_serves_all_its_masks_and_steps():
 
 def test_processes_share_the_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr("hpm.limits.processor_quota", lambda: None)
+    monkeypatch.setattr("hardpatch.runtime.machine.processor_quota", lambda: None)
     limits = [loading_limit(recipe("mae"), Loading(1.0, 0), Machine(torch.device("cuda"), n, 1e9)) for n in (1, 2, 8)]
     assert limits == [8, 14, 8]
 

@@ -12,21 +12,22 @@ import pytest
 import torch
 import yaml
 
-import hpm
-from hpm.checkpoint import CheckpointFolder
-from hpm.config import Config, with_fields
-from hpm.data.loading import Batch
-from hpm.distributed import any_process, gather_objects, mean_over_processes
-from hpm.errors import InputError, Interrupted
-from hpm.log import read_metrics
-from hpm.meter import Meter
-from hpm.method import Method, Teacher
-from hpm.pretrain import pretrain
-from hpm.recipes import METHODS, recipe
-from hpm.reporter import Reporter
-from hpm.run_schedule import resolve_schedule
-from hpm.schedules import ema_decay, learning_rate
-from hpm.targets import PixelTarget
+import hardpatch
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import METHODS, recipe
+from hardpatch.config.values import with_fields
+from hardpatch.data.loader.loading import Batch
+from hardpatch.method.method import Method, Teacher
+from hardpatch.method.schedules import ema_decay, learning_rate
+from hardpatch.method.targets.pixels import PixelTarget
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runs.schedule import resolve_schedule
+from hardpatch.runtime.distributed import any_process, gather_objects, mean_over_processes
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.log import read_metrics
+from hardpatch.training.loop import pretrain
+from hardpatch.training.meter import Meter
+from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags, in_child, stop_after
 
 
@@ -85,10 +86,10 @@ def test_a_run_learns_and_leaves_what_the_interface_promises(tmp_path):
         schedule["ema"] == resolve_schedule(with_fields(Config(), TINY | {"epochs": 30}).optimisation, 48).ema._asdict()
     )
     images = torch.randn(2, 3, 32, 32)
-    encoder = hpm.load_encoder(tmp_path / "run")
-    assert torch.equal(encoder.forward_features(images), hpm.load_encoder(tmp_path / "run/checkpoints/last")
+    encoder = hardpatch.load_encoder(tmp_path / "run")
+    assert torch.equal(encoder.forward_features(images), hardpatch.load_encoder(tmp_path / "run/checkpoints/last")
                        .forward_features(images))  # fmt: skip
-    assert hpm.load_teacher(tmp_path / "run").predict_loss(images).shape == (2, 16)
+    assert hardpatch.load_teacher(tmp_path / "run").predict_loss(images).shape == (2, 16)
 
 
 @pytest.mark.parametrize(("mask", "unit"), [("hard", "epoch"), ("attention", "step")])
@@ -125,7 +126,7 @@ def test_a_signal_saves_the_step_where_it_arrives(tmp_path, monkeypatch):
 
 def test_time_saves_and_is_counted_over_interruptions(tmp_path, monkeypatch):
     now, after_step = [0.0], Reporter.after_step
-    monkeypatch.setattr("hpm.reporter.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("hardpatch.training.reporting.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow(self, meter):
         now[0] += 40
@@ -190,7 +191,7 @@ def test_looking_at_a_run_leaves_it_as_it_is(tmp_path):
 def test_two_processes_cannot_train_the_same_run(tmp_path):
     run(tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
-    code = "import sys; from hpm.run_folder import RunFolder; f = RunFolder(sys.argv[1]); f.claim(); print(1); input()"
+    code = "import sys; from hardpatch.runs.folder import RunFolder; f = RunFolder(sys.argv[1]); f.claim(); print(1); input()"
     with subprocess.Popen(
         [sys.executable, "-u", "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
@@ -257,7 +258,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     run(tmp_path / "one", knn=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hpm",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch",
          "pretrain", "--out", str(tmp_path / "two"), *flags(TINY | {"knn": True, "micro_batch_size": 2})],
         check=False, env=environment, capture_output=True, timeout=240, text=True,
     )  # fmt: skip
@@ -307,7 +308,7 @@ def test_a_diverged_state_is_not_saved_by_time_nor_signal(tmp_path, monkeypatch,
 
 def test_the_meter_tells_rate_and_waiting(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("hpm.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("hardpatch.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def batches():
         while True:
@@ -367,7 +368,7 @@ def test_thirteen_channels_are_normalised_by_their_own_statistics(tmp_path):
     mean = final_state(tmp_path / "run")["config"]["data"]["mean"]
     assert len(mean) == 13
     assert mean[0] == pytest.approx(29.5 / 255, rel=0.02)
-    assert hpm.load_encoder(tmp_path / "run").forward_features(torch.zeros(1, 13, 32, 32)).shape[0] == 1
+    assert hardpatch.load_encoder(tmp_path / "run").forward_features(torch.zeros(1, 13, 32, 32)).shape[0] == 1
 
 
 @pytest.mark.parametrize("name", [*METHODS, "hpm-ema", "shapes-demo", "hpm-imagenet-200"])
@@ -456,6 +457,6 @@ def test_a_run_goes_on_with_its_images_wherever_they_are_but_not_with_others(tmp
 def test_the_encoder_says_how_it_wants_its_images(tmp_path):
     run(tmp_path / "run")
     for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "last"):
-        wanted = hpm.load_encoder(source).pretrained_cfg
+        wanted = hardpatch.load_encoder(source).pretrained_cfg
         assert tuple(wanted["mean"]) == (0.485, 0.456, 0.406)
         assert list(wanted["input_size"]) == [3, 32, 32]

@@ -10,10 +10,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from hpm.errors import InputError
-from hpm.evaluate import probe as module
-from hpm.evaluate.accuracy import top_k_accuracy
-from hpm.evaluate.probe import held_out, linear_accuracy, logistic, probe, train_probes
+from hardpatch.evaluate.classify import probe as module
+from hardpatch.evaluate.classify.accuracy import top_k_accuracy
+from hardpatch.evaluate.classify.probe import held_out, linear_accuracy, logistic, probe, train_probes
+from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)
 NUM_CLASSES = 5

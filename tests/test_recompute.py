@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hpm.build import blocks, build_method, compile_blocks, recompute_blocks
-from hpm.method import Teacher
-from hpm.pretrain import pretrain
+from hardpatch.method.method import Teacher
+from hardpatch.runs.build import blocks, build_method, compile_blocks, recompute_blocks
+from hardpatch.training.loop import pretrain
 from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
 
 DEEP = {"encoder_depth": 3, "decoder_depth": 2, "predictor_depth": 2, "predictor_view": "both"}

@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 from torch.utils.data import Dataset
 
-from hpm.data.loading import Position, TrainingOrder, batches_in_order
-from hpm.data.sources import Blocks, Downloads, fingerprint, open_source, remote
-from hpm.data.sources.cached_shards import FarShardSource
-from hpm.data.sources.remote import Patience, UnreachableError
-from hpm.errors import InputError
+from hardpatch.data.loader.loading import Position, TrainingOrder, batches_in_order
+from hardpatch.data.sources import Blocks, Downloads, fingerprint, open_source, remote
+from hardpatch.data.sources.cached_shards import FarShardSource
+from hardpatch.data.sources.remote import Patience, UnreachableError
+from hardpatch.runtime.errors import InputError
 from test_sources import png, values, write, write_tar
 from web_server import serving
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from hpm.schedules import (
+from hardpatch.method.schedules import (
     EmaSchedule,
     adapted_ema,
     adapted_warmup_steps,

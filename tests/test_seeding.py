@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from hpm.data.loading import Position
-from hpm.seeding import Stream, derive_seed, generators_seeded, mask_noise, more_noise
+from hardpatch.data.loader.loading import Position
+from hardpatch.runtime.seeding import Stream, derive_seed, generators_seeded, mask_noise, more_noise
 
 CPU = torch.device("cpu")
 

@@ -14,22 +14,22 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
 from dense_run import save, write_blobs, write_run
-from hpm.cli import main
-from hpm.data.class_masks import IGNORED, MaskedImage, MaskedImages, MaskRules, match_by_stem
-from hpm.data.decode import Decoder
-from hpm.data.sources import open_source
-from hpm.errors import InputError, Interrupted
-from hpm.evaluate.controls import open_contenders
-from hpm.evaluate.dense import segment
-from hpm.evaluate.dense.config import SegmentConfig
-from hpm.evaluate.dense.crops import SegmentationCrops, working_size
-from hpm.evaluate.dense.encoder import DenseEncoder, choose_depths, parameter_groups
-from hpm.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, pixel_loss
-from hpm.evaluate.dense.pictures import class_colours, overlay
-from hpm.evaluate.dense.segment_data import open_data
-from hpm.evaluate.dense.training import Plan, Task, held_back, train
-from hpm.evaluate.dense.windows import most_likely, slide, window_corners
-from hpm.vit import create_encoder, encode
+from hardpatch.cli import main
+from hardpatch.config.dense_evaluations import SegmentConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import open_source
+from hardpatch.evaluate.controls import open_contenders
+from hardpatch.evaluate.dense import segment
+from hardpatch.evaluate.dense.class_masks import IGNORED, MaskedImage, MaskedImages, MaskRules, match_by_stem
+from hardpatch.evaluate.dense.crops import SegmentationCrops, working_size
+from hardpatch.evaluate.dense.encoder import DenseEncoder, choose_depths, parameter_groups
+from hardpatch.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, pixel_loss
+from hardpatch.evaluate.dense.pictures import class_colours, overlay
+from hardpatch.evaluate.dense.segment_data import open_data
+from hardpatch.evaluate.dense.training import Plan, Task, held_back, train
+from hardpatch.evaluate.dense.windows import most_likely, slide, window_corners
+from hardpatch.method.vit import create_encoder, encode
+from hardpatch.runtime.errors import InputError, Interrupted
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from hpm.data.shapes import BACKGROUNDS, BLOCKS_PER_TILE, CLASSES, LEVELS, TILES_PER_SIDE, make_shape
+from hardpatch.data.sources.drawn_shapes import (
+    BACKGROUNDS,
+    BLOCKS_PER_TILE,
+    CLASSES,
+    LEVELS,
+    TILES_PER_SIDE,
+    make_shape,
+)
 
 PLAIN, PATTERN, CAMOUFLAGE = range(len(LEVELS))
 ROUND = len(CLASSES) * len(LEVELS)

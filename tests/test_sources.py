@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hpm.data.decode import Decoder
-from hpm.data.shapes import BACKGROUNDS, CLASSES
-from hpm.data.sources import class_indices, fingerprint, open_source
-from hpm.errors import InputError
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import class_indices, fingerprint, open_source
+from hardpatch.data.sources.drawn_shapes import BACKGROUNDS, CLASSES
+from hardpatch.runtime.errors import InputError
 
 
 def png(value=0):

@@ -11,16 +11,16 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpm.build import compile_blocks
-from hpm.log import read_metrics
-from hpm.meter import Meter
-from hpm.pretrain import pretrain
+from hardpatch.runs.build import compile_blocks
+from hardpatch.runtime.log import read_metrics
+from hardpatch.training.loop import pretrain
+from hardpatch.training.meter import Meter
 from tiny import TINY, assert_same_state, final_state, tiny_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by dynamo itself
 torch.set_num_threads(1)
 FIELDS = {name: value for name, value in TINY.items() if name != "data"}
-LOOP = importlib.import_module("hpm.pretrain")  # the package has a function of that name
+LOOP = importlib.import_module("hardpatch.training.loop")  # the package has a function of that name
 
 
 @pytest.fixture

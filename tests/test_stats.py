@@ -1,4 +1,4 @@
-"""``hpm data stats``: numpy's figures over all pixels, whatever the number of processes."""
+"""``hardpatch data stats``: numpy's figures over all pixels, whatever the number of processes."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hpm.cli import main
-from hpm.data.decode import DecodeError, Sample
-from hpm.data.statistics import Moments, measure, moments
+from hardpatch.cli import main
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.loader.statistics import Moments, measure, moments
 from test_cache import Kinds
 
 torch.set_num_threads(1)

@@ -10,16 +10,20 @@ from skimage.feature import hog
 from timm.models import save_for_hf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpm.build import build_method, build_student, build_target, embedded_codebook
-from hpm.config import Config, with_fields
-from hpm.display import Display
-from hpm.log import read_metrics
-from hpm.method import Teacher
-from hpm.pretrain import pretrain
-from hpm.run_folder import LoadedRun
-from hpm.targets import EmaFeatureTarget, HogTarget, PixelTarget, Target, cell_histograms, feature_loss
-from hpm.visualize import draw_hardness, measure_hardness, visualize
-from hpm.vit import create_encoder, patchify
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.figures.display import Display
+from hardpatch.figures.hardness import draw_hardness, measure_hardness, visualize
+from hardpatch.method.method import Teacher
+from hardpatch.method.targets.hog import HogTarget, cell_histograms
+from hardpatch.method.targets.pixels import PixelTarget
+from hardpatch.method.targets.target import Target, feature_loss
+from hardpatch.method.targets.teacher import EmaFeatureTarget
+from hardpatch.method.vit import create_encoder, patchify
+from hardpatch.runs.build import build_method, build_student, build_target, embedded_codebook
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.log import read_metrics
+from hardpatch.training.loop import pretrain
 from tiny import TINY, final_state
 
 torch.set_num_threads(1)
@@ -136,7 +140,7 @@ OBLONG = {"image_size": (32, 48), "encoder_depth": 1}
 
 @pytest.fixture
 def _few_crops(monkeypatch):
-    monkeypatch.setattr("hpm.tokens.MAX_CROPS", 48)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 48)
 
 
 def run(out, **changes):
@@ -196,7 +200,7 @@ def test_no_target_makes_the_step_wait_for_the_device(frozen, name):
 @pytest.mark.usefixtures("_few_crops")
 @pytest.mark.parametrize("name", ["hog", "ema_features", "timm_features", "tokens"])
 def test_every_target_is_shown(tmp_path, frozen, name):
-    """In the figures of training, and in those of ``hpm visualize``."""
+    """In the figures of training, and in those of ``hardpatch visualize``."""
     fields = target_fields(name, frozen) | OBLONG
     run(tmp_path / "run", epochs=1, checkpoint_steps=6, figures=True, num_figure_images=1, **fields)
     assert (tmp_path / "run" / "figures" / "hardness_00000006.png").exists()

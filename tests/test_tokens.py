@@ -8,18 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpm.build import build_target
-from hpm.config import Config, with_fields
-from hpm.data.decode import Sample
-from hpm.data.loading import Normalise, TrainingImages
-from hpm.data.sources import Source
-from hpm.errors import InputError, Interrupted
-from hpm.log import read_metrics
-from hpm.pretrain import pretrain
-from hpm.reporter import Reporter
-from hpm.run_folder import LoadedRun, load_encoder, load_teacher
-from hpm.targets import PixelTarget
-from hpm.tokens import KMeansTokenizer, Tokenizer, TokenTarget, fit_codebook, load_tokenizer, nearest, sample_patches
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.data.images.decode import Sample
+from hardpatch.data.loader.loading import Normalise, TrainingImages
+from hardpatch.data.sources import Source
+from hardpatch.method.targets.pixels import PixelTarget
+from hardpatch.method.targets.tokens import KMeansTokenizer, Tokenizer, TokenTarget, nearest
+from hardpatch.runs.build import build_target
+from hardpatch.runs.codebook import fit_codebook, load_tokenizer, sample_patches
+from hardpatch.runs.load import LoadedRun, load_encoder, load_teacher
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.log import read_metrics
+from hardpatch.training.loop import pretrain
+from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags
 
 torch.set_num_threads(1)
@@ -71,7 +73,7 @@ def run(out, **changes):
 
 @pytest.fixture
 def _few_crops(monkeypatch):
-    monkeypatch.setattr("hpm.tokens.MAX_CROPS", 96)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 96)
 
 
 def test_nearest_equals_a_loop_over_centroids():
@@ -92,7 +94,7 @@ def test_tokens_name_the_structure_whatever_its_brightness_and_contrast():
 
 
 def test_the_codebook_is_a_function_of_the_seed(monkeypatch):
-    monkeypatch.setattr("hpm.tokens.MAX_CROPS", 40)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 40)
     images = uncropped(Kinds())
     books = [fit_codebook(images, NORMALISE, PIXELS, vocabulary=20, seed=seed) for seed in (0, 0, 1)]
     torch.rand(1)
@@ -101,14 +103,14 @@ def test_the_codebook_is_a_function_of_the_seed(monkeypatch):
 
 
 def test_samples_are_bounded_and_spread(monkeypatch):
-    monkeypatch.setattr("hpm.tokens.MAX_CROPS", 5)
-    monkeypatch.setattr("hpm.tokens.MAX_PATCHES", 20)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 5)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_PATCHES", 20)
     source, seen = Kinds(), []
     monkeypatch.setattr(source, "read", lambda index: seen.append(index) or Sample(source.images[index], None))
     assert sample_patches(uncropped(source), NORMALISE, PIXELS, seed=0).shape == (20, 192)
     assert seen == [0, 2, 4, 6, 9]
-    monkeypatch.setattr("hpm.tokens.MAX_CROPS", 25)
-    monkeypatch.setattr("hpm.tokens.MAX_PATCHES", 1000)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 25)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_PATCHES", 1000)
     assert sample_patches(uncropped(source), NORMALISE, PIXELS, seed=0).shape == (20 * 12, 192), "two crops of each"
 
 
@@ -172,7 +174,9 @@ def test_a_stopped_run_keeps_its_codebook_and_ends_bit_identical(tmp_path, monke
     with pytest.raises(Interrupted):
         run(tmp_path / "stopped")
     monkeypatch.setattr(Reporter, "after_step", after_step)
-    monkeypatch.setattr(sys.modules["hpm.pretrain"], "fit_codebook", lambda *_, **__: pytest.fail("fitted again"))
+    monkeypatch.setattr(
+        sys.modules["hardpatch.training.loop"], "fit_codebook", lambda *_, **__: pytest.fail("fitted again")
+    )
     run(tmp_path / "stopped")
     whole, stopped = final_state(tmp_path / "whole"), final_state(tmp_path / "stopped")
     assert_same_state(whole, stopped)
@@ -204,7 +208,7 @@ def test_a_codebook_that_cannot_be_fitted_leaves_the_folder_as_it_was(tmp_path):
 def test_two_processes_share_one_codebook(tmp_path):
     values = TOKENS | {"epochs": 1, "image_size": 16, "log_steps": 1}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hpm",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch",
          "pretrain", "--out", str(tmp_path / "two"), *flags(values)],
         check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, text=True,
     )  # fmt: skip
@@ -267,8 +271,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_training(tmp_path, name
 @pytest.mark.usefixtures("_few_crops")
 def test_weights_load_without_the_target(tmp_path, monkeypatch):
     run(tmp_path / "run", epochs=1)
-    monkeypatch.setattr("hpm.run_folder.build_target", lambda *_: pytest.fail("built a target"))
-    monkeypatch.setattr("hpm.build.build_target", lambda *_: pytest.fail("built a target"))
+    monkeypatch.setattr("hardpatch.runs.folder.build_target", lambda *_: pytest.fail("built a target"))
+    monkeypatch.setattr("hardpatch.runs.build.build_target", lambda *_: pytest.fail("built a target"))
     images = torch.randn(1, 3, 32, 32)
     assert load_encoder(tmp_path / "run").forward_features(images).shape == (1, 17, 32)
     assert load_encoder(tmp_path / "run/checkpoints/last").forward_features(images).shape == (1, 17, 32)

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from hpm import trackers
-from hpm.cli import main
-from hpm.errors import InputError, Interrupted
-from hpm.log import read_metrics
-from hpm.pretrain import pretrain
-from hpm.reporter import Reporter
-from hpm.stopping import StopSignal
-from hpm.trackers import TRACKERS, Trackers, check_trackers, start_trackers
+from hardpatch.cli import main
+from hardpatch.runs import trackers
+from hardpatch.runs.trackers import TRACKERS, Trackers, check_trackers, start_trackers
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.log import read_metrics
+from hardpatch.runtime.signals import StopSignal
+from hardpatch.training.loop import pretrain
+from hardpatch.training.reporting import Reporter
 from tiny import TINY
 
 FIELDS = {name: value for name, value in TINY.items() if name != "data"} | {"figures": True, "num_figure_images": 1}

@@ -6,11 +6,12 @@ import pytest
 import torch
 from scipy import stats
 
-from hpm.build import Stage
-from hpm.data.loading import Batch, Normalise
-from hpm.feeding import Feed, whole_patches
-from hpm.masking import MASKS, hide_easy, hide_hard, hide_proportional
-from hpm.method import Teacher, absolute_loss, mean_over, rank_correlation, relative_loss
+from hardpatch.data.loader.loading import Batch, Normalise
+from hardpatch.method.masks import MASKS, hide_easy, hide_hard, hide_proportional
+from hardpatch.method.method import Teacher, absolute_loss, mean_over, rank_correlation, relative_loss
+from hardpatch.method.vit import whole_patches
+from hardpatch.runs.build import Stage
+from hardpatch.training.feeding import Feed
 from test_method import NUM_HIDDEN, NUM_PATCHES, PATCH, SIZE, some_images, some_noise, tiny_method, tiny_student
 
 HALF = torch.arange(NUM_PATCHES) < NUM_PATCHES // 2

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from hpm.build import build_method, build_normalise, build_student
-from hpm.config import Config, with_fields
-from hpm.data.decode import Decoder
-from hpm.data.sources import open_source
-from hpm.display import Display, hatched
-from hpm.masking import MASKS
-from hpm.method import Teacher, rank_correlation
-from hpm.visualize import draw_hardness, measure_hardness, spread_images
-from hpm.vit import class_attention
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import open_source
+from hardpatch.figures.display import Display, hatched
+from hardpatch.figures.hardness import draw_hardness, measure_hardness, spread_images
+from hardpatch.method.masks import MASKS
+from hardpatch.method.method import Teacher, rank_correlation
+from hardpatch.method.vit import class_attention
+from hardpatch.runs.build import build_method, build_normalise, build_student
 from tiny import TINY
 
 

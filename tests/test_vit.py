@@ -7,8 +7,7 @@ import pytest
 import timm
 import torch
 
-from hpm.errors import InputError
-from hpm.vit import (
+from hardpatch.method.vit import (
     class_attention,
     create_encoder,
     encode,
@@ -23,6 +22,7 @@ from hpm.vit import (
     take,
     unpatchify,
 )
+from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)
 SMALL = {"width": 32, "depth": 2, "heads": 2}

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from hpm.errors import InputError
-from hpm.masking import split_patches
-from hpm.method import Teacher
-from hpm.pretrain import pretrain
-from hpm.vit import encode, sincos_positions
-from hpm.weights.adapt import start_from
-from hpm.weights.names import from_hugging_face, from_published, to_published
-from hpm.weights.read import read_pickle, read_weights, table_grid
+from hardpatch.method.masks import split_patches
+from hardpatch.method.method import Teacher
+from hardpatch.method.vit import encode, sincos_positions
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.loop import pretrain
+from hardpatch.weights.adapt import start_from
+from hardpatch.weights.names import from_hugging_face, from_published, to_published
+from hardpatch.weights.read import read_pickle, read_weights, table_grid
 from tiny import TINY, tiny_config, tiny_student
 
 torch.set_num_threads(1)

@@ -49,8 +49,8 @@ def assert_same_state(a: dict, b: dict) -> None:
 
 def stop_after(monkeypatch, step: int) -> None:
     """Interrupt a run after a step, saved."""
-    from hpm.errors import Interrupted
-    from hpm.reporter import Reporter
+    from hardpatch.runtime.errors import Interrupted
+    from hardpatch.training.reporting import Reporter
 
     after_step = Reporter.after_step
 
@@ -76,9 +76,9 @@ def flags(values: dict) -> list[str]:
 
 
 def in_child(target, *arguments) -> multiprocessing.Process:
-    """Start ``target`` in a process of its own that has imported hpm already."""
+    """Start ``target`` in a process of its own that has imported hardpatch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpm.cli", "hpm.pretrain", "tiny"])
+    context.set_forkserver_preload(["hardpatch.cli", "hardpatch.training.loop", "tiny"])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process
@@ -86,7 +86,7 @@ def in_child(target, *arguments) -> multiprocessing.Process:
 
 def pretrain_in_child(out: str, values: dict) -> None:
     """Target for :func:`in_child`: one thread, so that runs are comparable bit for bit."""
-    from hpm.cli import main
+    from hardpatch.cli import main
 
     multiprocessing.set_start_method("fork", force=True)  # data workers as in a run of its own
     torch.set_num_threads(1)
@@ -95,14 +95,15 @@ def pretrain_in_child(out: str, values: dict) -> None:
 
 def tiny_config(**changes):
     """The config of a tiny run."""
-    from hpm.config import Config, with_fields
+    from hardpatch.config.config import Config
+    from hardpatch.config.values import with_fields
 
     return with_fields(Config(), TINY | changes)
 
 
 def tiny_student(seed: int = 0, **changes):
     """A student of a tiny run with random values everywhere, position tables apart."""
-    from hpm.build import build_student
+    from hardpatch.runs.build import build_student
 
     student = build_student(tiny_config(**changes))
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
-"""``python -m hpm`` and ``torchrun -m hpm``: the same as the command ``hpm``."""
+"""``python -m hardpatch`` and ``torchrun -m hardpatch``: the same as the command ``hardpatch``."""
 
-from hpm.cli import main
+from hardpatch.cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
-"""The command ``hpm``: parses, calls, prints. Everything it does can be done from Python as well.
+"""The command ``hardpatch``: parses, calls, prints. Everything it does can be done from Python as well.
 
 Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving, 130 by Ctrl-C without; 141 standard
-output was closed by whoever read it; 1 a fault of hpm's. A new command is a function (arguments) -> None in one of the
+output was closed by whoever read it; 1 a fault of hardpatch's. A new command is a function (arguments) -> None in one of the
 modules here, and a line in :data:`COMMANDS`.
 """
 
@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from hpm.cli.ablating import ablate
-from hpm.cli.benchmarking import benchmark_data, benchmark_peers, benchmark_step
-from hpm.cli.data import data_check, data_pack, data_stats
-from hpm.cli.doctoring import doctor
-from hpm.cli.embedding import embed
-from hpm.cli.evaluating import (
+from hardpatch.cli.ablate import ablate
+from hardpatch.cli.benchmark import benchmark_data, benchmark_peers, benchmark_step
+from hardpatch.cli.data import data_check, data_pack, data_stats
+from hardpatch.cli.doctor import doctor
+from hardpatch.cli.embed import embed
+from hardpatch.cli.evaluate import (
     evaluate_detect,
     evaluate_finetune,
     evaluate_foreground,
@@ -27,12 +27,12 @@ from hpm.cli.evaluating import (
     evaluate_linear,
     evaluate_segment,
 )
-from hpm.cli.looking import visualize
-from hpm.cli.output import complain, say_plainly
-from hpm.cli.planning import plan
-from hpm.cli.pretraining import demo, pretrain, recipes
-from hpm.cli.weights import convert, export
-from hpm.errors import InputError, Interrupted
+from hardpatch.cli.output import complain, say_plainly
+from hardpatch.cli.plan import plan
+from hardpatch.cli.pretrain import demo, pretrain, recipes
+from hardpatch.cli.visualize import visualize
+from hardpatch.cli.weights import convert, export
+from hardpatch.runtime.errors import InputError, Interrupted
 
 
 class Command(NamedTuple):
@@ -46,9 +46,9 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(demo, "the main job on embedded data: pre-train, evaluate, figures, report"),
-    "doctor": Command(doctor, "will hpm run well here? packages, device, a training step, data processes, disk"),
+    "doctor": Command(doctor, "will hardpatch run well here? packages, device, a training step, data processes, disk"),
     "plan": Command(plan, "images, a machine and a time budget -> model, sizes, batch, epochs, hours, memory"),
-    "pretrain": Command(pretrain, "learn from images:  hpm pretrain --data photos/ --out runs/photos"),
+    "pretrain": Command(pretrain, "learn from images:  hardpatch pretrain --data photos/ --out runs/photos"),
     "evaluate knn": Command(evaluate_knn, "accuracy of the k nearest neighbours, beside the untrained encoder"),
     "evaluate linear": Command(
         evaluate_linear, "linear probe or logistic regression on frozen features, also with few labels"
@@ -80,7 +80,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(convert, "published HPM and MAE checkpoints to ours and back"),
     "recipes": Command(recipes, "the named starting points for pretrain"),
 }
-"""By name, in the order of the list that ``hpm`` prints."""
+"""By name, in the order of the list that ``hardpatch`` prints."""
 
 GROUPS = {"evaluate": "evaluation", "data": "command for data", "benchmark": "benchmark"}
 """First words that need a second one, and what that names."""
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _nobody_reads() -> bool:
-    """Is standard output closed at its other end, as by ``hpm ... | head``? Then what is left goes nowhere.
+    """Is standard output closed at its other end, as by ``hardpatch ... | head``? Then what is left goes nowhere.
 
     Another pipe that broke, say to a data process, is a fault and none of this.
     """
@@ -140,7 +140,7 @@ def _dispatch(arguments: list[str]) -> None:
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_listed("COMMAND", COMMANDS))
-        print("\nhpm COMMAND --help explains a command; hpm --version prints versions.")
+        print("\nhpm COMMAND --help explains a command; hardpatch --version prints versions.")
         return
     if arguments[0] == "--version":
         print(_versions())
@@ -154,7 +154,7 @@ def _dispatch(arguments: list[str]) -> None:
         _no_second_word(arguments[0], arguments[1:])
         return
 
-    from hpm.config import suggest
+    from hardpatch.runtime.errors import suggest
 
     raise InputError(f"no command {arguments[0]!r}{suggest(arguments[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
 
@@ -165,7 +165,7 @@ def _no_second_word(first: str, arguments: list[str]) -> None:
     Raises:
         InputError: None or an unknown one was given, rather than asked for the list.
     """
-    from hpm.config import suggest
+    from hardpatch.runtime.errors import suggest
 
     commands = {name: command for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
     known = [name.split()[1] for name in commands]
@@ -180,11 +180,11 @@ def _no_second_word(first: str, arguments: list[str]) -> None:
 def _listed(usage: str, commands: dict[str, Command]) -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.about}" for name, command in commands.items()]
-    return "\n".join([f"usage: hpm {usage} ...", "", *lines])
+    return "\n".join([f"usage: hardpatch {usage} ...", "", *lines])
 
 
 def _versions() -> str:
-    from hpm.distributed import choose_device
-    from hpm.run_folder import versions
+    from hardpatch.runs.folder import versions
+    from hardpatch.runtime.distributed import choose_device
 
     return ", ".join(f"{name} {value}" for name, value in versions(choose_device("auto")).items())

@@ -1,21 +1,21 @@
-"""``hpm ablate``."""
+"""``hardpatch ablate``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from hpm.cli.flags import parse_with_fields
-from hpm.cli.output import print_json
+from hardpatch.cli.flags import parse_with_fields
+from hardpatch.cli.output import print_json
 
 
 def ablate(arguments: list[str]) -> None:
-    """``hpm ablate``."""
-    from hpm.ablation.suites import AblateConfig
+    """``hardpatch ablate``."""
+    from hardpatch.tools.ablate.suites import AblateConfig
 
     config, given, as_json = parse_with_fields(AblateConfig, "ablate", arguments)
 
-    from hpm import distributed
-    from hpm.ablation.ablate import ablate
+    from hardpatch.runtime import distributed
+    from hardpatch.tools.ablate.ablate import ablate
 
     result = ablate(config, given)
     if not distributed.is_main_of_environment():
@@ -25,6 +25,6 @@ def ablate(arguments: list[str]) -> None:
         print(f"look:  {figure}")
     useful = sorted((run for run in result["runs"] if not run["failed"]), key=lambda r: r["rank_correlation"] is None)
     run = useful[0]["folder"]
-    print(f"next:  hpm visualize --checkpoint {run} --images {given['data']!r} --out hard.png")
+    print(f"next:  hardpatch visualize --checkpoint {run} --images {given['data']!r} --out hard.png")
     if as_json:
         print_json(result)

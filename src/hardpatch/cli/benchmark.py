@@ -1,4 +1,4 @@
-"""``hpm benchmark``."""
+"""``hardpatch benchmark``."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hpm.cli.flags import parse_with_json
-from hpm.cli.output import print_json, print_table
-from hpm.errors import Interrupted
+from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.output import print_json, print_table
+from hardpatch.runtime.errors import Interrupted
 
 
 def benchmark_step(arguments: list[str]) -> None:
-    """``hpm benchmark step``."""
-    from hpm.benchmark.config import StepConfig
+    """``hardpatch benchmark step``."""
+    from hardpatch.config.benchmark import StepConfig
 
     config, as_json = parse_with_json(StepConfig, "benchmark step", arguments)
 
-    from hpm.benchmark import step
+    from hardpatch.tools.benchmark import step
 
-    next_command = "hpm pretrain --recipe hpm-fast-in-pixels --data IMAGES --out RUN"
+    next_command = "hardpatch pretrain --recipe hpm-fast-in-pixels --data IMAGES --out RUN"
     _report(step.run(config), config.out, next_command, as_json=as_json)
 
 
 def benchmark_data(arguments: list[str]) -> None:
-    """``hpm benchmark data``."""
-    from hpm.benchmark.config import LoadingConfig
+    """``hardpatch benchmark data``."""
+    from hardpatch.config.benchmark import LoadingConfig
 
     config, as_json = parse_with_json(LoadingConfig, "benchmark data", arguments)
 
-    from hpm.benchmark import data
+    from hardpatch.tools.benchmark import data
 
     result = data.run(config)
     print(f"{result['images']}; {result['device']}, one core")
@@ -44,25 +44,25 @@ def benchmark_data(arguments: list[str]) -> None:
         data.save(result, Path(config.out))
         print(f"look:  {Path(config.out).with_suffix('.png')}")
     print(
-        "next:  hpm data pack SRC --out DIR    shards that are quick to read; hpm pretrain --cache ram, where they fit"
+        "next:  hardpatch data pack SRC --out DIR    shards that are quick to read; hardpatch pretrain --cache ram, where they fit"
     )
     if as_json:
         print_json(result)
 
 
 def benchmark_peers(arguments: list[str]) -> None:
-    """``hpm benchmark peers``."""
-    from hpm.benchmark.config import PeersConfig
+    """``hardpatch benchmark peers``."""
+    from hardpatch.config.benchmark import PeersConfig
 
     config, as_json = parse_with_json(PeersConfig, "benchmark peers", arguments)
 
-    from hpm.benchmark import peers
+    from hardpatch.tools.benchmark import peers
 
-    _report(peers.run(config), config.out, "hpm benchmark step    what mining costs on top", as_json=as_json)
+    _report(peers.run(config), config.out, "hardpatch benchmark step    what mining costs on top", as_json=as_json)
 
 
 def _report(result: dict[str, Any], out: str, next_command: str, *, as_json: bool) -> None:
-    from hpm.benchmark import timing
+    from hardpatch.tools.benchmark import timing
 
     print(
         f"{result['model']} at {result['settings']['image_size']} px, batch {result['settings']['batch_size']}, "

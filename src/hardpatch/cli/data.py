@@ -1,11 +1,11 @@
-"""``hpm data check``."""
+"""``hardpatch data check``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpm.cli.flags import parse_with_json
-from hpm.cli.output import print_json, print_table
+from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.output import print_json, print_table
 
 _SHOWN = 20
 """Lines of a long list that are printed."""
@@ -22,12 +22,12 @@ def source_first(arguments: list[str]) -> list[str]:
 
 
 def data_check(arguments: list[str]) -> None:
-    """``hpm data check``."""
-    from hpm.data.check.config import CheckConfig
+    """``hardpatch data check``."""
+    from hardpatch.config.data_check import CheckConfig
 
     config, as_json = parse_with_json(CheckConfig, "data check", source_first(arguments))
 
-    from hpm.data.check import check
+    from hardpatch.data.tools.check import check
 
     result, data = check.run(config), config.data
     print_table(("", "files"), _counts(result))
@@ -141,17 +141,19 @@ def _next_steps(data: str, result) -> list[str]:  # type: ignore[no-untyped-def]
     if not set(channels) <= {1, 3} and len(channels) > 1:
         lines.append(f"the images have different numbers of channels ({', '.join(result.channels)}); "
                      "a run reads them all as --channels, and leaves those out that do not fit")  # fmt: skip
-    lines.append(f"next:  hpm pretrain --recipe hpm-fast-in-pixels --data {shlex.quote(data)} {flags}--out runs/first")
+    lines.append(
+        f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data {shlex.quote(data)} {flags}--out runs/first"
+    )
     return lines
 
 
 def data_stats(arguments: list[str]) -> None:
-    """``hpm data stats``."""
-    from hpm.data.commands import StatsConfig
+    """``hardpatch data stats``."""
+    from hardpatch.config.data_tools import StatsConfig
 
     config, as_json = parse_with_json(StatsConfig, "data stats", source_first(arguments))
 
-    from hpm.data import stats
+    from hardpatch.data.tools import stats
 
     result = stats.run(config)
     rows = [
@@ -163,21 +165,21 @@ def data_stats(arguments: list[str]) -> None:
     for name, reason in result.damaged[:_SHOWN]:
         print(f"  {_below(config.data, name)}: {_short(reason)}")
     _more(result.damaged)
-    print(f"next:  hpm pretrain --recipe hpm-fast-in-pixels {stats.flags(config, result)} --out RUN")
+    print(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels {stats.flags(config, result)} --out RUN")
     if as_json:
         print_json(result._asdict() | {"damaged": [{"path": name, "reason": why} for name, why in result.damaged]})
 
 
 def data_pack(arguments: list[str]) -> None:
-    """``hpm data pack``."""
+    """``hardpatch data pack``."""
     import shlex
 
-    from hpm.data.commands import PackConfig
+    from hardpatch.config.data_tools import PackConfig
 
     config, as_json = parse_with_json(PackConfig, "data pack", source_first(arguments))
 
-    from hpm.data import pack
-    from hpm.stopping import stopped_by_signals
+    from hardpatch.data.tools import pack
+    from hardpatch.runtime.signals import stopped_by_signals
 
     with stopped_by_signals():
         result = pack.run(config)
@@ -199,7 +201,7 @@ def data_pack(arguments: list[str]) -> None:
     flags = "" if result.channels == 3 else f" --channels {result.channels}"
     flags += "" if config.no_data is None else f" --no-data {config.no_data:g}"
     print(
-        f"next:  hpm pretrain --recipe hpm-fast-in-pixels --data {shlex.quote(result.out + '/*.tar')}{flags} --out RUN"
+        f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data {shlex.quote(result.out + '/*.tar')}{flags} --out RUN"
     )
     if as_json:
         print_json(pack.as_json(result))

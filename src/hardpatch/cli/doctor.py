@@ -1,4 +1,4 @@
-"""``hpm doctor``."""
+"""``hardpatch doctor``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import signal
 import sys
 import textwrap
 
-from hpm.cli.flags import parse_with_json
-from hpm.cli.output import complain, print_json
-from hpm.doctor.findings import Finding
+from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.output import complain, print_json
+from hardpatch.tools.doctor.findings import Finding
 
 WIDTH = 110
 MARKS = {"ok": "ok", "note": "--", "warning": "!", "problem": "!!"}
 
 
 def doctor(arguments: list[str]) -> None:
-    """``hpm doctor``."""
-    from hpm.doctor.config import DoctorConfig
-    from hpm.doctor.examine import examine, summary
-    from hpm.doctor.software import look_at_software
+    """``hardpatch doctor``."""
+    from hardpatch.config.doctor import DoctorConfig
+    from hardpatch.tools.doctor.examine import examine, summary
+    from hardpatch.tools.doctor.software import look_at_software
 
     try:
         config, as_json = parse_with_json(DoctorConfig, "doctor", arguments)
@@ -41,9 +41,9 @@ def doctor(arguments: list[str]) -> None:
     if is_main:
         print(f"\n{_count(result['problems'], 'problem')}, {_count(result['warnings'], 'warning')}")
         if result["problems"]:
-            print("next:  mend what is marked !! and run hpm doctor again")
+            print("next:  mend what is marked !! and run hardpatch doctor again")
         else:
-            print(f"next:  hpm plan --data {config.data or 'IMAGES'} --budget 8h    what is possible here")
+            print(f"next:  hardpatch plan --data {config.data or 'IMAGES'} --budget 8h    what is possible here")
         if as_json:
             print_json(result)
     if result["problems"]:

@@ -1,23 +1,23 @@
-"""``hpm embed``."""
+"""``hardpatch embed``."""
 
 from __future__ import annotations
 
-from hpm.cli.flags import parse_with_json
-from hpm.cli.output import print_json, print_table
+from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.output import print_json, print_table
 
 _SHOWN = 5
 """Images of either end of the ranking that are printed."""
 
 
 def embed(arguments: list[str]) -> None:
-    """``hpm embed``."""
-    from hpm.embed.config import EmbedConfig
+    """``hardpatch embed``."""
+    from hardpatch.config.embed import EmbedConfig
 
     config, as_json = parse_with_json(EmbedConfig, "embed", arguments)
 
-    from hpm.distributed import is_main_of_environment
-    from hpm.embed import embed as command
-    from hpm.stopping import stopped_by_signals
+    from hardpatch.embed import embed as command
+    from hardpatch.runtime.distributed import is_main_of_environment
+    from hardpatch.runtime.signals import stopped_by_signals
 
     with stopped_by_signals():
         result = command.run(config)

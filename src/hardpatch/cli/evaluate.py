@@ -1,4 +1,4 @@
-"""``hpm evaluate``."""
+"""``hardpatch evaluate``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from hpm.cli.flags import parse_with_json
-from hpm.cli.output import print_json, print_table, save_evaluation
+from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.output import print_json, print_table, save_evaluation
 
 
 def evaluate_knn(arguments: list[str]) -> None:
-    """``hpm evaluate knn``."""
-    from hpm.evaluate.config import KnnConfig
+    """``hardpatch evaluate knn``."""
+    from hardpatch.config.evaluations import KnnConfig
 
     config, as_json = parse_with_json(KnnConfig, "evaluate knn", arguments)
 
-    from hpm.distributed import is_main_of_environment
-    from hpm.evaluate import knn
+    from hardpatch.evaluate.classify import knn
+    from hardpatch.runtime.distributed import is_main_of_environment
 
     result = knn.run(config)
     if not is_main_of_environment():
@@ -31,19 +31,19 @@ def evaluate_knn(arguments: list[str]) -> None:
     # Neighbours by predicted loss are no measure of the features: beside the others, not in their place.
     name = "knn_hardness" if config.pooling == "hardness" else "knn"
     save_evaluation(config.checkpoint, name, as_plain(result))
-    print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
+    print(f"next:  hardpatch visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
     if as_json:
         print_json(as_plain(result))
 
 
 def evaluate_linear(arguments: list[str]) -> None:
-    """``hpm evaluate linear``."""
-    from hpm.evaluate.config import LinearConfig
+    """``hardpatch evaluate linear``."""
+    from hardpatch.config.evaluations import LinearConfig
 
     config, as_json = parse_with_json(LinearConfig, "evaluate linear", arguments)
 
-    from hpm.distributed import is_main_of_environment
-    from hpm.evaluate import linear
+    from hardpatch.evaluate.classify import linear
+    from hardpatch.runtime.distributed import is_main_of_environment
 
     result = linear.run(config)
     if not is_main_of_environment():
@@ -65,7 +65,7 @@ def evaluate_linear(arguments: list[str]) -> None:
     save_evaluation(config.checkpoint, name, as_plain(result), config.out)
     if result.picture:
         print(f"look:  {result.picture}")
-    print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
+    print(f"next:  hardpatch visualize --checkpoint {config.checkpoint} --images {config.val!r} --out hard.png")
     if as_json:
         print_json(as_plain(result))
 
@@ -100,13 +100,13 @@ def _mean_and_spread(item: Any) -> str:
 
 
 def evaluate_finetune(arguments: list[str]) -> None:
-    """``hpm evaluate finetune``."""
-    from hpm.evaluate.config import FinetuneConfig
+    """``hardpatch evaluate finetune``."""
+    from hardpatch.config.evaluations import FinetuneConfig
 
     config, as_json = parse_with_json(FinetuneConfig, "evaluate finetune", arguments)
 
-    from hpm.distributed import is_main_of_environment
-    from hpm.evaluate import finetune
+    from hardpatch.evaluate.classify import finetune
+    from hardpatch.runtime.distributed import is_main_of_environment
 
     result = finetune.run(config)
     if not is_main_of_environment():
@@ -127,8 +127,8 @@ def evaluate_finetune(arguments: list[str]) -> None:
     else:
         print("next, in Python:")
     print(
-        "  import hpm, timm\n"
-        f"  model = hpm.load_classifier({result.folder!r})    # a plain timm model\n"
+        "  import hardpatch, timm\n"
+        f"  model = hardpatch.load_classifier({result.folder!r})    # a plain timm model\n"
         "  transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
         '  names = model.pretrained_cfg["label_names"]; names[model(transform(image)[None]).argmax()]'
     )
@@ -167,13 +167,13 @@ def as_plain(result: Any) -> dict[str, Any]:
 
 
 def evaluate_foreground(arguments: list[str]) -> None:
-    """``hpm evaluate foreground``."""
-    from hpm.evaluate.config import ForegroundConfig
+    """``hardpatch evaluate foreground``."""
+    from hardpatch.config.evaluations import ForegroundConfig
 
     config, as_json = parse_with_json(ForegroundConfig, "evaluate foreground", arguments)
 
-    from hpm.distributed import is_main_of_environment
-    from hpm.evaluate import foreground
+    from hardpatch.evaluate import foreground
+    from hardpatch.runtime.distributed import is_main_of_environment
 
     result = foreground.run(config)
     if not is_main_of_environment():
@@ -181,7 +181,7 @@ def evaluate_foreground(arguments: list[str]) -> None:
     print_foreground(result)
     flat = foreground.as_json(result)
     save_evaluation(config.checkpoint, "foreground", flat)
-    print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.images!r} --out hard.png")
+    print(f"next:  hardpatch visualize --checkpoint {config.checkpoint} --images {config.images!r} --out hard.png")
     if as_json:
         print_json(flat)
 
@@ -218,13 +218,13 @@ def print_foreground(result: Any) -> None:
 
 
 def evaluate_segment(arguments: list[str]) -> None:
-    """``hpm evaluate segment``."""
-    from hpm.evaluate.dense.config import SegmentConfig
+    """``hardpatch evaluate segment``."""
+    from hardpatch.config.dense_evaluations import SegmentConfig
 
     config, as_json = parse_with_json(SegmentConfig, "evaluate segment", arguments)
 
-    from hpm.distributed import is_main_of_environment
-    from hpm.evaluate.dense import segment
+    from hardpatch.evaluate.dense import segment
+    from hardpatch.runtime.distributed import is_main_of_environment
 
     result = segment.run(config)
     if not is_main_of_environment():
@@ -253,19 +253,19 @@ def evaluate_segment(arguments: list[str]) -> None:
     if result.head == "linear":
         print("next:  the same with --head upernet --finetune    what the encoder can be trained to")
     else:
-        print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.images!r} --out hard.png")
+        print(f"next:  hardpatch visualize --checkpoint {config.checkpoint} --images {config.images!r} --out hard.png")
     if as_json:
         print_json(figures)
 
 
 def evaluate_detect(arguments: list[str]) -> None:
-    """``hpm evaluate detect``."""
-    from hpm.evaluate.dense.config import DetectConfig
+    """``hardpatch evaluate detect``."""
+    from hardpatch.config.dense_evaluations import DetectConfig
 
     config, as_json = parse_with_json(DetectConfig, "evaluate detect", arguments)
 
-    from hpm.distributed import is_main_of_environment
-    from hpm.evaluate.dense import detect
+    from hardpatch.evaluate.dense import detect
+    from hardpatch.runtime.distributed import is_main_of_environment
 
     result = detect.run(config)
     if not is_main_of_environment():
@@ -290,7 +290,9 @@ def evaluate_detect(arguments: list[str]) -> None:
     if result.figure:
         print(f"look:  {result.figure}")
     if config.untrained:
-        print(f"next:  hpm visualize --checkpoint {config.checkpoint} --images {config.train_images!r} --out hard.png")
+        print(
+            f"next:  hardpatch visualize --checkpoint {config.checkpoint} --images {config.train_images!r} --out hard.png"
+        )
     else:
         print("next:  the same with --untrained    what of this the pre-training gave")
     if as_json:

@@ -13,7 +13,7 @@ def parse(kind: type[Any], prog: str, arguments: list[str]) -> Any:
     """
     import tyro
 
-    return tyro.cli(kind, prog=f"hpm {prog}", args=arguments)
+    return tyro.cli(kind, prog=f"hardpatch {prog}", args=arguments)
 
 
 def parse_with_json(kind: type[Any], prog: str, arguments: list[str]) -> tuple[Any, bool]:
@@ -30,7 +30,7 @@ def parse_with_fields(kind: type[Any], prog: str, arguments: list[str]) -> tuple
     (alone: whatever is not has other defaults), and whether the figures are wanted as JSON."""
     import tyro
 
-    from hpm.config import Config
+    from hardpatch.config.config import Config
 
     settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
     with_settings = make_dataclass(

@@ -33,9 +33,9 @@ def print_json(figures: dict[str, Any]) -> None:
 
 def save_evaluation(checkpoint: str, name: str, figures: dict[str, Any], out: str = "") -> None:
     """Keep an evaluation in the run folder and refresh its report; or in another folder, where one is named."""
-    from hpm.checkpoint import write_text_atomically
-    from hpm.report import write_report
-    from hpm.run_folder import RunFolder
+    from hardpatch.figures.report import write_report
+    from hardpatch.runs.folder import RunFolder
+    from hardpatch.runtime.files import write_text_atomically
 
     folder = RunFolder(checkpoint)
     if out:
@@ -58,4 +58,4 @@ def say_plainly(message: str) -> None:
 def complain(message: str) -> None:
     """Why it stopped, on standard error, from every process."""
     rank = os.environ.get("RANK", "0")
-    print(f"hpm: {message}" if rank == "0" else f"hpm [process {rank}]: {message}", file=sys.stderr)
+    print(f"hardpatch: {message}" if rank == "0" else f"hardpatch [process {rank}]: {message}", file=sys.stderr)

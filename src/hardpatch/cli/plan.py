@@ -1,20 +1,20 @@
-"""``hpm plan``."""
+"""``hardpatch plan``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hpm.cli.flags import parse_with_fields
-from hpm.cli.output import print_json, print_table
+from hardpatch.cli.flags import parse_with_fields
+from hardpatch.cli.output import print_json, print_table
 
 
 def plan(arguments: list[str]) -> None:
-    """``hpm plan``."""
-    from hpm.planning.config import PlanConfig, duration
+    """``hardpatch plan``."""
+    from hardpatch.config.plan import PlanConfig, duration
 
     config, given, as_json = parse_with_fields(PlanConfig, "plan", arguments)
 
-    from hpm.planning.plan import run
+    from hardpatch.tools.plan.plan import run
 
     result = run(config, given)
     images = result["images"]

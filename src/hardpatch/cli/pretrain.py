@@ -1,4 +1,4 @@
-"""``hpm pretrain``, ``hpm demo``, ``hpm recipes``."""
+"""``hardpatch pretrain``, ``hardpatch demo``, ``hardpatch recipes``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hpm.cli.evaluating import print_foreground
-from hpm.cli.flags import parse
-from hpm.cli.output import print_json, print_table
-from hpm.errors import InputError
+from hardpatch.cli.evaluate import print_foreground
+from hardpatch.cli.flags import parse
+from hardpatch.cli.output import print_json, print_table
+from hardpatch.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PretrainCommand:
     out: str
     """Run folder."""
     recipe: str = "hpm"
-    """Named starting point, see hpm recipes."""
+    """Named starting point, see hardpatch recipes."""
     config: str | None = None
     """YAML file instead of a recipe."""
     branch_from: str | None = None
@@ -37,11 +37,12 @@ class PretrainCommand:
 
 
 def pretrain(arguments: list[str]) -> None:
-    """``hpm pretrain``."""
+    """``hardpatch pretrain``."""
     import tyro
 
-    from hpm.config import Config, load_config, validated
-    from hpm.recipes import recipe
+    from hardpatch.config.config import Config
+    from hardpatch.config.recipes import recipe
+    from hardpatch.config.values import load_config, validated
 
     # The recipe is looked up before the flags are parsed, so that --help shows its values as the defaults.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -56,7 +57,7 @@ def pretrain(arguments: list[str]) -> None:
     if len(given) > 1:
         raise InputError(f"{', '.join(given)}: give one, not both, got {', '.join(map(repr, given.values()))}")
     if chosen.branch_from:
-        from hpm.branching import beginning_of_branch
+        from hardpatch.training.branching import beginning_of_branch
 
         base, trunk = beginning_of_branch(chosen.branch_from, chosen.out, resume=chosen.resume)
     else:
@@ -71,7 +72,7 @@ def pretrain(arguments: list[str]) -> None:
     )
     command = parse(with_settings, "pretrain", arguments)
 
-    from hpm.pretrain import train
+    from hardpatch.training.loop import train
 
     result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume, trunk=trunk)
     report_run(command.out, result, as_json=command.json)
@@ -79,9 +80,9 @@ def pretrain(arguments: list[str]) -> None:
 
 def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     """The figures of a run, and what to do with it."""
-    from hpm import distributed
-    from hpm.config import load_config
-    from hpm.run_folder import RunFolder
+    from hardpatch.config.values import load_config
+    from hardpatch.runs.folder import RunFolder
+    from hardpatch.runtime import distributed
 
     if not distributed.is_main_of_environment():
         return
@@ -100,15 +101,15 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     folder = RunFolder(out)
     print(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")
     print(
-        "use:   import hpm\n"
-        f'       backbone = hpm.load_encoder("{out}")    # a plain timm model\n'
+        "use:   import hardpatch\n"
+        f'       backbone = hardpatch.load_encoder("{out}")    # a plain timm model\n'
         "       features = backbone.forward_features(images)\n"
-        f"next:  hpm evaluate knn --checkpoint {out} --train TRAIN --val VAL"
+        f"next:  hardpatch evaluate knn --checkpoint {out} --train TRAIN --val VAL"
     )
     optimisation = load_config(folder.config_file).optimisation
     if optimisation.learning_rate_schedule == "constant":
         longer = shlex.join(["--branch-from", out, "--out", f"{out.rstrip('/')}-longer"])
-        print(f"more:  hpm pretrain {longer} --epochs {2 * optimisation.epochs}")
+        print(f"more:  hardpatch pretrain {longer} --epochs {2 * optimisation.epochs}")
     if as_json:
         print_json(result)
 
@@ -126,10 +127,10 @@ class DemoCommand:
 
 
 def demo(arguments: list[str]) -> None:
-    """``hpm demo``."""
+    """``hardpatch demo``."""
     command = parse(DemoCommand, "demo", arguments)
 
-    from hpm.demo import run_demo
+    from hardpatch.tools.demo import run_demo
 
     result, found = run_demo(Path(command.out), epochs=command.epochs)
     print_foreground(found)
@@ -138,20 +139,24 @@ def demo(arguments: list[str]) -> None:
 
 
 def recipes(arguments: list[str]) -> None:
-    """``hpm recipes``."""
-    from hpm.ablation.suites import SUITES
-    from hpm.recipes import METHODS, SCALES, TARGETS, shapes_demo
+    """``hardpatch recipes``."""
+    from hardpatch.config.recipes import METHODS, SCALES, TARGETS, shapes_demo
+    from hardpatch.tools.ablate.suites import SUITES
 
     if arguments and arguments[0] not in ("-h", "--help"):
         raise InputError(f"recipes: takes no arguments, got {arguments}")
-    print("A recipe is METHOD[-TARGET][-SCALE]: hpm, mae-norm-pix, hpm-both-norm-pix-64px, mae-imagenet-800\n")
+    print("A recipe is METHOD[-TARGET][-SCALE]: hardpatch, mae-norm-pix, hpm-both-norm-pix-64px, mae-imagenet-800\n")
     for title, table in (
         ("METHOD", {**METHODS, "shapes-demo": shapes_demo}), ("TARGET", TARGETS), ("SCALE", SCALES),
     ):  # fmt: skip
         rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in table.items()]
         print_table((title, "what it is"), rows)
         print()
-    print_table(("SUITE", "hpm ablate compares"), [(name, ", ".join(suite.rows)) for name, suite in SUITES.items()])
+    print_table(
+        ("SUITE", "hardpatch ablate compares"), [(name, ", ".join(suite.rows)) for name, suite in SUITES.items()]
+    )
     print()
     print("Without a target: raw pixels, or the method's own. Without a scale: ViT-B/16, 224 px, 200 epochs.")
-    print("next:  hpm pretrain --recipe NAME --data SRC --out RUN   (hpm pretrain --recipe NAME --help: its values)")
+    print(
+        "next:  hardpatch pretrain --recipe NAME --data SRC --out RUN   (hardpatch pretrain --recipe NAME --help: its values)"
+    )

@@ -1,4 +1,4 @@
-"""``hpm visualize``."""
+"""``hardpatch visualize``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpm.cli.flags import parse
-from hpm.cli.output import print_json
+from hardpatch.cli.flags import parse
+from hardpatch.cli.output import print_json
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class VisualizeCommand:
 
 
 def visualize(arguments: list[str]) -> None:
-    """``hpm visualize``."""
+    """``hardpatch visualize``."""
     command = parse(VisualizeCommand, "visualize", arguments)
 
-    from hpm.visualize import visualize as draw
+    from hardpatch.figures.hardness import visualize as draw
 
     correlation = draw(command.checkpoint, command.images, Path(command.out), count=command.count)
     if math.isnan(correlation):
         print(f"{command.out}: true loss, masks and reconstruction; this run has no loss predictor")
-        print(f"next:  hpm evaluate knn --checkpoint {command.checkpoint} --train TRAIN --val VAL")
+        print(f"next:  hardpatch evaluate knn --checkpoint {command.checkpoint} --train TRAIN --val VAL")
     else:
         print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
-        print(f"next:  hpm evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
+        print(f"next:  hardpatch evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
     if command.json:
         print_json({"figure": command.out, "rank_correlation": correlation})

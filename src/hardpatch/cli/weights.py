@@ -1,18 +1,18 @@
-"""``hpm convert``, ``hpm export``."""
+"""``hardpatch convert``, ``hardpatch export``."""
 
 from __future__ import annotations
 
-from hpm.cli.flags import parse_with_json
-from hpm.cli.output import print_json, print_table
+from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.output import print_json, print_table
 
 
 def convert(arguments: list[str]) -> None:
-    """``hpm convert``."""
-    from hpm.weights.config import ConvertConfig
+    """``hardpatch convert``."""
+    from hardpatch.config.weights import ConvertConfig
 
     config, as_json = parse_with_json(ConvertConfig, "convert", arguments)
 
-    from hpm.weights import convert
+    from hardpatch.weights import convert
 
     result = convert.run(config)
     rows = [
@@ -29,11 +29,13 @@ def convert(arguments: list[str]) -> None:
     print_table((result.to, result.kind), rows)
     if result.kind == "checkpoint":
         print(
-            f"\nnext:  hpm visualize --checkpoint {result.to} --images IMAGES --out hard.png\n"
-            f"       hpm pretrain --init-from {result.to} --data IMAGES --out RUN"
+            f"\nnext:  hardpatch visualize --checkpoint {result.to} --images IMAGES --out hard.png\n"
+            f"       hardpatch pretrain --init-from {result.to} --data IMAGES --out RUN"
         )
     elif result.kind == "encoder":
-        print(f'\nuse:   import hpm\n       backbone = hpm.load_encoder("{result.to}")    # a plain timm model')
+        print(
+            f'\nuse:   import hardpatch\n       backbone = hardpatch.load_encoder("{result.to}")    # a plain timm model'
+        )
         print("       features = backbone.forward_features(images)")
     else:
         print(f'\nuse:   import torch\n       state = torch.load("{result.to}", weights_only=True)["model"]')
@@ -43,12 +45,12 @@ def convert(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """``hpm export``."""
-    from hpm.export.config import ExportConfig
+    """``hardpatch export``."""
+    from hardpatch.config.export import ExportConfig
 
     config, as_json = parse_with_json(ExportConfig, "export", arguments)
 
-    from hpm.export import export as command
+    from hardpatch.export import export as command
 
     result = command.run(config)
     print_table(

@@ -1,4 +1,4 @@
-"""What ``hpm benchmark`` can be told."""
+"""What ``hardpatch benchmark`` can be told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpm.config import NotNegative, Positive, PositiveFloat, Share
+from hardpatch.config.config import NotNegative, Positive, PositiveFloat, Share
 
 VARIANTS: dict[str, str] = {
     "reference": "the published way: whole EMA model, mask loop, float32 (fp16 on CUDA)",
@@ -96,12 +96,12 @@ class PeersConfig(BenchmarkConfig):
 LOADERS: dict[str, str] = {
     "plain": "Pillow opens, crops, resizes; ToTensor, Normalize: the loader of most research code",
     "torchvision": "torchvision decodes, crops and resizes uint8",
-    "files": "hpm from image files",
-    "shards": "hpm from tar shards written by hpm data pack",
-    "cache": "hpm with cache ram, after the first epoch",
-    "packed-cache": "hpm with cache ram from these shards, after the first epoch",
-    "device-decode": "hpm with augmentation device: decoded and cropped on the GPU",
-    "device-cache": "hpm with cache device, after the first epoch",
+    "files": "hardpatch from image files",
+    "shards": "hardpatch from tar shards written by hardpatch data pack",
+    "cache": "hardpatch with cache ram, after the first epoch",
+    "packed-cache": "hardpatch with cache ram from these shards, after the first epoch",
+    "device-decode": "hardpatch with augmentation device: decoded and cropped on the GPU",
+    "device-cache": "hardpatch with cache device, after the first epoch",
 }
 """What can be measured, in the order of the table."""
 
@@ -141,7 +141,7 @@ class LoadingConfig:
     rounds: Annotated[int, Field(ge=1)] = 5
     """Turns of each; the spread is over them."""
     step: VariantName | Literal["none"] = "none"
-    """Also time this training step of hpm benchmark step on the device, to see which of the two limits."""
+    """Also time this training step of hardpatch benchmark step on the device, to see which of the two limits."""
     encoder: str = "vit_base_patch16_224"
     """Its encoder, any timm VisionTransformer."""
     step_images_per_second: PositiveFloat | None = None

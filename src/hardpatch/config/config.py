@@ -2,23 +2,15 @@
 
 Sections keep apart what decides the result (data, model, method, optimisation) from what cannot change it (run).
 Field names are unique over all sections, so that every field is a flag of its own name on the command line and a
-keyword of :func:`hpm.pretrain`.
+keyword of :func:`hardpatch.pretrain`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-
-from hpm.errors import InputError
-from hpm.rules import check_together
+from pydantic import ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -26,7 +18,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-Checked = TypeVar("Checked")
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -192,7 +183,7 @@ class OptimisationConfig:
     """Peak learning rate per 256 images of batch."""
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: half a cosine down to 0 (published), or constant and only in the last cooldown_epochs down to
-    0. A run with a constant rate can be made longer or shorter afterwards (hpm pretrain --branch-from)."""
+    0. A run with a constant rate can be made longer or shorter afterwards (hardpatch pretrain --branch-from)."""
     cooldown_epochs: PositiveFloat | None = None
     """Last epochs of a constant learning rate, in which it falls to 0; none: a fifth of the run."""
     schedule_epochs: Positive | None = None
@@ -242,7 +233,7 @@ class RunConfig:
     workers: NotNegative | None = None
     """Data processes per training process; none: 1 per core beyond the first, at most 8."""
     download_dir: str = ""
-    """Folder for shards from far away, shared by all runs; empty: ~/.cache/hpm."""
+    """Folder for shards from far away, shared by all runs; empty: ~/.cache/hardpatch."""
     cache: Literal["auto", "ram", "device", "none"] = "auto"
     """Keep decoded images for later epochs: in RAM shared by all processes of the machine, or on the device, where they
     are cropped, too (other processes do nothing; needs no_jpeg_scaling or images under twice image_size). auto: RAM if
@@ -259,7 +250,7 @@ class RunConfig:
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Also send metrics, figures and config there; their packages are yours to install and configure. A run that goes
     on continues its run there."""
-    tracker_project: str = "hpm"
+    tracker_project: str = "hardpatch"
     """Project (wandb, trackio) or experiment (mlflow) of the trackers."""
     checkpoint_steps: Positive | None = None
     """Steps between two checkpoints with figures; none: a tenth of the run."""
@@ -295,140 +286,3 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-RESULT_SECTIONS = ("data", "model", "method", "optimisation")
-"""Sections that decide what is learnt: a run can only be resumed with the same values here."""
-
-
-def section_of() -> dict[str, str]:
-    """Name of every field -> name of its section."""
-    return {
-        item.name: section.name
-        for section in dataclasses.fields(Config)
-        for item in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
-    }
-
-
-def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
-    """Replace fields by name, whatever section they are in.
-
-    Raises:
-        InputError: A name is no field of the config, or a value breaks its rule.
-    """
-    sections = section_of()
-    nested: dict[str, dict[str, Any]] = dataclasses.asdict(config)
-    for name, value in values.items():
-        if name not in sections:
-            known = [*sections, *(item.name for item in dataclasses.fields(Config))]
-            raise InputError(f"{name}: no such field{suggest(name, known)}")
-        if name == "image_size" and isinstance(value, int):
-            value = (value,)
-        nested[sections[name]][name] = str(value) if isinstance(value, Path) else value
-    return validated(nested)
-
-
-def validated(nested: Mapping[str, Any]) -> Config:
-    """Check every value and every rule between fields.
-
-    Raises:
-        InputError: Names each field, its rule and the value.
-    """
-    config = check_fields(Config, nested, known=[*section_of(), *(item.name for item in dataclasses.fields(Config))])
-    check_together(config)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=config.data.size))
-
-
-def check_fields(kind: type[Checked], values: Mapping[str, Any], *, known: Iterable[str] = ()) -> Checked:
-    """Build a dataclass after checking every value against its field's rule.
-
-    Args:
-        kind: The dataclass.
-        values: By field.
-        known: Names to suggest where one is misspelt.
-
-    Raises:
-        InputError: Names each field, its rule and the value.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            place = ".".join(
-                str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal"))
-            )
-            if problem["type"] == "unexpected_keyword_argument":
-                lines.append(f"{place}: no such field{suggest(str(problem['loc'][-1]), known)}")
-            else:
-                lines.append(f"{place}: {problem['msg'].lower()}, got {problem['input']!r}")
-        raise InputError("\n".join(lines)) from None
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean X?`` where something known is close to what was given, else nothing."""
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def load_config(path: Path) -> Config:
-    """Read a YAML file as written by :func:`to_yaml`: sections, or fields without sections.
-
-    Raises:
-        InputError: The file is missing or no YAML, or a key or value is wrong.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(f"config: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config: {path} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"config: {path} must hold a mapping of fields, got {type(content).__name__}")
-    content.pop("about", None)
-    sections = {item.name for item in dataclasses.fields(Config)}
-    flat = {}
-    for key, value in content.items():
-        if key in sections and isinstance(value, dict):
-            flat.update(value)
-        else:
-            flat[key] = value
-    return with_fields(Config(), {str(key): value for key, value in flat.items()})
-
-
-def to_yaml(config: Config, about: Mapping[str, Any]) -> str:
-    """The resolved config as YAML, with ``about`` (versions, git sha, command) beside it."""
-    text: str = yaml.safe_dump(
-        {**_plain(dataclasses.asdict(config)), "about": dict(about)}, sort_keys=False, default_flow_style=None
-    )
-    return text
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, so that the YAML stays plain."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def differences(a: Config, b: Config) -> list[str]:
-    """Fields that decide the result and differ, as readable lines."""
-    lines = []
-    for section in RESULT_SECTIONS:
-        old, new = dataclasses.asdict(getattr(a, section)), dataclasses.asdict(getattr(b, section))
-        lines += [f"{name}: {old[name]!r} -> {new[name]!r}" for name in old if old[name] != new[name]]
-    return lines
-
-
-def decisions(config: Config) -> dict[str, Any]:
-    """The fields that decide the result and differ from their defaults: what a run is known by.
-
-    A field that is added later, at a default that changes nothing, does not make it another run.
-    """
-    default = Config()
-    return {
-        f"{section}.{name}": value
-        for section in RESULT_SECTIONS
-        for name, value in dataclasses.asdict(getattr(config, section)).items()
-        if value != getattr(getattr(default, section), name)
-    }

@@ -1,4 +1,4 @@
-"""What ``hpm data check`` can be told: kept apart from what it does, so that ``--help`` need not import it."""
+"""What ``hardpatch data check`` can be told: kept apart from what it does, so that ``--help`` need not import it."""
 
 from __future__ import annotations
 

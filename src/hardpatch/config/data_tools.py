@@ -1,4 +1,4 @@
-"""What ``hpm data stats`` and ``hpm data pack`` can be told: apart from what they do, so that ``--help`` is quick."""
+"""What ``hardpatch data stats`` and ``hardpatch data pack`` can be told: apart from what they do, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from hpm.config import NotNegative, Positive
+from hardpatch.config.config import NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class StatsConfig:
     channels: Positive | None = None
     """Read every image as so many channels; none: found in the data."""
     value_range: tuple[float, ...] = ()
-    """As for hpm pretrain: lowest and highest value of images that are not 8-bit; empty: found in the data."""
+    """As for hardpatch pretrain: lowest and highest value of images that are not 8-bit; empty: found in the data."""
     no_data: float | None = None
     """Value of pixels without data, as stored, which are left out; none: what a file itself names."""
     workers: NotNegative | None = None

@@ -1,4 +1,4 @@
-"""What ``hpm doctor`` can be told. Plain Python: a package that is missing is what it should report."""
+"""What ``hardpatch doctor`` can be told. Plain Python: a package that is missing is what it should report."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Look whether hpm will run well here: packages, device, a training step, memory, data processes, disk.
+    """Look whether hardpatch will run well here: packages, device, a training step, memory, data processes, disk.
 
     Takes half a minute. Under torchrun also whether the processes find each other and have the same versions. The exit
-    code is 0 if nothing will keep hpm from running (there may be warnings), 2 otherwise.
+    code is 0 if nothing will keep hardpatch from running (there may be warnings), 2 otherwise.
     """
 
     data: str = ""
-    """Also look at these images: any source of hpm pretrain --data."""
+    """Also look at these images: any source of hardpatch pretrain --data."""
     out: str = "runs"
     """Folder that runs will be written to; looked at, and left as it is."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

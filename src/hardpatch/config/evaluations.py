@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from hpm.config import NotNegative, OpenShare, Positive, PositiveFloat, Share
+from hardpatch.config.config import NotNegative, OpenShare, Positive, PositiveFloat, Share
 
 Pooling = Literal["class", "mean", "both", "hardness"]
 """The class token, the mean of the patch tokens, or both side by side, each of length one."""

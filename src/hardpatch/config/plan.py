@@ -1,4 +1,4 @@
-"""What ``hpm plan`` can be told, beside every field of the run itself."""
+"""What ``hardpatch plan`` can be told, beside every field of the run itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from hpm.config import Positive, PositiveFloat
-from hpm.errors import InputError
+from hardpatch.config.config import Positive, PositiveFloat
+from hardpatch.runtime.errors import InputError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -18,16 +18,16 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 class PlanConfig:
     """Propose a run for your images, your machine and your time: model, sizes, batch, epochs; hours and memory.
 
-    The fields of the config below are those of hpm pretrain, with its defaults: what you give holds; encoder, sizes,
+    The fields of the config below are those of hardpatch pretrain, with its defaults: what you give holds; encoder, sizes,
     channels, batch, memory and epochs are chosen where you do not.
     """
 
     budget: str = "8h"
     """How long the run may take: a number and s, m, h or d, e.g. 90m, 8h, 2d."""
     out: str = ""
-    """Also write the proposal as a config, for hpm pretrain --config FILE.yaml."""
+    """Also write the proposal as a config, for hardpatch pretrain --config FILE.yaml."""
     method: str = "hpm-fast-in-pixels"
-    """Recipe without a scale, METHOD[-TARGET], see hpm recipes."""
+    """Recipe without a scale, METHOD[-TARGET], see hardpatch recipes."""
     processes: Positive | None = None
     """Training processes, one per GPU; none: as many as this machine has GPUs; 1 on a CPU."""
     memory_gigabytes: PositiveFloat | None = None

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
-from hpm.config import Config, suggest, with_fields
-from hpm.errors import InputError
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.runtime.errors import InputError, suggest
 
 Fields = dict[str, Any]
 """Fields of the config by name."""
@@ -437,7 +438,7 @@ SCALES: dict[str, Callable[[], Fields]] = {
 
 
 def shapes_demo() -> Fields:
-    """What ``hpm demo`` runs: a 4-block ViT 128 wide on the embedded shapes, about three minutes on two CPU cores."""
+    """What ``hardpatch demo`` runs: a 4-block ViT 128 wide on the embedded shapes, about three minutes on two CPU cores."""
     return {
         **hpm(),
         **micro(),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hpm.errors import InputError
+from hardpatch.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from hpm.config import Config
+    from hardpatch.config.config import Config
 
 
 def check_together(config: Config) -> None:
@@ -133,6 +133,6 @@ def split_batch(config: Config, *, processes: int) -> int:
 
 def _guide(mask: str) -> str | None:
     """What a mask policy chooses by; asked only where a rule depends on it, for masking imports torch."""
-    from hpm.masking import MASKS
+    from hardpatch.method.masks import MASKS
 
     return MASKS[mask].guide

@@ -11,11 +11,11 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpm.build import build_stages, build_student, build_target, embedded_codebook
-from hpm.config import Config
-from hpm.method import Teacher
-from hpm.tokens import TokenTarget
-from hpm.vit import CrossAttention, patch_size
+from hardpatch.config.config import Config
+from hardpatch.method.method import Teacher
+from hardpatch.method.targets.tokens import TokenTarget
+from hardpatch.method.vit import CrossAttention, patch_size
+from hardpatch.runs.build import build_stages, build_student, build_target, embedded_codebook
 
 NUM_IMAGES = 2
 """Images in the step that is counted."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpm.build import (
+from hardpatch.config.config import Config
+from hardpatch.method.method import Method, Student, Teacher
+from hardpatch.runs.build import (
     blocks,
     build_method,
     build_student,
@@ -23,8 +25,6 @@ from hpm.build import (
     embedded_codebook,
     recompute_blocks,
 )
-from hpm.config import Config
-from hpm.method import Method, Student, Teacher
 
 GATHERED_BLOCKS = 2
 """Blocks of which a sharded model holds all parameters at once: the one that runs, and the next."""

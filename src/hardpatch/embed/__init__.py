@@ -1,1 +1,1 @@
-"""Features and difficulty of every image of a source, as a table. See :mod:`hpm.embed.embed`."""
+"""Features and difficulty of every image of a source, as a table. See :mod:`hardpatch.embed.embed`."""

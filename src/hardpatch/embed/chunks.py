@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64
 
-from hpm.checkpoint import write_atomically, write_text_atomically
-from hpm.data.loading import Damage
-from hpm.errors import InputError
+from hardpatch.data.loader.loading import Damage
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_atomically, write_text_atomically
 
 
 class Rows(NamedTuple):

@@ -21,12 +21,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from hpm.evaluate.foreground import patch_variance
-from hpm.feeding import whole_patches
-from hpm.run_folder import LoadedRun
-from hpm.seeding import Stream, derive_seed
-from hpm.visualize import average_loss
-from hpm.vit import patch_size
+from hardpatch.evaluate.foreground import patch_variance
+from hardpatch.figures.hardness import average_loss
+from hardpatch.method.vit import patch_size, whole_patches
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 
 class Difficulty(NamedTuple):

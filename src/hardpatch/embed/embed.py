@@ -1,7 +1,7 @@
-"""``hpm embed``: a table of features, and of difficulty where asked for, with a row per image of a source.
+"""``hardpatch embed``: a table of features, and of difficulty where asked for, with a row per image of a source.
 
 Images come in the source's order, whole and unaugmented; a damaged one is named and has no row. The work is cut into
-parts (:mod:`hpm.embed.chunks`), shared by the processes of ``torchrun``, and joined by the main one at the end.
+parts (:mod:`hardpatch.embed.chunks`), shared by the processes of ``torchrun``, and joined by the main one at the end.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpm.build import build_decoder, build_downloads, choose_attention
-from hpm.checkpoint import write_atomically
-from hpm.data.loading import Cover, Damage, OrderedBatch, ordered_batches
-from hpm.data.sources import Source, fingerprint, open_source
-from hpm.display import build_display
-from hpm.distributed import barrier, choose_device, from_main, has_bf16, process_group, rank, world_size
-from hpm.embed.chunks import Part, Parts, Rows
-from hpm.embed.config import EmbedConfig
-from hpm.embed.difficulty import mask_order, measure_difficulty, rank_agreement
-from hpm.embed.sheet import Ranked, draw_sheet, ends
-from hpm.embed.tables import Table, check_format, write_table
-from hpm.errors import InputError
-from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
-from hpm.log import say, tracked, warn
-from hpm.run_folder import LoadedRun
-from hpm.visualize import save_figure
-from hpm.vit import encode, grid_size
+from hardpatch.config.embed import EmbedConfig
+from hardpatch.data.loader.loading import Cover, Damage, OrderedBatch, ordered_batches
+from hardpatch.data.sources import Source, fingerprint, open_source
+from hardpatch.embed.chunks import Part, Parts, Rows
+from hardpatch.embed.difficulty import mask_order, measure_difficulty, rank_agreement
+from hardpatch.embed.sheet import Ranked, draw_sheet, ends
+from hardpatch.embed.tables import Table, check_format, write_table
+from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
+from hardpatch.figures.display import build_display
+from hardpatch.figures.hardness import save_figure
+from hardpatch.method.vit import encode, grid_size
+from hardpatch.runs.build import build_decoder, build_downloads, choose_attention
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.distributed import barrier, choose_device, from_main, has_bf16, process_group, rank, world_size
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_atomically
+from hardpatch.runtime.log import say, tracked, warn
 
 PART_BYTES = 64 * 2**20
 """A part of the work holds about so much, and at most so many images:"""

@@ -12,9 +12,9 @@ from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpm.data.loading import Cover
-from hpm.data.sources import Source
-from hpm.display import Display, hatched
+from hardpatch.data.loader.loading import Cover
+from hardpatch.data.sources import Source
+from hardpatch.figures.display import Display, hatched
 
 _COLUMNS = 8
 _TILE, _GAP, _CAPTION, _HEADING, _HISTOGRAM = 1.2, 0.06, 0.3, 0.34, 1.1

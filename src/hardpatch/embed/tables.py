@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpm.embed.chunks import Parts, Rows
-from hpm.errors import InputError
-from hpm.extras import install
+from hardpatch.embed.chunks import Parts, Rows
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
 
 
 class Table(NamedTuple):
@@ -111,7 +111,7 @@ def _write_parquet(table: Table, to: Path) -> None:
         columns |= {name: column(array) for name, array in rows.columns().items() if name != "position"}
         return pa.table(columns)
 
-    schema = batch(table.parts.read(table.numbers[0]).rows).schema.with_metadata({"hpm": json.dumps(table.about)})
+    schema = batch(table.parts.read(table.numbers[0]).rows).schema.with_metadata({"hardpatch": json.dumps(table.about)})
     with parquet.ParquetWriter(to, schema) as writer:
         for number in table.numbers:
             writer.write_table(batch(table.parts.read(number).rows).replace_schema_metadata(schema.metadata))

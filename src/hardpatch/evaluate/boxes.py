@@ -21,11 +21,11 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from hpm.data.decode import DecodeError
-from hpm.data.loading import Cover
-from hpm.data.sources import Source
-from hpm.errors import InputError
-from hpm.log import warn
+from hardpatch.data.images.decode import DecodeError
+from hardpatch.data.loader.loading import Cover
+from hardpatch.data.sources import Source
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
 
 QUANTILES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Thresholds at which boxes are looked for in a map of scores: shares of its patches that lie below."""

@@ -18,16 +18,16 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.build import build_student, choose_attention, input_config, timm_arguments
-from hpm.config import Config
-from hpm.data.loading import Normalise
-from hpm.distributed import has_bf16
-from hpm.errors import InputError
-from hpm.evaluate.accuracy import Interval, top_k_accuracy, wilson_interval
-from hpm.evaluate.config import Pooling
-from hpm.method import Teacher
-from hpm.run_folder import LoadedRun, arguments_of_encoder, load_encoder
-from hpm.weights.read import load_timm
+from hardpatch.config.config import Config
+from hardpatch.config.evaluations import Pooling
+from hardpatch.data.loader.loading import Normalise
+from hardpatch.evaluate.classify.accuracy import Interval, top_k_accuracy, wilson_interval
+from hardpatch.method.method import Teacher
+from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
+from hardpatch.runs.load import LoadedRun, arguments_of_encoder, load_encoder
+from hardpatch.runtime.distributed import has_bf16
+from hardpatch.runtime.errors import InputError
+from hardpatch.weights.read import load_timm
 
 Kind = Literal["run", "untrained", "against"]
 

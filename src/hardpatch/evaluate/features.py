@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.data.loading import Damage, Normalise, ordered_batches
-from hpm.data.sources import Source, class_indices
-from hpm.distributed import gather_objects, is_main_of_environment, rank, world_size
-from hpm.errors import InputError
-from hpm.evaluate.config import Pooling
-from hpm.log import tracked, warn
-from hpm.method import Teacher
-from hpm.vit import encode
+from hardpatch.config.evaluations import Pooling
+from hardpatch.data.loader.loading import Damage, Normalise, ordered_batches
+from hardpatch.data.sources import Source, class_indices
+from hardpatch.method.method import Teacher
+from hardpatch.method.vit import encode
+from hardpatch.runtime.distributed import gather_objects, is_main_of_environment, rank, world_size
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked, warn
 
 
 class Features(NamedTuple):

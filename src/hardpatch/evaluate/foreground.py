@@ -23,23 +23,23 @@ from sklearn.metrics import average_precision_score
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.build import build_decoder, build_downloads, build_student, choose_attention
-from hpm.config import Config
-from hpm.data.decode import EXTENSIONS, DecodeError, decode
-from hpm.data.loading import Cover, Damage, Normalise, ordered_batches
-from hpm.data.sources import Source, open_source
-from hpm.distributed import choose_device, has_bf16
-from hpm.errors import InputError
-from hpm.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
-from hpm.evaluate.config import ForegroundConfig
-from hpm.evaluate.controls import Contender, open_contenders
-from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
-from hpm.log import tracked
-from hpm.method import Method, Student, Teacher
-from hpm.run_folder import LoadedRun
-from hpm.seeding import Stream, derive_seed
-from hpm.visualize import measure_hardness
-from hpm.vit import class_attention, grid_size, has_class_attention, patch_size, patchify
+from hardpatch.config.config import Config
+from hardpatch.config.evaluations import ForegroundConfig
+from hardpatch.data.images.decode import EXTENSIONS, DecodeError, decode
+from hardpatch.data.loader.loading import Cover, Damage, Normalise, ordered_batches
+from hardpatch.data.sources import Source, open_source
+from hardpatch.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
+from hardpatch.evaluate.controls import Contender, open_contenders
+from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
+from hardpatch.figures.hardness import measure_hardness
+from hardpatch.method.method import Method, Student, Teacher
+from hardpatch.method.vit import class_attention, grid_size, has_class_attention, patch_size, patchify
+from hardpatch.runs.build import build_decoder, build_downloads, build_student, choose_attention
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.distributed import choose_device, has_bf16
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
 
@@ -99,7 +99,7 @@ def mean_finding(figures: Float[np.ndarray, "b 3"], overlaps: Float[np.ndarray, 
 
     Args:
         figures: From :func:`find_in_images`.
-        overlaps: From :func:`hpm.evaluate.boxes.box_overlaps`.
+        overlaps: From :func:`hardpatch.evaluate.boxes.box_overlaps`.
     """
     usable = ~np.isnan(figures[:, 0])
     if not usable.any():
@@ -297,7 +297,7 @@ def predicted_loss_auroc(
 
 
 def run(config: ForegroundConfig) -> ForegroundResult:
-    """``hpm evaluate foreground``.
+    """``hardpatch evaluate foreground``.
 
     Raises:
         InputError: No masks, masks or boxes that do not fit the images, too many damaged images, or a bad checkpoint.

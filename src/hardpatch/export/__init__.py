@@ -1,1 +1,1 @@
-"""Getting the backbone out: timm, Hugging Face, safetensors, ONNX, torch.export. See :mod:`hpm.export.export`."""
+"""Getting the backbone out: timm, Hugging Face, safetensors, ONNX, torch.export. See :mod:`hardpatch.export.export`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,12 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hpm.build import input_config, timm_arguments
-from hpm.config import Config
-from hpm.export.config import Output
-from hpm.run_folder import LoadedRun, RunFolder, load_encoder
+from hardpatch.config.config import Config
+from hardpatch.config.export import Output
+from hardpatch.runs.build import input_config, timm_arguments
+from hardpatch.runs.checkpoint import about_weights
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runs.load import LoadedRun, load_encoder
 
 Computed = Callable[[Tensor], Tensor]
 """Normalised images (B, C, H, W) to what an export puts out."""
@@ -55,7 +56,7 @@ def read_backbone(checkpoint: str | Path) -> Backbone:
     if path.suffix == ".safetensors" and path.is_file():
         vit = load_encoder(path)
         with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["hpm"])
+            about = about_weights(file.metadata())
         return Backbone(vit, about["timm"], about["input"], None, 0, _folder_of(path))
     loaded = LoadedRun(path)
     vit, config = loaded.student.encoder, loaded.config

@@ -12,9 +12,9 @@ import torch
 import yaml
 from jinja2 import Environment
 
-from hpm.config import decisions
-from hpm.export.backbone import Backbone
-from hpm.run_folder import RunFolder, versions
+from hardpatch.config.values import decisions
+from hardpatch.export.backbone import Backbone
+from hardpatch.runs.folder import RunFolder, versions
 
 _TOO_FINE = ("by_group", "per_class", "confusion", "top1_by_k", "held_out_top1", "chosen", "about")
 """Parts of an evaluation that a card leaves out."""
@@ -39,7 +39,7 @@ def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: s
     if init_from := recipe.get("model.init_from"):
         recipe["model.init_from"] = _last_part(init_from)
     text: str = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
-        files("hpm").joinpath("templates/card.md.j2").read_text()
+        files("hardpatch.export").joinpath("templates/card.md.j2").read_text()
     ).render(
         name="backbone" if run is None else run.path.resolve().name,
         library=library,
@@ -54,7 +54,7 @@ def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: s
         step=backbone.step,
         recipe=recipe,
         figures=[] if run is None else list(figures(run)),
-        trained_with={key: about[key] for key in ("hpm", "torch", "timm", "device", "git") if key in about},
+        trained_with={key: about[key] for key in ("hardpatch", "torch", "timm", "device", "git") if key in about},
         exported_with=versions(torch.device("cpu")),
     )  # fmt: skip
     return text

@@ -1,4 +1,4 @@
-"""``hpm export``: the backbone in the form of another library.
+"""``hardpatch export``: the backbone in the form of another library.
 
     --format timm         PATH/           config.json, model.safetensors, README.md
     --format hf           PATH/           config.json, model.safetensors, preprocessor_config.json, README.md
@@ -21,12 +21,12 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from hpm.errors import InputError
-from hpm.export import graphs, huggingface, timm_format
-from hpm.export.backbone import Backbone, Computed, Pooled, random_images, read_backbone
-from hpm.export.card import model_card
-from hpm.export.config import ExportConfig, ExportFormat, Output
-from hpm.extras import install
+from hardpatch.config.export import ExportConfig, ExportFormat, Output
+from hardpatch.export import graphs, huggingface, timm_format
+from hardpatch.export.backbone import Backbone, Computed, Pooled, random_images, read_backbone
+from hardpatch.export.card import model_card
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
 
 
 class Format(NamedTuple):
@@ -45,9 +45,9 @@ class Format(NamedTuple):
     has_outputs: bool = False
     """Is there a choice of what it puts out?"""
     needs: tuple[str, ...] = ()
-    """Packages that hpm does not bring by itself."""
+    """Packages that hardpatch does not bring by itself."""
     extra: str = ""
-    """The extra of hpm that brings them."""
+    """The extra of hardpatch that brings them."""
     check: Callable[[Backbone], None] | None = None
     """Refuses encoders that this form cannot express."""
 
@@ -92,7 +92,7 @@ def run(config: ExportConfig) -> Exported:
 
     Raises:
         InputError: Something is in the way, a package is missing, or this encoder has no such form.
-        AssertionError: The export does not compute the same: a fault of hpm's, and nothing is left of it.
+        AssertionError: The export does not compute the same: a fault of hardpatch's, and nothing is left of it.
     """
     form = _checked_form(config)
     out = Path(config.out).expanduser()

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpm.export.backbone import Backbone, Computed, Pooled, random_images
-from hpm.export.config import Output
+from hardpatch.config.export import Output
+from hardpatch.export.backbone import Backbone, Computed, Pooled, random_images
 
 INPUT, OUTPUT = "images", "features"
 """Names in the graph."""
@@ -32,7 +32,7 @@ def write_onnx(backbone: Backbone, to: Path, output: Output) -> None:
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
         )  # fmt: skip
         assert program is not None  # with dynamo=True there always is one
-        program.model.metadata_props["hpm"] = json.dumps(about(backbone, output))
+        program.model.metadata_props["hardpatch"] = json.dumps(about(backbone, output))
         program.save(to, external_data=size > _LARGEST_FILE)
 
 
@@ -52,7 +52,7 @@ def write_program(backbone: Backbone, to: Path, output: Output) -> None:
             Pooled(backbone.vit, output), (random_images(backbone, 2),),
             dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
         )  # fmt: skip
-        torch.export.save(program, to, extra_files={"hpm.json": json.dumps(about(backbone, output))})
+        torch.export.save(program, to, extra_files={"hardpatch.json": json.dumps(about(backbone, output))})
 
 
 def read_program(path: Path, backbone: Backbone) -> Computed:

@@ -1,7 +1,7 @@
 """Hugging Face: an ordinary ``ViTModel`` of transformers, and the image processor that prepares its images.
 
 The weights are written under the names that the hub's ViTs have; every version of transformers reads those. The
-pooler, which an hpm encoder does not have, is the identity: ``pooler_output`` is the class token.
+pooler, which an hardpatch encoder does not have, is the identity: ``pooler_output`` is the class token.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from hpm.errors import InputError
-from hpm.export.backbone import Backbone, Computed
-from hpm.weights.names import to_hugging_face
+from hardpatch.export.backbone import Backbone, Computed
+from hardpatch.runtime.errors import InputError
+from hardpatch.weights.names import to_hugging_face
 
 _BICUBIC = 3
 
@@ -127,7 +127,7 @@ def _with_identity_pooler(state: dict[str, Tensor], vit: VisionTransformer) -> d
 def processor_config(backbone: Backbone) -> dict[str, Any]:
     """Resize and normalise as in the run.
 
-    Square images are resized to cover and cut to their centre, as hpm does; transformers has no processor that does so
+    Square images are resized to cover and cut to their centre, as hardpatch does; transformers has no processor that does so
     for a rectangle: there the whole image is squeezed into it.
     """
     _, height, width = backbone.image_shape

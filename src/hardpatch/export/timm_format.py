@@ -10,8 +10,8 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.checkpoint import save_weights
-from hpm.export.backbone import Backbone, Computed
+from hardpatch.export.backbone import Backbone, Computed
+from hardpatch.runs.checkpoint import save_weights
 
 _OF_OTHER_WEIGHTS = ("url", "file", "hf_hub_id", "license", "origin_url", "paper_name", "paper_ids", "notes")
 """What timm says of the weights that an architecture usually comes with; these are others."""
@@ -22,7 +22,7 @@ def write_folder(backbone: Backbone, to: Path) -> None:
     cfg = backbone.vit.pretrained_cfg
     for key in _OF_OTHER_WEIGHTS:
         cfg.pop(key, None)
-    cfg["tag"] = "hpm"
+    cfg["tag"] = "hardpatch"
     arguments = {key: value for key, value in backbone.arguments.items() if key not in ("model_name", "num_classes")}
     save_for_hf(backbone.vit, str(to), model_args=arguments, safe_serialization=True)
 
@@ -34,7 +34,7 @@ def read_folder(path: Path, backbone: Backbone) -> Computed:
 
 
 def write_file(backbone: Backbone, to: Path) -> None:
-    """The encoder's tensors; what builds it stands in the file's metadata, for ``hpm.load_encoder``."""
+    """The encoder's tensors; what builds it stands in the file's metadata, for ``hardpatch.load_encoder``."""
     save_weights(to, backbone.vit.state_dict(), backbone.arguments, backbone.input)
 
 

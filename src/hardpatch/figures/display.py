@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
-from hpm.build import build_normalise
-from hpm.config import Config
-from hpm.data.loading import Normalise
+from hardpatch.config.config import Config
+from hardpatch.data.images.colours import principal_components
+from hardpatch.data.loader.loading import Normalise
+from hardpatch.runs.build import build_normalise
 
 ENDS = (0.01, 0.99)
 """Where colours are stretched, this share of the pixels is black, and that not yet white."""
@@ -78,17 +79,6 @@ def _ends(colours: Float[Tensor, "3 n"]) -> tuple[Float[Tensor, " 3"], Float[Ten
     some = colours[:, :: max(1, colours.shape[1] // 1_000_000)].sort(dim=1).values
     low, high = (some[:, round(end * (some.shape[1] - 1))] for end in ENDS)
     return low, high
-
-
-def principal_components(images: Sequence[Tensor]) -> Float[Tensor, "3 c"]:
-    """The three directions of the largest variance over all pixels, each scaled to unit variance; of two channels the
-    third is nothing. Signs are fixed so that bright stays bright."""
-    pixels = torch.cat([image.flatten(1) for image in images], dim=1)
-    variances, directions = torch.linalg.eigh(torch.cov(pixels))
-    variances, directions = variances.flip(0)[:3], directions.flip(1)[:, :3].T
-    sums = directions.sum(dim=1, keepdim=True)
-    rows = directions * torch.where(sums < 0, -1.0, 1.0) / variances.clamp(min=1e-12).sqrt().unsqueeze(1)
-    return torch.cat([rows, rows.new_zeros(3 - len(rows), rows.shape[1])])
 
 
 def hatched(

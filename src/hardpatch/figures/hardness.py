@@ -12,19 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hpm.build import build_decoder, build_downloads, choose_attention
-from hpm.checkpoint import write_atomically
-from hpm.data.loading import Cover, read_or_next, stack_images
-from hpm.data.sources import Source, open_source
-from hpm.display import Display, build_display, hatched
-from hpm.errors import InputError
-from hpm.feeding import whole_patches
-from hpm.masking import split_patches
-from hpm.method import Method, Student, Teacher, rank_correlation
-from hpm.run_folder import LoadedRun
-from hpm.seeding import Stream, derive_seed
-from hpm.targets import PixelTarget
-from hpm.vit import grid_size, patch_size, patchify, take, unpatchify
+from hardpatch.data.loader.loading import Cover, read_or_next, stack_images
+from hardpatch.data.sources import Source, open_source
+from hardpatch.figures.display import Display, build_display, hatched
+from hardpatch.method.masks import split_patches
+from hardpatch.method.method import Method, Student, Teacher, rank_correlation
+from hardpatch.method.targets.pixels import PixelTarget
+from hardpatch.method.vit import grid_size, patch_size, patchify, take, unpatchify, whole_patches
+from hardpatch.runs.build import build_decoder, build_downloads, choose_attention
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_atomically
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 NUM_MASKS = 10
 """Masks over which the true loss of a patch is averaged, as in the paper's Figure 2."""
@@ -238,7 +237,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8) -> float:
-    """``hpm visualize``: draw the hardness figure of some images of a source.
+    """``hardpatch visualize``: draw the hardness figure of some images of a source.
 
     Args:
         checkpoint: A run folder, or one of its checkpoints.

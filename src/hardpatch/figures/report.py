@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from hpm.checkpoint import write_text_atomically
-from hpm.log import read_metrics
-from hpm.run_folder import RunFolder
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import read_metrics
 
 CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     ("Losses", {"reconstruction_loss": "reconstruction", "prediction_loss": "prediction"}, ""),
@@ -48,7 +48,7 @@ def write_report(folder: RunFolder) -> None:
     records = read_metrics(folder.path)
     hardness = sorted(folder.figures.glob("hardness_*.png"))
     evaluations = {file.stem: json.loads(file.read_text()) for file in sorted(folder.evaluations.glob("*.json"))}
-    template = files("hpm").joinpath("templates/report.html.j2").read_text()
+    template = files("hardpatch.figures").joinpath("templates/report.html.j2").read_text()
     page = Environment(autoescape=True).from_string(template).render(
         name=folder.path.name,
         tiles=_tiles(folder.result() or {}, records, evaluations),

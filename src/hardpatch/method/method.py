@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hpm.masking import Guide, MaskPolicy, split_patches
-from hpm.seeding import more_noise
-from hpm.targets import Target
-from hpm.vit import (
+from hardpatch.method.masks import Guide, MaskPolicy, split_patches
+from hardpatch.method.targets.target import Target
+from hardpatch.method.vit import (
     CrossDecoder,
     Decoder,
     encode,
@@ -49,6 +48,7 @@ from hpm.vit import (
     take,
     to_residual,
 )
+from hardpatch.runtime.seeding import more_noise
 
 PredictorView = Literal["masked", "full", "both"]
 """On which view the loss predictor learns.
@@ -123,7 +123,7 @@ class Student(nn.Module):
         predictor_view: Where the loss predictor learns.
         predictor_detached: Let the loss predictor learn from the decoder input without shaping it.
         reduction: Losses are predicted from the full image made this many times smaller per side.
-        residual: Under autocast, what blocks add to (:func:`hpm.vit.to_residual`); None: float32, as
+        residual: Under autocast, what blocks add to (:func:`hardpatch.method.vit.to_residual`); None: float32, as
             autocast leaves it.
     """
 

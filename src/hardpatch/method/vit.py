@@ -12,15 +12,14 @@ from functools import partial
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Num, Shaped
+from jaxtyping import Bool, Float, Int, Num, Shaped
 from timm.layers import Attention, Mlp, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hpm.config import suggest
-from hpm.errors import InputError
+from hardpatch.runtime.errors import InputError, suggest
 
 LAYER_NORM_EPS = 1e-6
 
@@ -444,3 +443,22 @@ def unpatchify(
     b = patches.shape[0]
     cut = patches.reshape(b, grid[0], grid[1], patch[0], patch[1], -1)
     return cut.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, grid[0] * patch[0], grid[1] * patch[1])
+
+
+def resize(images: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c y x"]:
+    """Bilinear and antialiased, on the device; images of that size as they are."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def whole_patches(valid: Bool[Tensor, "b h w"], size: tuple[int, int], patch: tuple[int, int]) -> Bool[Tensor, "b n"]:
+    """Which patches of the images, brought to ``size``, are made of valid pixels only.
+
+    Args:
+        valid: Of the pixels.
+        size: Height and width of the images as they are learnt from.
+        patch: Height and width of a patch.
+    """
+    shares = resize(valid.unsqueeze(1).float(), size)
+    return patchify(shares, patch).amin(dim=-1) > 1 - 1e-4  # of a shrunk image: rounding of the weights

@@ -12,25 +12,36 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from hpm.config import Config, DataConfig, OptimisationConfig
-from hpm.data.decode import Decoder
-from hpm.data.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise, measure_statistics, read_or_next
-from hpm.data.sources import Downloads, Source, open_source
-from hpm.data.value_range import find_value_range, has_shallow_images
-from hpm.distributed import is_main_of_environment
-from hpm.errors import InputError
-from hpm.frozen import TimmFeatureTarget, load_frozen
-from hpm.log import say, warn
-from hpm.masking import MASKS, num_hidden_patches
-from hpm.method import PREDICTED_LOSSES, Method, Student
-from hpm.schedules import NUM_STAGES, stage_side
-from hpm.seeding import Stream, derive_seed
-from hpm.targets import EmaFeatureTarget, HogTarget, PixelHardness, PixelTarget, Target
-from hpm.tokens import KMeansTokenizer, TokenTarget, load_tokenizer
-from hpm.vit import CrossAttention, CrossBlock, create_encoder, grid_size, has_class_attention, patch_size
+from hardpatch.config.config import Config, DataConfig, OptimisationConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.loader.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise, measure_statistics, read_or_next
+from hardpatch.data.sources import Downloads, Source, open_source
+from hardpatch.data.images.value_range import find_value_range, has_shallow_images
+from hardpatch.runtime.distributed import is_main_of_environment
+from hardpatch.runtime.errors import InputError
+from hardpatch.method.targets.timm_features import TimmFeatureTarget, load_frozen
+from hardpatch.runtime.log import say, warn
+from hardpatch.method.masks import MASKS, num_hidden_patches
+from hardpatch.method.method import Method, PREDICTED_LOSSES, Student
+from hardpatch.method.schedules import NUM_STAGES, stage_side
+from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.method.targets.hog import HogTarget
+from hardpatch.method.targets.pixels import PixelHardness, PixelTarget
+from hardpatch.method.targets.target import Target
+from hardpatch.method.targets.teacher import EmaFeatureTarget
+from hardpatch.method.targets.tokens import KMeansTokenizer, TokenTarget
+from hardpatch.runs.codebook import load_tokenizer
+from hardpatch.method.vit import (
+    CrossAttention,
+    CrossBlock,
+    create_encoder,
+    grid_size,
+    has_class_attention,
+    patch_size,
+)
 
 COMPILED_SHAPES = 64
-"""How often the code of a block may be compiled: a progressive run has 16 shapes, hpm benchmark step more."""
+"""How often the code of a block may be compiled: a progressive run has 16 shapes, hardpatch benchmark step more."""
 LOOK_AT = 256
 """Images of which the range of values is found, spread over the source."""
 
@@ -289,7 +300,7 @@ def open_images(config: Config) -> tuple[Config, Source]:
             if has_shallow_images(source, max_images=LOOK_AT):
                 warn(
                     "some images are 8-bit and some are deeper: the deeper ones share one range of values, which may "
-                    "leave them black or white. Better make a run of each (hpm data check lists depths)"
+                    "leave them black or white. Better make a run of each (hardpatch data check lists depths)"
                 )
         source, data = opened(), config.data
     if not data.mean and (data.channels != 3 or data.value_range):

@@ -11,6 +11,8 @@ and renamed. A checkpoint whose checksum does not fit is never loaded.
 
 from __future__ import annotations
 
+from hardpatch.runtime.files import flush_to_disk, write_atomically, write_text_atomically
+
 import hashlib
 import json
 import os
@@ -24,42 +26,17 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from hpm.errors import InputError
+from hardpatch.runtime.errors import InputError
 
 
 class CheckpointWarning(UserWarning):
     """A checkpoint is damaged and the one before it is used."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file, flush it to the disk and rename it to ``path``.
-
-    Raises:
-        OSError: Writing failed (a full disk, say); ``path`` is as it was before.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _flush(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file that is either the old or the new one, never half."""
-    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 class CheckpointFolder:
@@ -113,7 +90,7 @@ class CheckpointFolder:
 
         def write(temporary: Path) -> None:
             save_pickle(temporary, state)
-            _flush(temporary)
+            flush_to_disk(temporary)
             # The checksum comes first: a checkpoint without one would be worthless, the reverse is harmless.
             write_text_atomically(_checksum_file(target), f"{_digest(temporary)}  {target.name}\n")
 
@@ -195,7 +172,7 @@ def load_verified(path: Path, *, require_checksum: bool = True, holds: str = "st
         holds: A part that it must have.
 
     Raises:
-        InputError: Missing, damaged, or no checkpoint of hpm.
+        InputError: Missing, damaged, or no checkpoint of hardpatch.
     """
     try:
         verify(path, require_checksum=require_checksum)
@@ -208,7 +185,8 @@ def load_verified(path: Path, *, require_checksum: bool = True, holds: str = "st
         raise InputError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict) or holds not in state:
         raise InputError(
-            f"checkpoint {path} is not one of hpm's (no {holds!r} in it); hpm convert turns published files into ours"
+            f"checkpoint {path} is not one of hardpatch's (no {holds!r} in it); "
+            "hardpatch convert turns published files into ours"
         )
     return state
 
@@ -220,6 +198,21 @@ def _digest(path: Path) -> str:
 
 def _checksum_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
+
+
+METADATA_KEY = "hardpatch"
+"""Entry of a safetensors file's metadata that says how timm builds the model; version 0.1 wrote ``hpm``."""
+
+
+def about_weights(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """How timm builds the model of a file of :func:`save_weights` (``timm``), and how it wants its images (``input``).
+
+    Raises:
+        KeyError: The file was not written by hardpatch.
+    """
+    found = metadata or {}
+    about: dict[str, Any] = json.loads(found.get(METADATA_KEY) or found["hpm"])
+    return about
 
 
 def save_weights(
@@ -236,6 +229,6 @@ def save_weights(
     content = safetensors_bytes(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
         # One entry: safetensors writes several in any order, and equal runs would not give equal files.
-        metadata={"hpm": json.dumps({"timm": timm_arguments, "input": input_config})},
+        metadata={METADATA_KEY: json.dumps({"timm": timm_arguments, "input": input_config})},
     )
     write_atomically(path, lambda temporary: temporary.write_bytes(content))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hpm.config import Config, OptimisationConfig
-from hpm.errors import InputError
-from hpm.schedules import (
+from hardpatch.config.config import Config, OptimisationConfig
+from hardpatch.runtime.errors import InputError
+from hardpatch.method.schedules import (
     EmaSchedule,
     adapted_ema,
     adapted_warmup_steps,

@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from hpm.checkpoint import write_text_atomically
-from hpm.errors import InputError
-from hpm.log import warn
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
 
 RUNS_FILE = "trackers.json"
 """In the run folder: by which name each tracker knows the run."""

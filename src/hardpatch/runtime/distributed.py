@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from hpm.errors import InputError
+from hardpatch.runtime.errors import InputError
 
 Item = TypeVar("Item")
 

@@ -8,14 +8,11 @@ from importlib.metadata import requires
 
 
 def install(extra: str) -> str:
-    """The command that installs what an extra of hpm's needs, package by package.
-
-    Not ``pip install 'hpm[EXTRA]'``: the package index has another project of that name.
-    """
+    """The command that installs what an extra needs, package by package: right for an install from a checkout, too."""
     wanted = []
-    for line in requires("hpm") or ():
+    for line in requires("hardpatch") or ():
         package, _, condition = line.partition(";")
         if re.fullmatch(rf"""\s*extra == ["']{re.escape(extra)}["']\s*""", condition):
             wanted.append(package.strip())
-    assert wanted, f"hpm has no extra {extra!r}"
+    assert wanted, f"hardpatch has no extra {extra!r}"
     return "pip install " + shlex.join(wanted)

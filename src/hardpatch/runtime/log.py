@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
-from hpm.checkpoint import write_text_atomically
+from hardpatch.runtime.files import write_text_atomically
 
 Item = TypeVar("Item")
 

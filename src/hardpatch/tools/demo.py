@@ -1,4 +1,4 @@
-"""``hpm demo``: the main job on embedded data, so that a person without data sees at once what the method does."""
+"""``hardpatch demo``: the main job on embedded data, so that a person without data sees at once what the method does."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpm.errors import InputError
-from hpm.evaluate import foreground
-from hpm.evaluate.config import ForegroundConfig
-from hpm.pretrain import train
-from hpm.recipes import recipe
-from hpm.report import write_report
-from hpm.run_folder import RunFolder
+from hardpatch.config.evaluations import ForegroundConfig
+from hardpatch.config.recipes import recipe
+from hardpatch.evaluate import foreground
+from hardpatch.figures.report import write_report
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime.errors import InputError
+from hardpatch.training.loop import train
 
 
 def run_demo(out: Path, *, epochs: int | None = None) -> tuple[dict[str, Any], foreground.ForegroundResult]:

@@ -7,19 +7,26 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-from hpm.config import Config
-from hpm.data.cache import SharedImages, open_cache
-from hpm.data.device import (
+from hardpatch.config.config import Config
+from hardpatch.data.loader.cache import SharedImages, open_cache
+from hardpatch.data.loader.device import (
     ImagesOnDevice,
     WholeImages,
     batches_decoded_on_device,
     batches_kept_on_device,
     copied_behind,
 )
-from hpm.data.loading import Batch, TrainingImages, TrainingOrder, default_workers, last_read, training_batches
-from hpm.data.sources import Source
-from hpm.log import warn
-from hpm.run import Run
+from hardpatch.data.loader.loading import (
+    Batch,
+    TrainingImages,
+    TrainingOrder,
+    default_workers,
+    last_read,
+    training_batches,
+)
+from hardpatch.data.sources import Source
+from hardpatch.runtime.log import warn
+from hardpatch.training.state import Run
 
 
 class Opened(NamedTuple):

@@ -16,12 +16,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpm.checkpoint import CheckpointFolder, write_text_atomically
-from hpm.config import Config, differences, load_config
-from hpm.errors import InputError
-from hpm.log import read_metrics, say
-from hpm.run_folder import RunFolder
-from hpm.run_schedule import Schedule, branching_step, resolve_schedule
+from hardpatch.config.config import Config
+from hardpatch.config.values import differences, load_config
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runs.schedule import Schedule, branching_step, resolve_schedule
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import read_metrics, say
 
 FREE = ("epochs", "cooldown_epochs")
 """What may be another in a branch; and the section ``run``, which decides no result, and where the images lie."""

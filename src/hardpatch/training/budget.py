@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from hpm.build import build_encoder
-from hpm.config import Config
-from hpm.errors import InputError
-from hpm.flops import step_cost
-from hpm.log import say
-from hpm.vit import grid_size
+from hardpatch.config.config import Config
+from hardpatch.cost.flops import step_cost
+from hardpatch.method.vit import grid_size
+from hardpatch.runs.build import build_encoder
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import say
 
 CHOICES = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (4, 2), (8, 2))
 """(masks_per_image, teacher_reduction), in the order in which they are tried."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hpm.build import Stage
-from hpm.data.loading import Batch, Normalise
-from hpm.method import Answers
-from hpm.vit import patchify
+from hardpatch.data.loader.loading import Batch, Normalise
+from hardpatch.method.method import Answers
+from hardpatch.method.vit import resize, whole_patches
+from hardpatch.runs.build import Stage
 
 
 class Meal(NamedTuple):
@@ -69,22 +68,3 @@ class Feed:
             else:
                 self._kept.append(Meal(images, None if self.ask is None else self.ask(stage, images), valid))
                 yield self._kept[-1]
-
-
-def resize(images: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c y x"]:
-    """Bilinear and antialiased, on the device; images of that size as they are."""
-    if images.shape[-2:] == size:
-        return images
-    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-
-
-def whole_patches(valid: Bool[Tensor, "b h w"], size: tuple[int, int], patch: tuple[int, int]) -> Bool[Tensor, "b n"]:
-    """Which patches of the images, brought to ``size``, are made of valid pixels only.
-
-    Args:
-        valid: Of the pixels.
-        size: Height and width of the images as they are learnt from.
-        patch: Height and width of a patch.
-    """
-    shares = resize(valid.unsqueeze(1).float(), size)
-    return patchify(shares, patch).amin(dim=-1) > 1 - 1e-4  # of a shrunk image: rounding of the weights

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm import distributed
-from hpm.config import Config
+from hardpatch.config.config import Config
+from hardpatch.runtime import distributed
 
 MEMORY = 50
 """Steps over which the running mean forgets."""

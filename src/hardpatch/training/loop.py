@@ -1,7 +1,7 @@
 """Pre-training: the loop, and everything around it that must not be seen in it.
 
-Everything random is a function of the seed and the step (:mod:`hpm.seeding`), every schedule a function of the step
-(:mod:`hpm.schedules`). So no random state is saved: a checkpoint holds what :class:`hpm.run.State` lists, and a run
+Everything random is a function of the seed and the step (:mod:`hardpatch.runtime.seeding`), every schedule a function of the step
+(:mod:`hardpatch.method.schedules`). So no random state is saved: a checkpoint holds what :class:`hardpatch.training.state.State` lists, and a run
 that was killed ends bit-identical to one that was not.
 """
 
@@ -20,11 +20,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hpm import distributed
-from hpm.batches import open_batches, training_images
-from hpm.branching import beginning_of_branch, branched, cut, open_trunk, plant
-from hpm.budget import keep_to_budget
-from hpm.build import (
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import recipe as named_recipe
+from hardpatch.config.rules import split_batch
+from hardpatch.config.values import load_config, with_fields
+from hardpatch.data.loader.loading import Batch, Position
+from hardpatch.data.sources import Source, fingerprint
+from hardpatch.method.method import Answers, Losses, Student, StudentOutput, Teacher
+from hardpatch.method.schedules import ema_decay, untouched_share
+from hardpatch.method.targets.tokens import KMeansTokenizer
+from hardpatch.method.vit import patch_size
+from hardpatch.runs.build import (
     Stage,
     build_normalise,
     build_optimizer,
@@ -37,34 +43,28 @@ from hpm.build import (
     open_images,
     recompute_blocks,
 )
-from hpm.checkpoint import CheckpointFolder, write_text_atomically
-from hpm.config import Config, load_config, with_fields
-from hpm.data.loading import (
-    Batch,
-    Position,
-)
-from hpm.data.sources import Source, fingerprint
-from hpm.errors import InputError, Interrupted
-from hpm.feeding import Feed, Meal
-from hpm.log import read_metrics, say, warn
-from hpm.meter import Meter
-from hpm.method import Answers, Losses, Student, StudentOutput, Teacher
-from hpm.mining import MiningGate, mining_threshold
-from hpm.parallel import check_sharding, exchanging, gathered, parallel, shard
-from hpm.recipes import recipe as named_recipe
-from hpm.reporter import reporting
-from hpm.rules import split_batch
-from hpm.run import Run, State
-from hpm.run_folder import RunFolder
-from hpm.run_schedule import Schedule, branching_step, resolve_schedule
-from hpm.schedules import ema_decay, untouched_share
-from hpm.seeding import Stream, derive_seed, mask_noise
-from hpm.stopping import StopSignal
-from hpm.tokens import KMeansTokenizer, fit_codebook
-from hpm.trackers import check_trackers
-from hpm.vit import patch_size
-from hpm.watching import labelled_validation
-from hpm.weights.adapt import start_from
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runs.codebook import fit_codebook
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runs.schedule import Schedule, branching_step, resolve_schedule
+from hardpatch.runs.trackers import check_trackers
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import read_metrics, say, warn
+from hardpatch.runtime.seeding import Stream, derive_seed, mask_noise
+from hardpatch.runtime.signals import StopSignal
+from hardpatch.training.batches import open_batches, training_images
+from hardpatch.training.branching import beginning_of_branch, branched, cut, open_trunk, plant
+from hardpatch.training.budget import keep_to_budget
+from hardpatch.training.feeding import Feed, Meal
+from hardpatch.training.gate import MiningGate, mining_threshold
+from hardpatch.training.meter import Meter
+from hardpatch.training.monitor import labelled_validation
+from hardpatch.training.reporting import reporting
+from hardpatch.training.sharding import check_sharding, exchanging, gathered, parallel, shard
+from hardpatch.training.state import Run, State
+from hardpatch.weights.adapt import start_from
 
 Resume = Literal["auto", "never", "restart"]
 
@@ -79,17 +79,17 @@ def pretrain(
     resume: Resume = "auto",
     **fields: Any,
 ) -> dict[str, Any]:
-    """Pre-train a ViT with Hard Patches Mining; what ``hpm pretrain`` runs.
+    """Pre-train a ViT with Hard Patches Mining; what ``hardpatch pretrain`` runs.
 
     Args:
         data: Images to learn from: a folder, a list, a table, tar shards, or ``shapes:N``.
         out: The run folder.
-        recipe: Named starting point, see :mod:`hpm.recipes`.
+        recipe: Named starting point, see :mod:`hardpatch.config.recipes`.
         config: A YAML file instead of a recipe.
         branch_from: A run instead of a recipe, with a constant learning rate: goes on in ``out`` from the last
             checkpoint before it fell, with other ``epochs``.
         resume: ``auto`` goes on with an unfinished run in ``out``; ``never`` refuses to; ``restart`` starts over.
-        **fields: Any field of :class:`hpm.config.Config` by its name, e.g. ``epochs=100``.
+        **fields: Any field of :class:`hardpatch.config.config.Config` by its name, e.g. ``epochs=100``.
 
     Returns:
         The figures of the run, as in ``result.json``.
@@ -444,7 +444,7 @@ def finish(run: Run) -> dict[str, Any]:
     if distributed.is_main():
         write_text_atomically(run.folder.result_file, json.dumps(result, indent=2) + "\n")
         if run.config.run.figures:
-            from hpm.report import write_report
+            from hardpatch.figures.report import write_report
 
             write_report(run.folder)
     return result

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpm.data.loading import Batch, Damage
-from hpm.distributed import gather_objects, mean_over_processes
-from hpm.method import Losses
+from hardpatch.data.loader.loading import Batch, Damage
+from hardpatch.method.method import Losses
+from hardpatch.runtime.distributed import gather_objects, mean_over_processes
 
 
 class Meter:

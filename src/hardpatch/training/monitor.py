@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from hpm import distributed
-from hpm.build import build_decoder, build_downloads, build_normalise
-from hpm.config import Config
-from hpm.data.loading import default_workers
-from hpm.data.sources import Source, class_indices, open_source
-from hpm.display import build_display
-from hpm.errors import InputError
-from hpm.evaluate.features import LabelledSplit
-from hpm.evaluate.foreground import predicted_loss_auroc
-from hpm.evaluate.knn import knn_accuracy
-from hpm.log import warn
-from hpm.method import Student, Teacher
-from hpm.run import Run
-from hpm.seeding import Stream, derive_seed
-from hpm.visualize import draw_hardness, measure_hardness, save_figure, spread_images, told_correlation
-from hpm.vit import grid_size
+from hardpatch.config.config import Config
+from hardpatch.data.loader.loading import default_workers
+from hardpatch.data.sources import Source, class_indices, open_source
+from hardpatch.evaluate.classify.knn import knn_accuracy
+from hardpatch.evaluate.features import LabelledSplit
+from hardpatch.evaluate.foreground import predicted_loss_auroc
+from hardpatch.figures.display import build_display
+from hardpatch.figures.hardness import draw_hardness, measure_hardness, save_figure, spread_images, told_correlation
+from hardpatch.method.method import Student, Teacher
+from hardpatch.method.vit import grid_size
+from hardpatch.runs.build import build_decoder, build_downloads, build_normalise
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
+from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.training.state import Run
 
 NEIGHBOURS = 20
 """k of the kNN accuracy during training."""

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from hpm.build import build_normalise
-from hpm.distributed import synchronise
-from hpm.log import warn
-from hpm.masking import hide_random
-from hpm.method import Answers
-from hpm.run import Run
-from hpm.vit import patch_size
+from hardpatch.method.masks import hide_random
+from hardpatch.method.method import Answers
+from hardpatch.method.vit import patch_size
+from hardpatch.runs.build import build_normalise
+from hardpatch.runtime.distributed import synchronise
+from hardpatch.runtime.log import warn
+from hardpatch.training.state import Run
 
 MIN_STEPS = 1000
 """Shorter runs are not measured: it takes about as long as a dozen steps."""

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from hpm import distributed
-from hpm.data.loading import Damage
-from hpm.errors import DivergedError, InputError, Interrupted
-from hpm.log import RunLog, read_metrics, say, warn
-from hpm.meter import Meter
-from hpm.overhead import MIN_STEPS, measure_overhead
-from hpm.parallel import is_sharded
-from hpm.run import Run
-from hpm.run_folder import about_this_run
-from hpm.schedules import ema_decay
-from hpm.trackers import Trackers, start_trackers
-from hpm.watching import Watcher, labelled_validation
+from hardpatch.data.loader.loading import Damage
+from hardpatch.method.schedules import ema_decay
+from hardpatch.runs.folder import about_this_run
+from hardpatch.runs.trackers import Trackers, start_trackers
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import DivergedError, InputError, Interrupted
+from hardpatch.runtime.log import RunLog, read_metrics, say, warn
+from hardpatch.training.meter import Meter
+from hardpatch.training.monitor import Watcher, labelled_validation
+from hardpatch.training.overhead import MIN_STEPS, measure_overhead
+from hardpatch.training.sharding import is_sharded
+from hardpatch.training.state import Run
 
 
 class Reporter:
@@ -175,7 +175,7 @@ class Reporter:
             raise InputError(
                 f"max_damaged: at most {limit:.1%} of the {images} images may be damaged, and {len(damaged)} are, of "
                 f"those read so far; the first: {name}: {reason}. All are in {self.run.folder.damaged_file}; remove "
-                "them (hpm data check --out lists the good ones), or allow more with --max-damaged"
+                "them (hardpatch data check --out lists the good ones), or allow more with --max-damaged"
             )
         if damaged and self.log and self.run.state.step == self.run.schedule.total_steps:
             say(f"{len(damaged)} of {images} images ({len(damaged) / images:.2%}) were damaged and left out: "

@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from hpm import distributed
-from hpm.build import blocks
-from hpm.errors import InputError
-from hpm.method import Student, StudentOutput, Teacher
+from hardpatch.method.method import Student, StudentOutput, Teacher
+from hardpatch.runs.build import blocks
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
 
 Tree = TypeVar("Tree")
 
@@ -68,7 +68,7 @@ def check_sharding(*, processes: int) -> None:
     if processes == 1:
         raise InputError(
             "sharding: 'full' cuts the model over processes and needs at least 2 of them "
-            "(torchrun --nproc-per-node 2 -m hpm pretrain ...), got 1; leave it at 'none', the result is the same"
+            "(torchrun --nproc-per-node 2 -m hardpatch pretrain ...), got 1; leave it at 'none', the result is the same"
         )
 
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from hpm import distributed
-from hpm.build import Stage, build_student, choose_attention, input_config, timm_arguments
-from hpm.checkpoint import CheckpointFolder, save_weights
-from hpm.config import Config
-from hpm.data.loading import Position
-from hpm.data.sources import Source
-from hpm.method import Method, Student, Teacher
-from hpm.mining import MiningGate
-from hpm.parallel import gathered, gathered_on_main, is_sharded, shares_of, shares_of_optimizer
-from hpm.run_folder import RunFolder
-from hpm.run_schedule import Schedule, branching_step
-from hpm.schedules import hard_share, hard_share_by_epoch, stage
-from hpm.tokens import KMeansTokenizer
+from hardpatch.config.config import Config
+from hardpatch.data.loader.loading import Position
+from hardpatch.data.sources import Source
+from hardpatch.method.method import Method, Student, Teacher
+from hardpatch.method.schedules import hard_share, hard_share_by_epoch, stage
+from hardpatch.method.targets.tokens import KMeansTokenizer
+from hardpatch.runs.build import Stage, build_student, choose_attention, input_config, timm_arguments
+from hardpatch.runs.checkpoint import CheckpointFolder, save_weights
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runs.schedule import Schedule, branching_step
+from hardpatch.runtime import distributed
+from hardpatch.training.gate import MiningGate
+from hardpatch.training.sharding import gathered, gathered_on_main, is_sharded, shares_of, shares_of_optimizer
 
 
 @dataclass

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
-from hpm.config import Config
-from hpm.errors import InputError
-from hpm.method import Student, Teacher
-from hpm.vit import grid_size, patch_size
-from hpm.weights.names import handful
-from hpm.weights.read import Weights, mismatches, read_weights, table_grid
+from hardpatch.config.config import Config
+from hardpatch.method.method import Student, Teacher
+from hardpatch.method.vit import grid_size, patch_size
+from hardpatch.runtime.errors import InputError
+from hardpatch.weights.names import handful
+from hardpatch.weights.read import Weights, mismatches, read_weights, table_grid
 
 PIXEL_TARGETS = ("pixels", "norm_pix")
 PARTS = {"reconstructor": "reconstructor", "predictor": "loss predictor"}

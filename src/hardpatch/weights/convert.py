@@ -1,7 +1,7 @@
-"""``hpm convert``: published HPM and MAE files into ours, and ours into theirs.
+"""``hardpatch convert``: published HPM and MAE files into ours, and ours into theirs.
 
-    --to FILE.pt             ours: student, teacher and config, for hpm visualize, evaluate and load_teacher
-    --to FILE.safetensors    the encoder alone under timm's names, for hpm.load_encoder and timm
+    --to FILE.pt             ours: student, teacher and config, for hardpatch visualize, evaluate and load_teacher
+    --to FILE.safetensors    the encoder alone under timm's names, for hardpatch.load_encoder and timm
     --to FILE.pth            published names: {"state_dict", "model", "epoch"}, and "ema_state_dict" for a teacher
 
 In a published file "state_dict" and "model" are the same tensors (stored once): HPM's and MAE's loaders ask for one or
@@ -18,16 +18,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpm.build import build_encoder, build_student, input_config, timm_arguments
-from hpm.checkpoint import save_pickle, save_weights, write_atomically
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.log import read_metrics
-from hpm.vit import LAYER_NORM_EPS
-from hpm.weights.adapt import PIXEL_TARGETS
-from hpm.weights.config import ConvertConfig
-from hpm.weights.names import handful, to_published
-from hpm.weights.read import Weights, mismatches, read_weights, table_grid
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.config.weights import ConvertConfig
+from hardpatch.method.vit import LAYER_NORM_EPS
+from hardpatch.runs.build import build_encoder, build_student, input_config, timm_arguments
+from hardpatch.runs.checkpoint import save_pickle, save_weights
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_atomically
+from hardpatch.runtime.log import read_metrics
+from hardpatch.weights.adapt import PIXEL_TARGETS
+from hardpatch.weights.names import handful, to_published
+from hardpatch.weights.read import Weights, mismatches, read_weights, table_grid
 
 Kind = Literal["checkpoint", "encoder", "published"]
 
@@ -77,11 +79,13 @@ def run(config: ConvertConfig) -> Converted:
     weights = read_weights(config.source, field="from")
     whole = kind != "encoder"
     if kind == "checkpoint" and weights.config is not None:
-        raise InputError(f"to: {config.source!r} is hpm's own already; write .pth or .safetensors, got {config.to!r}")
+        raise InputError(
+            f"to: {config.source!r} is hardpatch's own already; write .pth or .safetensors, got {config.to!r}"
+        )
     if whole and not weights.has("reconstructor"):
         raise InputError(
             f"from: {config.source!r} holds an encoder without reconstructor; write its encoder "
-            f"(--to FILE.safetensors), or start a run from it (hpm pretrain --init-from {config.source})"
+            f"(--to FILE.safetensors), or start a run from it (hardpatch pretrain --init-from {config.source})"
         )
     resolved = weights.config or inferred_config(weights, config)
     if kind == "published" and resolved.method.target not in PIXEL_TARGETS:
@@ -226,7 +230,7 @@ def _encoder_state(config: Config) -> dict[str, Tensor]:
 
 
 def _as_ours(weights: Weights, config: Config) -> dict[str, Any]:
-    """What :class:`hpm.run_folder.LoadedRun` reads."""
+    """What :class:`hardpatch.runs.load.LoadedRun` reads."""
     return {
         "images": "",
         "step": 0,

@@ -1,4 +1,4 @@
-"""Reading weights, whoever wrote them, into one form: tensors under the names of :class:`hpm.method.Student`.
+"""Reading weights, whoever wrote them, into one form: tensors under the names of :class:`hardpatch.method.method.Student`.
 
     runs/photos, step_00001234.pt, weights.safetensors    ours
     mae_pretrain_vit_base.pth, checkpoint-199.pth, ...    published HPM and MAE files, whole or the encoder alone
@@ -27,14 +27,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from hpm.build import build_encoder
-from hpm.checkpoint import verify
-from hpm.config import Config, validated
-from hpm.errors import InputError
-from hpm.masking import MASKS
-from hpm.run_folder import locate_checkpoint
-from hpm.vit import sincos_positions
-from hpm.weights.names import from_hugging_face, from_published, handful
+from hardpatch.config.config import Config
+from hardpatch.config.values import validated
+from hardpatch.method.masks import MASKS
+from hardpatch.method.vit import sincos_positions
+from hardpatch.runs.build import build_encoder
+from hardpatch.runs.checkpoint import verify
+from hardpatch.runs.load import locate_checkpoint
+from hardpatch.runtime.errors import InputError
+from hardpatch.weights.names import from_hugging_face, from_published, handful
 
 
 class Weights(NamedTuple):
@@ -43,7 +44,7 @@ class Weights(NamedTuple):
     source: str
     """Where they come from, for messages."""
     student: dict[str, Tensor]
-    """float32, under the names of :class:`hpm.method.Student`; the encoder is always there."""
+    """float32, under the names of :class:`hardpatch.method.method.Student`; the encoder is always there."""
     teacher: dict[str, Tensor] | None
     """The same of the EMA teacher; None where there is none that has learnt."""
     config: Config | None

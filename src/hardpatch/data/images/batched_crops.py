@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from hpm.data.crops import Box, centre, covering
+from hardpatch.data.images.crops import Box, centre, covering
 
 CHUNK = 32
 """Images that are padded to a common size and multiplied at once."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from hpm.seeding import Stream, uniform_numbers
+from hardpatch.runtime.seeding import Stream, uniform_numbers
 
 RATIO = (3 / 4, 4 / 3)
 """Width over height of a crop, as torchvision's default."""

@@ -17,10 +17,10 @@ refused. Where nothing is missing, ``valid`` is None.
 
 **Orientation** (EXIF, TIFF's tag, XMP) is applied. Of animations and of files with several pages the first is read.
 
-**Refused**: more than :data:`~hpm.data.stored.MAX_PIXELS` or MAX_BYTES (before decoding), cut off, or damaged where the
+**Refused**: more than :data:`~hardpatch.data.stored.MAX_PIXELS` or MAX_BYTES (before decoding), cut off, or damaged where the
 format can tell. A JPEG, WebP, GIF or BMP has no checksum: a changed byte in it may come out as another picture.
 
-How each format is read stands in :mod:`hpm.data.formats`.
+How each format is read stands in :mod:`hardpatch.data.images.formats`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from jaxtyping import Bool, Shaped
 from PIL import Image
 from torch import Tensor
 
-from hpm.data.formats import EXTENSIONS, describe, read_stored
-from hpm.data.stored import ChannelsError, DecodeError, Description, Stored
-from hpm.errors import InputError
+from hardpatch.data.images.formats import EXTENSIONS, describe, read_stored
+from hardpatch.data.images.stored import ChannelsError, DecodeError, Description, Stored
+from hardpatch.runtime.errors import InputError
 
 __all__ = ["EXTENSIONS", "RGB", "DecodeError", "Decoder", "Description", "Sample", "decode", "describe", "to_sample"]
 

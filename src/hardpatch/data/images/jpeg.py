@@ -4,7 +4,7 @@ The crop is known before the pixels are. Where it is at least twice as large as 
 image at a half, a quarter or an eighth of its size, which leaves out most of the inverse transform and all of the
 memory; the box moves to the nearest multiple of that, by half a pixel of the result at most. Only these three scales:
 the others (3/8, 5/8, ...) have no vector code and are slower than the full size.
-Everything that is not a plain, undamaged 8-bit JPEG is left to :class:`hpm.data.decode.Decoder`, whose rules hold.
+Everything that is not a plain, undamaged 8-bit JPEG is left to :class:`hardpatch.data.images.decode.Decoder`, whose rules hold.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from hpm.data.crops import Box
-from hpm.data.stored import MAX_PIXELS, upright, upright_size
+from hardpatch.data.images.crops import Box
+from hardpatch.data.images.stored import MAX_PIXELS, upright, upright_size
 
 SCALES = (8, 4, 2)
 """An image may be decoded so many times smaller per side."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpm.data.decode import find_missing
-from hpm.data.formats import describe, read_stored
-from hpm.data.sources import Source
-from hpm.data.stored import DecodeError, Stored
+from hardpatch.data.images.decode import find_missing
+from hardpatch.data.images.formats import describe, read_stored
+from hardpatch.data.images.stored import DecodeError, Stored
+from hardpatch.data.sources import Source
 
 
 def find_value_range(

@@ -1,7 +1,7 @@
 """Decoded images in memory that all processes of a machine share: filled on first use, read by later epochs.
 
 A cache never changes what is learnt: it holds images at full size, as they were decoded, and leaves out those that are
-decoded at a fraction of their size without it (:mod:`hpm.data.jpeg`).
+decoded at a fraction of their size without it (:mod:`hardpatch.data.images.jpeg`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from hpm import distributed
-from hpm.data.decode import DecodeError, Sample
-from hpm.data.jpeg import choose_scale
-from hpm.data.sources import Source
-from hpm.errors import InputError
-from hpm.limits import free_memory
-from hpm.log import say
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.images.jpeg import choose_scale
+from hardpatch.data.sources import Source
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import say
+from hardpatch.runtime.machine import free_memory
 
 SHARE_OF_MEMORY = 0.5
 """``auto`` takes at most this share of the free memory."""
@@ -194,12 +194,12 @@ def open_cache(
     if cache == "ram" and need.bytes > 0.9 * free:
         raise InputError(
             f"cache: the decoded images take about {need.bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "hpm data pack makes them smaller, or give --cache auto"
+            "hardpatch data pack makes them smaller, or give --cache auto"
         )
     if cache == "ram" and need.kept < 1:
         say(
             f"cache: {1 - need.kept:.0%} of the images are large JPEGs that are decoded at a fraction of their size "
-            f"and so not kept; hpm data pack with a --size below {2 * min(size)} makes them smaller once, "
+            f"and so not kept; hardpatch data pack with a --size below {2 * min(size)} makes them smaller once, "
             "--no-jpeg-scaling keeps them whole"
         )
     fits = need.kept > 0 and need.bytes <= SHARE_OF_MEMORY * free

@@ -14,18 +14,25 @@ from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hpm.data import jpeg
-from hpm.data.batched import crop_batch, crop_masks
-from hpm.data.cache import estimate
-from hpm.data.crops import crop_numbers
-from hpm.data.decode import DecodeError, Sample
-from hpm.data.last_read import LastRead
-from hpm.data.loading import Batch, Damage, TrainingImages, TrainingOrder, batches_in_order, first_readable
-from hpm.data.reading import read_whole
-from hpm.errors import InputError
-from hpm.limits import free_memory
-from hpm.log import tracked
-from hpm.stopping import ignore_in_worker, signals_held
+from hardpatch.data.images import jpeg
+from hardpatch.data.images.batched_crops import crop_batch, crop_masks
+from hardpatch.data.images.crops import crop_numbers
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.loader.cache import estimate
+from hardpatch.data.loader.last_read import LastRead
+from hardpatch.data.loader.loading import (
+    Batch,
+    Damage,
+    TrainingImages,
+    TrainingOrder,
+    batches_in_order,
+    first_readable,
+)
+from hardpatch.data.loader.reading import read_whole
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked
+from hardpatch.runtime.machine import free_memory
+from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 SHARE_OF_DEVICE = 0.6
 """A cache may take at most this share of the device's free memory."""
@@ -106,14 +113,14 @@ class ImagesOnDevice:
         if images.jpeg_scaling and estimate(images.source, size=images.size, jpeg_scaling=True).kept < 1:
             raise InputError(
                 "cache: 'device' holds images at full size, and some are JPEGs that jpeg_scaling decodes at a fraction "
-                "of it; shrink them once (hpm data pack), or give --no-jpeg-scaling"
+                "of it; shrink them once (hardpatch data pack), or give --no-jpeg-scaling"
             )
         need = estimate(images.source, size=images.size, jpeg_scaling=False).bytes
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free_memory()
         if need > SHARE_OF_DEVICE * free:
             raise InputError(
                 f"cache: the decoded images take about {need / 1e9:.1f} GB, 'device' may take {SHARE_OF_DEVICE:.0%} "
-                f"of the {free / 1e9:.1f} GB that are free there; give --cache ram, or shrink them (hpm data pack)"
+                f"of the {free / 1e9:.1f} GB that are free there; give --cache ram, or shrink them (hardpatch data pack)"
             )
 
     def whole(self, key: tuple[int, int]) -> Whole:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from hpm.errors import InputError
+from hardpatch.runtime.errors import InputError
 
 Item = TypeVar("Item", covariant=True)
 
@@ -93,5 +93,5 @@ class LastRead(Dataset[Item]):
         cause = killed[1] if killed else "exited unexpectedly"
         return InputError(
             f"data: a data worker died ({cause}) while it read {', '.join(names) or 'its first image'}; look at it "
-            "with hpm data check, and leave it out if it is damaged (if many workers die, memory is short: --workers)"
+            "with hardpatch data check, and leave it out if it is damaged (if many workers die, memory is short: --workers)"
         )

@@ -1,4 +1,4 @@
-"""From a source to batches on the device: crops, workers. The order is :mod:`hpm.data.order`'s."""
+"""From a source to batches on the device: crops, workers. The order is :mod:`hardpatch.data.loader.order`'s."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from hpm.data.cache import SharedImages
-from hpm.data.crops import Box, covering, crop_numbers, draw_box, resample, resample_mask, whole
-from hpm.data.decode import DecodeError, Sample
-from hpm.data.last_read import LOADER_ERRORS, LastRead
-from hpm.data.order import Ahead
-from hpm.data.order import Position as Position
-from hpm.data.order import TrainingOrder as TrainingOrder
-from hpm.data.reading import View, read_views
-from hpm.data.sources import Source
-from hpm.data.statistics import measure_statistics as measure_statistics
-from hpm.errors import InputError
-from hpm.limits import usable_cores
-from hpm.stopping import ignore_in_worker, signals_held
+from hardpatch.data.images.crops import Box, covering, crop_numbers, draw_box, resample, resample_mask, whole
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.loader.cache import SharedImages
+from hardpatch.data.loader.last_read import LOADER_ERRORS, LastRead
+from hardpatch.data.loader.order import Ahead
+from hardpatch.data.loader.order import Position as Position
+from hardpatch.data.loader.order import TrainingOrder as TrainingOrder
+from hardpatch.data.loader.reading import View, read_views
+from hardpatch.data.loader.statistics import measure_statistics as measure_statistics
+from hardpatch.data.sources import Source
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 Item = TypeVar("Item")
 Stacked = TypeVar("Stacked")
@@ -74,7 +74,7 @@ class TrainingImages(Dataset[Any]):
         flip: Mirror half of the crops.
         seed: Of the run.
         views: Crops of each image, from one decoding of it.
-        jpeg_scaling: Decode large JPEGs at a fraction of their size (:mod:`hpm.data.jpeg`).
+        jpeg_scaling: Decode large JPEGs at a fraction of their size (:mod:`hardpatch.data.images.jpeg`).
         cache: Keeps decoded images for later passes.
     """
 
@@ -154,7 +154,7 @@ class TrainingImages(Dataset[Any]):
 
         Args:
             size: Height and width of the image, pixels.
-            numbers: Of :func:`hpm.data.crops.crop_numbers`, for each view.
+            numbers: Of :func:`hardpatch.data.images.crops.crop_numbers`, for each view.
         """
         if self.covers:
             return [whole(size, flip=self.flip and bool(row[-1] < 0.5)) for row in numbers]

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from hpm.data.sources import Blocks
-from hpm.errors import InputError
-from hpm.seeding import Stream, derive_seed
-from hpm.stopping import ignore_in_worker, signals_held
+from hardpatch.data.sources import Blocks
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
         total_steps: Where to end.
         seed: Of the order.
         position: Which part of a batch this process takes.
-        blocks: What :meth:`hpm.data.sources.Source.blocks` says of the source.
+        blocks: What :meth:`hardpatch.data.sources.Source.blocks` says of the source.
     """
 
     def __init__(

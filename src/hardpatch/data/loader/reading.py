@@ -8,11 +8,11 @@ from typing import NamedTuple
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from hpm.data import jpeg
-from hpm.data.cache import SharedImages
-from hpm.data.crops import Box
-from hpm.data.decode import Decoder, Sample
-from hpm.data.sources import Source
+from hardpatch.data.images import jpeg
+from hardpatch.data.images.crops import Box
+from hardpatch.data.images.decode import Decoder, Sample
+from hardpatch.data.loader.cache import SharedImages
+from hardpatch.data.sources import Source
 
 
 class View(NamedTuple):

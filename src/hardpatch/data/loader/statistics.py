@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float64
 from torch.utils.data import DataLoader, Dataset
 
-from hpm.data.decode import DecodeError, Sample
-from hpm.data.reading import read_whole
-from hpm.data.sources import Source
-from hpm.errors import InputError
-from hpm.log import tracked
-from hpm.stopping import ignore_in_worker, signals_held
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.loader.reading import read_whole
+from hardpatch.data.sources import Source
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked
+from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 _BATCH = 16
 

@@ -18,12 +18,12 @@ epoch need. Where the images are too many and too far away for any order, a sour
     shapes.py         the embedded synthetic set
 """
 
-from hpm.data.sources.base import Blocks, Source, class_indices, fingerprint
-from hpm.data.sources.downloads import Downloads
-from hpm.data.sources.files import FileSource
-from hpm.data.sources.opening import open_source
-from hpm.data.sources.shapes import ShapesSource
-from hpm.data.sources.shards import ShardSource
+from hardpatch.data.sources.base import Blocks, Source, class_indices, fingerprint
+from hardpatch.data.sources.downloads import Downloads
+from hardpatch.data.sources.files import FileSource
+from hardpatch.data.sources.opening import open_source
+from hardpatch.data.sources.shapes import ShapesSource
+from hardpatch.data.sources.shards import ShardSource
 
 __all__ = [
     "Blocks",

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hpm.data.decode import Decoder, Sample
-from hpm.data.sources.compact import Labels
-from hpm.errors import InputError
+from hardpatch.data.images.decode import Decoder, Sample
+from hardpatch.data.sources.compact import Labels
+from hardpatch.runtime.errors import InputError
 
 
 class Blocks(NamedTuple):

@@ -16,16 +16,16 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from hpm.data.decode import Decoder
-from hpm.data.sources import remote
-from hpm.data.sources.base import Blocks
-from hpm.data.sources.downloads import Downloads
-from hpm.data.sources.parquet import index_parquet
-from hpm.data.sources.remote import UnreachableError
-from hpm.data.sources.shard_index import COMPRESSED, DamagedShardError, ShardIndex, index_tar, unpack
-from hpm.data.sources.shards import Shard, ShardSource
-from hpm.errors import InputError
-from hpm.log import tracked
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import remote
+from hardpatch.data.sources.base import Blocks
+from hardpatch.data.sources.downloads import Downloads
+from hardpatch.data.sources.parquet import index_parquet
+from hardpatch.data.sources.remote import UnreachableError
+from hardpatch.data.sources.shard_index import COMPRESSED, DamagedShardError, ShardIndex, index_tar, unpack
+from hardpatch.data.sources.shards import Shard, ShardSource
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked
 
 _THREADS = 8
 """Shards that are fetched at the same time."""

@@ -2,7 +2,7 @@
 
 A folder like this::
 
-    ~/.cache/hpm/
+    ~/.cache/hardpatch/
       3f2a90c1e7d4b6a8.data     a file, whole, named for its URL, size and version
       3f2a90c1e7d4b6a8.index    what is in it; stays when the file goes
       3f2a90c1e7d4b6a8.lock     held by the process that fetches it, as long as it lives
@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hpm.errors import InputError
+from hardpatch.runtime.errors import InputError
 
 _TOUCH_SECONDS = 20
 """A file that is read is marked as used again after so long."""
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/hpm``, usually ``~/.cache/hpm``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpm"
+    """``$XDG_CACHE_HOME/hardpatch``, usually ``~/.cache/hardpatch``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hardpatch"
 
 
 class Downloads:

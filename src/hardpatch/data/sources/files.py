@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hpm.data.decode import EXTENSIONS, Decoder, Sample
-from hpm.data.sources import remote
-from hpm.data.sources.base import Source
-from hpm.data.sources.compact import LabelBuilder, Strings
-from hpm.errors import InputError
+from hardpatch.data.images.decode import EXTENSIONS, Decoder, Sample
+from hardpatch.data.sources import remote
+from hardpatch.data.sources.base import Source
+from hardpatch.data.sources.compact import LabelBuilder, Strings
+from hardpatch.runtime.errors import InputError
 
 
 class FileSource(Source):

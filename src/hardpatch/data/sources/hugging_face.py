@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from hpm.data.decode import Decoder, Sample
-from hpm.data.sources import parquet
-from hpm.data.sources.base import Source
-from hpm.data.sources.compact import LabelBuilder, Labels
-from hpm.data.sources.shard_index import ARCHIVES
-from hpm.errors import InputError
-from hpm.extras import install
+from hardpatch.data.images.decode import Decoder, Sample
+from hardpatch.data.sources import parquet
+from hardpatch.data.sources.base import Source
+from hardpatch.data.sources.compact import LabelBuilder, Labels
+from hardpatch.data.sources.shard_index import ARCHIVES
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
 
 Loaded = TypeVar("Loaded")
 

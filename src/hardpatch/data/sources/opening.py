@@ -10,18 +10,18 @@ from tempfile import TemporaryDirectory
 
 from braceexpand import braceexpand
 
-from hpm.data.decode import EXTENSIONS, RGB, Decoder
-from hpm.data.sources import hugging_face, parquet, remote
-from hpm.data.sources.base import Source
-from hpm.data.sources.cached_shards import open_shards
-from hpm.data.sources.downloads import Downloads
-from hpm.data.sources.files import open_folder
-from hpm.data.sources.remote import UnreachableError
-from hpm.data.sources.shapes import ShapeLabel, ShapesSource
-from hpm.data.sources.shard_index import ARCHIVES
-from hpm.data.sources.shards import LocalShard, ShardSource
-from hpm.data.sources.tables import TABLES, read_table
-from hpm.errors import InputError
+from hardpatch.data.images.decode import EXTENSIONS, RGB, Decoder
+from hardpatch.data.sources import hugging_face, parquet, remote
+from hardpatch.data.sources.base import Source
+from hardpatch.data.sources.cached_shards import open_shards
+from hardpatch.data.sources.downloads import Downloads
+from hardpatch.data.sources.files import open_folder
+from hardpatch.data.sources.remote import UnreachableError
+from hardpatch.data.sources.shapes import ShapeLabel, ShapesSource
+from hardpatch.data.sources.shard_index import ARCHIVES
+from hardpatch.data.sources.shards import LocalShard, ShardSource
+from hardpatch.data.sources.tables import TABLES, read_table
+from hardpatch.runtime.errors import InputError
 
 FORMS = "a folder, list.txt, table.csv, table.parquet, tar shards, a URL of one of these, hf:NAME or shapes:N"
 

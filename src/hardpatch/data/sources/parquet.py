@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpm.data.sources.compact import LabelBuilder, Strings
-from hpm.data.sources.shard_index import DamagedShardError, ShardIndex
-from hpm.errors import InputError
-from hpm.extras import install
+from hardpatch.data.sources.compact import LabelBuilder, Strings
+from hardpatch.data.sources.shard_index import DamagedShardError, ShardIndex
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
 
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
 """What a column of classes is called where nothing else says which it is, most likely first."""

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from hpm.errors import InputError
-from hpm.extras import install
-from hpm.log import warn
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
+from hardpatch.runtime.log import warn
 
 Fetched = TypeVar("Fetched")
 
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "hf": "datasets"}
-"""Which extra of hpm brings what fsspec needs for a protocol."""
+"""Which extra of hardpatch brings what fsspec needs for a protocol."""
 
 _ASK_AGAIN = {408, 425, 429}
 """Answers of the kind 4xx that mean: later."""

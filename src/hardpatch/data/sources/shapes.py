@@ -7,16 +7,16 @@ from typing import Literal
 
 import torch
 
-from hpm.data.decode import Sample
-from hpm.data.shapes import BACKGROUNDS, CLASSES, LEVELS, make_shape
-from hpm.data.sources.base import Source
+from hardpatch.data.images.decode import Sample
+from hardpatch.data.sources.base import Source
+from hardpatch.data.sources.drawn_shapes import BACKGROUNDS, CLASSES, LEVELS, make_shape
 
 ShapeLabel = Literal["silhouette", "background"]
 """Which of the two labels of an image is its class."""
 
 
 class ShapesSource(Source):
-    """The embedded synthetic set: see :mod:`hpm.data.shapes`.
+    """The embedded synthetic set: see :mod:`hardpatch.data.sources.drawn_shapes`.
 
     Args:
         num_images: Size of the set.

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpm.data.decode import EXTENSIONS
-from hpm.data.sources.compact import LabelBuilder, Labels, Strings
+from hardpatch.data.images.decode import EXTENSIONS
+from hardpatch.data.sources.compact import LabelBuilder, Labels, Strings
 
 COMPRESSED = (".tar.gz", ".tgz")
 ARCHIVES = (".tar", *COMPRESSED)

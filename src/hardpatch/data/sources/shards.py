@@ -1,8 +1,8 @@
 """Shards: files that hold many images each. On the disk they are read in place; from far away they come as a whole.
 
-A shard from far away lies in the folder of downloads while it is used (:mod:`hpm.data.sources.downloads`). What is in
+A shard from far away lies in the folder of downloads while it is used (:mod:`hardpatch.data.sources.downloads`). What is in
 it is found once and kept there, so that a set larger than the disk can be numbered too: from an ``index.json`` beside
-the shards, which ``hpm data pack`` writes, or by going through all of them once.
+the shards, which ``hardpatch data pack`` writes, or by going through all of them once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hpm.data.decode import Decoder, Sample
-from hpm.data.sources.base import Source
-from hpm.data.sources.compact import Labels
-from hpm.data.sources.shard_index import COMPRESSED, DamagedShardError, ShardIndex, index_tar, unpack
-from hpm.errors import InputError
+from hardpatch.data.images.decode import Decoder, Sample
+from hardpatch.data.sources.base import Source
+from hardpatch.data.sources.compact import Labels
+from hardpatch.data.sources.shard_index import COMPRESSED, DamagedShardError, ShardIndex, index_tar, unpack
+from hardpatch.runtime.errors import InputError
 
 
 class Shard(ABC):

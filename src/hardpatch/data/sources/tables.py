@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from hpm.data.decode import Decoder
-from hpm.data.sources import parquet, remote
-from hpm.data.sources.compact import LabelBuilder, Strings
-from hpm.data.sources.files import FileSource
-from hpm.errors import InputError
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import parquet, remote
+from hardpatch.data.sources.compact import LabelBuilder, Strings
+from hardpatch.data.sources.files import FileSource
+from hardpatch.runtime.errors import InputError
 
 TABLES = (".txt", ".csv", ".parquet")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hpm.data.decode import DecodeError
-from hpm.data.formats import describe
-from hpm.data.sources import Source
-from hpm.errors import InputError
+from hardpatch.data.images.decode import DecodeError
+from hardpatch.data.images.formats import describe
+from hardpatch.data.sources import Source
+from hardpatch.runtime.errors import InputError
 
 
 def find_channels(source: Source, *, max_images: int = 200) -> int:

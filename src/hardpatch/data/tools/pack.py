@@ -1,4 +1,4 @@
-"""``hpm data pack``: any source as tar shards of images that are small enough to be read quickly.
+"""``hardpatch data pack``: any source as tar shards of images that are small enough to be read quickly.
 
 ::
 
@@ -24,18 +24,18 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from hpm.checkpoint import write_text_atomically
-from hpm.data.commands import PackConfig
-from hpm.data.decode import DecodeError, Decoder
-from hpm.data.describing import find_channels
-from hpm.data.loading import Damage
-from hpm.data.repack import Packed, repack
-from hpm.data.sources import ShardSource, Source, fingerprint, open_source
-from hpm.data.sources.shards import LocalShard
-from hpm.errors import InputError
-from hpm.limits import usable_cores
-from hpm.log import say, tracked
-from hpm.stopping import ignore_in_worker, signals_held
+from hardpatch.config.data_tools import PackConfig
+from hardpatch.data.images.decode import DecodeError, Decoder
+from hardpatch.data.loader.loading import Damage
+from hardpatch.data.sources import ShardSource, Source, fingerprint, open_source
+from hardpatch.data.sources.shards import LocalShard
+from hardpatch.data.tools.describe import find_channels
+from hardpatch.data.tools.repack import Packed, repack
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import say, tracked
+from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 _BATCH = 8
 _BLOCK = 512
@@ -153,7 +153,9 @@ def _begun(out: Path, about: dict[str, Any]) -> _Progress:
     out.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
         if there := [path.name for path in out.iterdir()]:
-            raise InputError(f"out: must be an empty folder or one that hpm data pack began, {out} holds {there[0]!r}")
+            raise InputError(
+                f"out: must be an empty folder or one that hardpatch data pack began, {out} holds {there[0]!r}"
+            )
         begun = _Progress([], 0, 0, [])
         _save(out, begun, about)
         return begun

@@ -1,4 +1,4 @@
-"""One image as ``hpm data pack`` writes it: its own bytes where they are small enough, else a smaller copy."""
+"""One image as ``hardpatch data pack`` writes it: its own bytes where they are small enough, else a smaller copy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from hpm.data import jpeg
-from hpm.data.decode import Decoder, find_missing
-from hpm.data.formats import describe, read_stored
-from hpm.data.sources import Source
-from hpm.data.stored import DecodeError, Stored
+from hardpatch.data.images import jpeg
+from hardpatch.data.images.decode import Decoder, find_missing
+from hardpatch.data.images.formats import describe, read_stored
+from hardpatch.data.images.stored import DecodeError, Stored
+from hardpatch.data.sources import Source
 
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif",
          "NPY": "npy", "NPZ": "npz", "DICOM": "dcm"}  # fmt: skip

@@ -1,18 +1,18 @@
-"""``hpm data stats``."""
+"""``hardpatch data stats``."""
 
 from __future__ import annotations
 
 import shlex
 from typing import NamedTuple
 
-from hpm.data.commands import StatsConfig
-from hpm.data.decode import Decoder
-from hpm.data.describing import find_channels
-from hpm.data.sources import open_source
-from hpm.data.statistics import measure
-from hpm.data.value_range import find_value_range
-from hpm.errors import InputError
-from hpm.limits import usable_cores
+from hardpatch.config.data_tools import StatsConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.images.value_range import find_value_range
+from hardpatch.data.loader.statistics import measure
+from hardpatch.data.sources import open_source
+from hardpatch.data.tools.describe import find_channels
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.machine import usable_cores
 
 
 class StatsResult(NamedTuple):
@@ -48,7 +48,7 @@ def run(config: StatsConfig) -> StatsResult:
 
 
 def flags(config: StatsConfig, result: StatsResult) -> str:
-    """Flags of ``hpm pretrain`` that say what was found."""
+    """Flags of ``hardpatch pretrain`` that say what was found."""
     words = ["--data", shlex.quote(config.data)]
     if result.channels != 3:
         words += ["--channels", str(result.channels)]

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from hpm.data.loading import Cover, Damage, Normalise, read_or_next
-from hpm.data.sources import Source, class_indices
-from hpm.evaluate.finetune_recipe import Recipe
-from hpm.seeding import Stream, derive_seed, generators_seeded
+from hardpatch.data.loader.loading import Cover, Damage, Normalise, read_or_next
+from hardpatch.data.sources import Source, class_indices
+from hardpatch.evaluate.classify.finetune_recipe import Recipe
+from hardpatch.runtime.seeding import Stream, derive_seed, generators_seeded
 
 
 class LabelledImage(NamedTuple):

@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from hpm.checkpoint import save_weights
-from hpm.errors import InputError
-from hpm.run_folder import load_timm_weights
-from hpm.seeding import Stream, derive_seed
+from hardpatch.runs.checkpoint import save_weights
+from hardpatch.runs.load import load_timm_weights
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 CLASSIFIER_FILE = "classifier.safetensors"
 HEAD_DEVIATION = 2e-5
@@ -98,5 +98,5 @@ def load_classifier(path: str | Path) -> VisionTransformer:
     candidates = [given / CLASSIFIER_FILE, given / "finetune" / CLASSIFIER_FILE] if given.is_dir() else [given]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        raise InputError(f"classifier: no {CLASSIFIER_FILE} in {str(given)!r}; hpm evaluate finetune makes one")
+        raise InputError(f"classifier: no {CLASSIFIER_FILE} in {str(given)!r}; hardpatch evaluate finetune makes one")
     return load_timm_weights(file, field="classifier")

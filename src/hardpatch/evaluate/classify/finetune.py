@@ -3,7 +3,7 @@
     OUT/config.yaml               the recipe with nothing left open, fingerprints of images and encoder, versions
     OUT/metrics.jsonl             one object per epoch: train_loss, learning_rate, gradient_norm, val_top1, val_top5
     OUT/checkpoints/              everything for exact resume
-    OUT/classifier.safetensors    the classifier, timm's names and arguments; hpm.load_classifier reads it
+    OUT/classifier.safetensors    the classifier, timm's names and arguments; hardpatch.load_classifier reads it
     OUT/per_class.csv, OUT/confusion.png, OUT/result.json
     OUT/untrained/                the same from the untrained encoder
 
@@ -28,13 +28,10 @@ import torch
 import yaml
 from timm.models.vision_transformer import VisionTransformer
 
-from hpm import distributed
-from hpm.build import build_decoder, build_downloads
-from hpm.checkpoint import CheckpointFolder, write_atomically, write_text_atomically
-from hpm.config import Config
-from hpm.data.sources import class_indices
-from hpm.errors import InputError
-from hpm.evaluate.accuracy import (
+from hardpatch.config.config import Config
+from hardpatch.config.evaluations import FinetuneConfig
+from hardpatch.data.sources import class_indices
+from hardpatch.evaluate.classify.accuracy import (
     ClassAccuracy,
     Interval,
     count_confusions,
@@ -42,15 +39,26 @@ from hpm.evaluate.accuracy import (
     per_class_accuracy,
     wilson_interval,
 )
-from hpm.evaluate.classifier import CLASSIFIER_FILE, save_classifier
-from hpm.evaluate.config import FinetuneConfig
-from hpm.evaluate.controls import Contender, Standing, folder_name, open_contenders, standings
-from hpm.evaluate.finetune_loop import Classified, Finetuning, classify, train_epochs
-from hpm.evaluate.finetune_recipe import Recipe, checked, differences, resolve_recipe
-from hpm.evaluate.labelled import LabelledImages, Subset, choose_per_class, labelled_fingerprint, open_labelled
-from hpm.log import say
-from hpm.run_folder import LoadedRun, RunFolder, about_this_run
-from hpm.stopping import StopSignal
+from hardpatch.evaluate.classify.classifier import CLASSIFIER_FILE, save_classifier
+from hardpatch.evaluate.classify.finetune_loop import Classified, Finetuning, classify, train_epochs
+from hardpatch.evaluate.classify.finetune_recipe import Recipe, checked, differences, resolve_recipe
+from hardpatch.evaluate.classify.labelled import (
+    LabelledImages,
+    Subset,
+    choose_per_class,
+    labelled_fingerprint,
+    open_labelled,
+)
+from hardpatch.evaluate.controls import Contender, Standing, folder_name, open_contenders, standings
+from hardpatch.runs.build import build_decoder, build_downloads
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runs.folder import RunFolder, about_this_run
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_atomically, write_text_atomically
+from hardpatch.runtime.log import say
+from hardpatch.runtime.signals import StopSignal
 
 
 class Outcome(NamedTuple):
@@ -96,11 +104,11 @@ class FinetuneResult:
     """This run first, then those it was held against, each fine-tuned by the same recipe."""
     folder: str
     classifier: str
-    """File for :func:`hpm.load_classifier`."""
+    """File for :func:`hardpatch.load_classifier`."""
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:
-    """``hpm evaluate finetune``: accuracy of a classifier that starts from a run's encoder.
+    """``hardpatch evaluate finetune``: accuracy of a classifier that starts from a run's encoder.
 
     Under ``torchrun`` every process takes a part of each batch and of the validation images, and all return the same.
 

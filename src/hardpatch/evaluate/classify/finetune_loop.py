@@ -19,10 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hpm import distributed
-from hpm.build import choose_attention
-from hpm.checkpoint import CheckpointFolder
-from hpm.data.loading import (
+from hardpatch.data.loader.loading import (
     Damage,
     Position,
     TrainingOrder,
@@ -30,18 +27,21 @@ from hpm.data.loading import (
     default_workers,
     ordered_batches,
 )
-from hpm.data.sources import class_indices
-from hpm.errors import DivergedError, InputError, Interrupted
-from hpm.evaluate.augment import FinetuneImages, LabelledBatch, Mixing, stack
-from hpm.evaluate.classifier import build_classifier, layer_groups
-from hpm.evaluate.controls import Contender
-from hpm.evaluate.features import none_readable, report_damage
-from hpm.evaluate.finetune_recipe import Recipe
-from hpm.evaluate.labelled import LabelledImages
-from hpm.log import RunLog, say, tracked, warn
-from hpm.schedules import learning_rate
-from hpm.seeding import Stream, derive_seed
-from hpm.stopping import StopSignal
+from hardpatch.data.sources import class_indices
+from hardpatch.evaluate.classify.augment import FinetuneImages, LabelledBatch, Mixing, stack
+from hardpatch.evaluate.classify.classifier import build_classifier, layer_groups
+from hardpatch.evaluate.classify.finetune_recipe import Recipe
+from hardpatch.evaluate.classify.labelled import LabelledImages
+from hardpatch.evaluate.controls import Contender
+from hardpatch.evaluate.features import none_readable, report_damage
+from hardpatch.method.schedules import learning_rate
+from hardpatch.runs.build import choose_attention
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import DivergedError, InputError, Interrupted
+from hardpatch.runtime.log import RunLog, say, tracked, warn
+from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.runtime.signals import StopSignal
 
 
 class Classified(NamedTuple):

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, fields
 
 from timm.data.auto_augment import rand_augment_transform
 
-from hpm.config import check_fields
-from hpm.errors import InputError
-from hpm.evaluate.config import FinetuneConfig
+from hardpatch.config.evaluations import FinetuneConfig
+from hardpatch.config.values import check_fields
+from hardpatch.runtime.errors import InputError
 
 PUBLISHED_BATCH = 1024
 PUBLISHED_BASE_LEARNING_RATE = 5e-4

@@ -14,14 +14,12 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hpm.build import build_decoder, build_downloads
-from hpm.data.loading import Normalise
-from hpm.distributed import choose_device, has_bf16, process_group
-from hpm.errors import InputError
-from hpm.evaluate.accuracy import top_k_accuracy
-from hpm.evaluate.config import KnnConfig, Pooling
-from hpm.evaluate.controls import Standing, open_contenders, standings
-from hpm.evaluate.features import (
+from hardpatch.config.evaluations import KnnConfig, Pooling
+from hardpatch.data.loader.loading import Normalise
+from hardpatch.evaluate.classify.accuracy import top_k_accuracy
+from hardpatch.evaluate.classify.labelled import open_labelled
+from hardpatch.evaluate.controls import Standing, open_contenders, standings
+from hardpatch.evaluate.features import (
     LabelledSplit,
     SplitFeatures,
     check_max_damaged,
@@ -29,8 +27,10 @@ from hpm.evaluate.features import (
     split_features,
     whole_split,
 )
-from hpm.evaluate.labelled import open_labelled
-from hpm.run_folder import LoadedRun
+from hardpatch.runs.build import build_decoder, build_downloads
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.distributed import choose_device, has_bf16, process_group
+from hardpatch.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def knn_accuracy(
 
 
 def run(config: KnnConfig) -> KnnResult:
-    """``hpm evaluate knn``: accuracy of a run's encoder and of the same encoder untrained.
+    """``hardpatch evaluate knn``: accuracy of a run's encoder and of the same encoder untrained.
 
     Under ``torchrun`` every process reads a part of the images, and all return the same result.
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from hpm.data.decode import DecodeError, Decoder, Sample
-from hpm.data.sources import Downloads, Source, class_indices, fingerprint, open_source
-from hpm.errors import InputError
-from hpm.seeding import Stream, derive_seed
+from hardpatch.data.images.decode import DecodeError, Decoder, Sample
+from hardpatch.data.sources import Downloads, Source, class_indices, fingerprint, open_source
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 
 class Subset(Source):
@@ -149,6 +149,6 @@ def choose_per_class(labels: Sequence[str], count: int, *, seed: int) -> list[in
 
 
 def labelled_fingerprint(source: Source) -> str:
-    """:func:`hpm.data.sources.fingerprint` with the labels: other labels for the same images differ, too."""
+    """:func:`hardpatch.data.sources.fingerprint` with the labels: other labels for the same images differ, too."""
     digest = hashlib.sha256("\0".join(source.labels or ()).encode())
     return f"{fingerprint(source)}, labels {digest.hexdigest()[:8]}"

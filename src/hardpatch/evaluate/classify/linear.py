@@ -1,6 +1,6 @@
 """Linear classification of frozen features: what most papers quote, beside the untrained encoder.
 
-The encoder runs over every image once. The classifiers then see features only (:mod:`hpm.evaluate.probe`), so that a
+The encoder runs over every image once. The classifiers then see features only (:mod:`hardpatch.evaluate.classify.probe`), so that a
 sweep over learning rates, few labels and several encoders cost seconds.
 """
 
@@ -17,11 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm.build import build_decoder, build_downloads
-from hpm.checkpoint import write_atomically
-from hpm.distributed import choose_device, from_main, has_bf16, is_main, process_group
-from hpm.errors import InputError
-from hpm.evaluate.accuracy import (
+from hardpatch.config.evaluations import LinearConfig
+from hardpatch.evaluate.classify.accuracy import (
     ClassAccuracy,
     Interval,
     count_confusions,
@@ -29,13 +26,17 @@ from hpm.evaluate.accuracy import (
     per_class_accuracy,
     top_k_accuracy,
 )
-from hpm.evaluate.config import LinearConfig
-from hpm.evaluate.controls import Contender, Kind, Standing, open_contenders, standings
-from hpm.evaluate.features import check_max_damaged, damage_of_split, split_features, whole_split
-from hpm.evaluate.labelled import LabelledImages, choose_per_class, open_labelled
-from hpm.evaluate.probe import Probed, logistic, probe
-from hpm.log import tracked, warn
-from hpm.run_folder import LoadedRun, RunFolder
+from hardpatch.evaluate.classify.labelled import LabelledImages, choose_per_class, open_labelled
+from hardpatch.evaluate.classify.probe import Probed, logistic, probe
+from hardpatch.evaluate.controls import Contender, Kind, Standing, open_contenders, standings
+from hardpatch.evaluate.features import check_max_damaged, damage_of_split, split_features, whole_split
+from hardpatch.runs.build import build_decoder, build_downloads
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.distributed import choose_device, from_main, has_bf16, is_main, process_group
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_atomically
+from hardpatch.runtime.log import tracked, warn
 
 
 class FewLabels(NamedTuple):
@@ -92,7 +93,7 @@ class _Classified(NamedTuple):
 
 
 def run(config: LinearConfig) -> LinearResult:
-    """``hpm evaluate linear``: accuracy of a linear classifier on a run's encoder and on the same encoder untrained.
+    """``hardpatch evaluate linear``: accuracy of a linear classifier on a run's encoder and on the same encoder untrained.
 
     Under ``torchrun`` every process reads a part of the images; the first one trains the classifiers.
 

@@ -23,11 +23,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from hpm.errors import InputError
-from hpm.evaluate.accuracy import top_k_accuracy
-from hpm.log import tracked, warn
-from hpm.schedules import learning_rate
-from hpm.seeding import Stream, derive_seed
+from hardpatch.evaluate.classify.accuracy import top_k_accuracy
+from hardpatch.method.schedules import learning_rate
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked, warn
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 REFERENCE_BATCH = 256
 """Learning rates are quoted for batches of this size and grow with the batch, as published."""

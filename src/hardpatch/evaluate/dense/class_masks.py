@@ -19,11 +19,11 @@ from jaxtyping import Int16, Shaped
 from PIL import Image
 from torch import Tensor
 
-from hpm.data.decode import EXTENSIONS, DecodeError
-from hpm.data.loading import Damage
-from hpm.data.sources import Source
-from hpm.errors import InputError
-from hpm.log import tracked
+from hardpatch.data.images.decode import EXTENSIONS, DecodeError
+from hardpatch.data.loader.loading import Damage
+from hardpatch.data.sources import Source
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked
 
 Found = TypeVar("Found")
 

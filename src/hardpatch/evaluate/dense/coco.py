@@ -20,13 +20,13 @@ from jaxtyping import Bool, Float32, Int64, Shaped
 from scipy import ndimage
 from torch import Tensor
 
-from hpm.data.class_masks import MaskRules, match_by_stem, read_class_mask
-from hpm.data.decode import DecodeError, Decoder
-from hpm.data.loading import Damage
-from hpm.data.shapes import CLASSES
-from hpm.data.sources import ShapesSource, open_source
-from hpm.errors import InputError
-from hpm.log import tracked
+from hardpatch.data.images.decode import DecodeError, Decoder
+from hardpatch.data.loader.loading import Damage
+from hardpatch.data.sources import ShapesSource, open_source
+from hardpatch.data.sources.drawn_shapes import CLASSES
+from hardpatch.evaluate.dense.class_masks import MaskRules, match_by_stem, read_class_mask
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked
 
 FROM_MASKS = "from-masks:"
 """What an annotations argument begins with that names a folder of masks instead of a file."""

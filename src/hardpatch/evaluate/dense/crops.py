@@ -11,13 +11,13 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from hpm.data.class_masks import IGNORED, MaskedImage, MaskedImages
-from hpm.data.loading import Normalise
-from hpm.errors import InputError
-from hpm.evaluate.dense.encoder import DenseEncoder
-from hpm.evaluate.dense.windows import cut, window_corners
-from hpm.log import tracked
-from hpm.seeding import Stream, derive_seed
+from hardpatch.data.loader.loading import Normalise
+from hardpatch.evaluate.dense.class_masks import IGNORED, MaskedImage, MaskedImages
+from hardpatch.evaluate.dense.encoder import DenseEncoder
+from hardpatch.evaluate.dense.windows import cut, window_corners
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import tracked
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 
 def working_size(height: int, width: int, short_side: int, scale: float = 1.0) -> tuple[int, int]:

@@ -21,20 +21,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
-from hpm import distributed
-from hpm.build import build_decoder
-from hpm.config import Config
-from hpm.data.coco import CocoImages, find_damage, open_instances
-from hpm.data.decode import Decoder
-from hpm.display import build_display
-from hpm.errors import InputError
-from hpm.evaluate.controls import Contender, folder_name, open_contenders
-from hpm.evaluate.dense.config import DetectConfig
-from hpm.evaluate.dense.detector import build_detector, check_patch, fitting_size
-from hpm.evaluate.dense.encoder import DenseEncoder, parameter_groups
-from hpm.evaluate.dense.instances import InstanceCrops, Target, list_pairs
-from hpm.evaluate.dense.pictures import Detected, draw_detections
-from hpm.evaluate.dense.training import (
+from hardpatch.config.config import Config
+from hardpatch.config.dense_evaluations import DetectConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.evaluate.controls import Contender, folder_name, open_contenders
+from hardpatch.evaluate.dense.coco import CocoImages, find_damage, open_instances
+from hardpatch.evaluate.dense.detector import build_detector, check_patch, fitting_size
+from hardpatch.evaluate.dense.encoder import DenseEncoder, parameter_groups
+from hardpatch.evaluate.dense.instances import InstanceCrops, Target, list_pairs
+from hardpatch.evaluate.dense.pictures import Detected, draw_detections
+from hardpatch.evaluate.dense.training import (
     Task,
     check_training,
     held_back,
@@ -44,13 +40,17 @@ from hpm.evaluate.dense.training import (
     output_folder,
     train,
 )
-from hpm.evaluate.features import check_max_damaged, none_readable, report_damage
-from hpm.extras import install
-from hpm.log import say, tracked
-from hpm.run_folder import LoadedRun
-from hpm.seeding import Stream, derive_seed
-from hpm.visualize import save_figure
-from hpm.vit import patch_size
+from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
+from hardpatch.figures.display import build_display
+from hardpatch.figures.hardness import save_figure
+from hardpatch.method.vit import patch_size
+from hardpatch.runs.build import build_decoder
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
+from hardpatch.runtime.log import say, tracked
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 SHOWN_SCORE = 0.5
 """Detections of a lower score are not drawn, but for the best of an image that has none above it."""
@@ -134,7 +134,7 @@ def average_precision(content: dict[str, Any], detections: list[dict[str, Any]],
 
 
 def run(config: DetectConfig) -> DetectResult:
-    """``hpm evaluate detect``.
+    """``hardpatch evaluate detect``.
 
     Raises:
         InputError: Annotations that do not fit together or with the images; values that do not fit; too many damaged

@@ -15,11 +15,11 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from hpm.errors import InputError
-from hpm.evaluate.dense.encoder import DenseEncoder
-from hpm.evaluate.dense.precision import Bf16
-from hpm.evaluate.dense.pyramid import SCALES, SimplePyramid
-from hpm.vit import patch_size
+from hardpatch.evaluate.dense.encoder import DenseEncoder
+from hardpatch.evaluate.dense.precision import Bf16
+from hardpatch.evaluate.dense.pyramid import SCALES, SimplePyramid
+from hardpatch.method.vit import patch_size
+from hardpatch.runtime.errors import InputError
 
 RATIOS = (0.5, 1.0, 2.0)
 """Height over width of the anchors."""

@@ -11,9 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from hpm.build import choose_attention
-from hpm.errors import InputError
-from hpm.vit import patch_size
+from hardpatch.method.vit import patch_size
+from hardpatch.runs.build import choose_attention
+from hardpatch.runtime.errors import InputError
 
 
 def choose_depths(given: tuple[int, ...], num_blocks: int, *, count: int = 4) -> tuple[int, ...]:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int16
 from torch import Tensor, nn
 
-from hpm.data.class_masks import IGNORED
-from hpm.errors import InputError
-from hpm.evaluate.dense.encoder import DenseEncoder
-from hpm.evaluate.dense.pyramid import SCALES, rescale
-from hpm.extras import install
+from hardpatch.evaluate.dense.class_masks import IGNORED
+from hardpatch.evaluate.dense.encoder import DenseEncoder
+from hardpatch.evaluate.dense.pyramid import SCALES, rescale
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
 
 
 class LinearHead(nn.Module):

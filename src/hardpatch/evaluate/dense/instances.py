@@ -13,8 +13,8 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from hpm.data.coco import CocoImages
-from hpm.seeding import Stream, derive_seed
+from hardpatch.evaluate.dense.coco import CocoImages
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 Target = dict[str, Tensor]
 """``boxes``, ``labels`` and perhaps ``masks``, as torchvision's detectors want them."""

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from hpm.data.class_masks import IGNORED
-from hpm.display import Display
+from hardpatch.evaluate.dense.class_masks import IGNORED
+from hardpatch.figures.display import Display
 
 STRENGTH = 0.55
 """Of a colour over the image."""

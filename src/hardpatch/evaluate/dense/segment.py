@@ -17,21 +17,17 @@ from jaxtyping import Int64
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hpm import distributed
-from hpm.build import build_decoder
-from hpm.config import Config
-from hpm.data.class_masks import IGNORED
-from hpm.display import build_display
-from hpm.errors import InputError
-from hpm.evaluate.controls import Contender, folder_name, open_contenders
-from hpm.evaluate.dense.config import SegmentConfig
-from hpm.evaluate.dense.crops import FeatureCache, SegmentationCrops, resize, stack_pairs, working_size
-from hpm.evaluate.dense.encoder import DenseEncoder, check_size, choose_depths, parameter_groups
-from hpm.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
-from hpm.evaluate.dense.pictures import Segmented, draw_segmentations
-from hpm.evaluate.dense.precision import Bf16
-from hpm.evaluate.dense.segment_data import Data, open_data
-from hpm.evaluate.dense.training import (
+from hardpatch.config.config import Config
+from hardpatch.config.dense_evaluations import SegmentConfig
+from hardpatch.evaluate.controls import Contender, folder_name, open_contenders
+from hardpatch.evaluate.dense.class_masks import IGNORED
+from hardpatch.evaluate.dense.crops import FeatureCache, SegmentationCrops, resize, stack_pairs, working_size
+from hardpatch.evaluate.dense.encoder import DenseEncoder, check_size, choose_depths, parameter_groups
+from hardpatch.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
+from hardpatch.evaluate.dense.pictures import Segmented, draw_segmentations
+from hardpatch.evaluate.dense.precision import Bf16
+from hardpatch.evaluate.dense.segment_data import Data, open_data
+from hardpatch.evaluate.dense.training import (
     Task,
     check_training,
     identity,
@@ -40,13 +36,17 @@ from hpm.evaluate.dense.training import (
     output_folder,
     train,
 )
-from hpm.evaluate.dense.windows import most_likely, slide
-from hpm.evaluate.features import check_max_damaged
-from hpm.extras import install
-from hpm.log import tracked
-from hpm.run_folder import LoadedRun
-from hpm.seeding import Stream, derive_seed
-from hpm.visualize import save_figure
+from hardpatch.evaluate.dense.windows import most_likely, slide
+from hardpatch.evaluate.features import check_max_damaged
+from hardpatch.figures.display import build_display
+from hardpatch.figures.hardness import save_figure
+from hardpatch.runs.build import build_decoder
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
+from hardpatch.runtime.log import tracked
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 
 class ClassFigures(NamedTuple):
@@ -107,7 +107,7 @@ def scores_of(confusion: Int64[Tensor, "k k"]) -> Scores:
 
 
 def run(config: SegmentConfig) -> SegmentResult:
-    """``hpm evaluate segment``.
+    """``hardpatch evaluate segment``.
 
     Raises:
         InputError: A mask is missing, damaged or of another size; a class out of range or missing in the training

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from hpm.data.class_masks import MaskedImages, MaskRules, Survey, match_by_stem, survey
-from hpm.data.decode import Decoder
-from hpm.data.sources import ShapesSource, open_source
-from hpm.errors import InputError
-from hpm.evaluate.dense.config import SegmentConfig
-from hpm.evaluate.dense.training import held_back
-from hpm.evaluate.features import none_readable, report_damage
-from hpm.log import say
+from hardpatch.config.dense_evaluations import SegmentConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.sources import ShapesSource, open_source
+from hardpatch.evaluate.dense.class_masks import MaskedImages, MaskRules, Survey, match_by_stem, survey
+from hardpatch.evaluate.dense.training import held_back
+from hardpatch.evaluate.features import none_readable, report_damage
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import say
 
 
 class Data(NamedTuple):

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from hpm import distributed
-from hpm.checkpoint import CheckpointFolder
-from hpm.data.loading import Normalise, Position, TrainingOrder
-from hpm.errors import InputError, Interrupted
-from hpm.evaluate.dense.config import DenseConfig
-from hpm.log import say, tracked
-from hpm.run_folder import RunFolder
-from hpm.schedules import adapted_warmup_steps, learning_rate
-from hpm.seeding import Stream, derive_seed
-from hpm.stopping import StopSignal, ignore_in_worker, signals_held
+from hardpatch.config.dense_evaluations import DenseConfig
+from hardpatch.data.loader.loading import Normalise, Position, TrainingOrder
+from hardpatch.method.schedules import adapted_warmup_steps, learning_rate
+from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runtime.log import say, tracked
+from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.runtime.signals import StopSignal, ignore_in_worker, signals_held
 
 GRADIENT_CLIP = 5.0
 """Largest norm of the gradient."""

@@ -17,10 +17,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hpm.config import suggest
-from hpm.errors import InputError
-from hpm.log import say
-from hpm.targets import feature_loss
+from hardpatch.method.targets.target import feature_loss
+from hardpatch.runtime.errors import InputError, suggest
+from hardpatch.runtime.log import say
 
 
 class FrozenModel(NamedTuple):

@@ -1,4 +1,4 @@
-"""``hpm ablate``: fill a table honestly. Recipes x seeds, the same evaluations, equal epochs, compute and time.
+"""``hardpatch ablate``: fill a table honestly. Recipes x seeds, the same evaluations, equal epochs, compute and time.
 
     OUT/runs/ROW-seedS-DIGEST/     one run per row, seed and budget; DIGEST is of all that decides a result
     OUT/step-times-DIGEST.json     what a step of each row takes on this machine, where equal time is asked for
@@ -23,19 +23,19 @@ from typing import Any
 import torch
 import yaml
 
-from hpm import distributed
-from hpm.ablation.clock import StepTimes, TimedStep, known_by, step_times
-from hpm.ablation.measure import Accuracies, Images, measure, measure_untrained, open_images
-from hpm.ablation.plan import Budget, Job, Rows, choose_rows, chosen_suite, digest, plan
-from hpm.ablation.suites import AblateConfig
-from hpm.ablation.table import Outcome, Table
-from hpm.checkpoint import write_text_atomically
-from hpm.config import decisions
-from hpm.errors import DivergedError, InputError, Interrupted
-from hpm.log import say, warn
-from hpm.pretrain import train
-from hpm.run_folder import RunFolder
-from hpm.stopping import StopSignal
+from hardpatch.config.values import decisions
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import DivergedError, InputError, Interrupted
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import say, warn
+from hardpatch.runtime.signals import StopSignal
+from hardpatch.tools.ablate.measure import Accuracies, Images, measure, measure_untrained, open_images
+from hardpatch.tools.ablate.runs_to_do import Budget, Job, Rows, choose_rows, chosen_suite, digest, plan
+from hardpatch.tools.ablate.step_times import StepTimes, TimedStep, known_by, step_times
+from hardpatch.tools.ablate.suites import AblateConfig
+from hardpatch.tools.ablate.table import Outcome, Table
+from hardpatch.training.loop import train
 
 
 def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: Suite, seeds, folder.
-        fields: ``data``, and any other fields of :class:`hpm.config.Config` that are to be the same for every row.
+        fields: ``data``, and any other fields of :class:`hardpatch.config.config.Config` that are to be the same for every row.
             With ``val``, labelled like ``data``, the table has kNN and linear accuracies.
 
     Returns:
@@ -196,10 +196,10 @@ def _write(
         return
     made = [yaml.safe_load(RunFolder(outcome.folder).config_file.read_text())["about"] for outcome in outcomes]
     makers = sorted(
-        {", ".join(f"{key} {run[key]}" for key in ("hpm", "git", "torch", "timm", "device")) for run in made}
+        {", ".join(f"{key} {run[key]}" for key in ("hardpatch", "git", "torch", "timm", "device")) for run in made}
     )
     about = {
-        "command": shlex.join(["hpm", *sys.argv[1:]]),
+        "command": shlex.join(["hardpatch", *sys.argv[1:]]),
         "scale": config.scale or "none",
         "accuracies": "of val" if images.val else "none, because no val was given; the rest is measured on data",
         "fields": ", ".join(f"{name} {value}" for name, value in fields.items()),

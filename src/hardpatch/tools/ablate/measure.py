@@ -8,22 +8,22 @@ from typing import NamedTuple
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from hpm import distributed
-from hpm.build import build_decoder, build_downloads, build_normalise, choose_attention
-from hpm.config import Config
-from hpm.data.loading import default_workers
-from hpm.data.sources import Source, class_indices, fingerprint, open_source
-from hpm.errors import InputError
-from hpm.evaluate.controls import untrained_encoder
-from hpm.evaluate.features import split_features, whole_split
-from hpm.evaluate.foreground import predicted_loss_auroc
-from hpm.evaluate.knn import accuracy_of_features
-from hpm.evaluate.labelled import labelled_fingerprint
-from hpm.evaluate.probe import linear_accuracy
-from hpm.log import say
-from hpm.run_folder import LoadedRun
-from hpm.seeding import Stream, derive_seed
-from hpm.visualize import measure_hardness, spread_images
+from hardpatch.config.config import Config
+from hardpatch.data.loader.loading import default_workers
+from hardpatch.data.sources import Source, class_indices, fingerprint, open_source
+from hardpatch.evaluate.classify.knn import accuracy_of_features
+from hardpatch.evaluate.classify.labelled import labelled_fingerprint
+from hardpatch.evaluate.classify.probe import linear_accuracy
+from hardpatch.evaluate.controls import untrained_encoder
+from hardpatch.evaluate.features import split_features, whole_split
+from hardpatch.evaluate.foreground import predicted_loss_auroc
+from hardpatch.figures.hardness import measure_hardness, spread_images
+from hardpatch.runs.build import build_decoder, build_downloads, build_normalise, choose_attention
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import say
+from hardpatch.runtime.seeding import Stream, derive_seed
 
 NEIGHBOURS = 20
 """k of the kNN accuracy."""
@@ -36,7 +36,7 @@ class Accuracies(NamedTuple):
 
     knn_top1: float
     linear_top1: float
-    """Of the published probe at one learning rate (see :func:`hpm.evaluate.probe.linear_accuracy`)."""
+    """Of the published probe at one learning rate (see :func:`hardpatch.evaluate.classify.probe.linear_accuracy`)."""
 
 
 class Images(NamedTuple):

@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from hpm.ablation.suites import SUITES, AblateConfig, Suite
-from hpm.budget import keep_to_budget
-from hpm.build import open_images
-from hpm.config import Config, decisions, suggest, with_fields
-from hpm.data.sources import fingerprint
-from hpm.errors import InputError
-from hpm.flops import training_flops
-from hpm.log import warn
-from hpm.recipes import METHODS, SCALES, TARGETS, recipe
-from hpm.run_schedule import resolve_schedule
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import METHODS, SCALES, TARGETS, recipe
+from hardpatch.config.values import decisions, with_fields
+from hardpatch.cost.flops import training_flops
+from hardpatch.data.sources import fingerprint
+from hardpatch.runs.build import open_images
+from hardpatch.runs.schedule import resolve_schedule
+from hardpatch.runtime.errors import InputError, suggest
+from hardpatch.runtime.log import warn
+from hardpatch.tools.ablate.suites import SUITES, AblateConfig, Suite
+from hardpatch.training.budget import keep_to_budget
 
 Budget = Literal["epochs", "compute", "time"]
 """What is equal for all rows."""

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hpm import distributed
-from hpm.benchmark.step import OurStep
-from hpm.benchmark.timing import Turn, steps_of_a_turn, take_turns, warm_up
-from hpm.checkpoint import write_text_atomically
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.log import say
-from hpm.run_folder import versions
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.runs.folder import versions
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import say
+from hardpatch.tools.benchmark.step import OurStep
+from hardpatch.tools.benchmark.timing import Turn, steps_of_a_turn, take_turns, warm_up
 
 SECONDS = 12.0
 """For each row, over all rounds; more where a step takes long."""

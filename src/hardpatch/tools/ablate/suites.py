@@ -1,4 +1,4 @@
-"""The tables that ``hpm ablate`` fills: which recipes belong together, and what the comparison asks."""
+"""The tables that ``hardpatch ablate`` fills: which recipes belong together, and what the comparison asks."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class AblateConfig:
     out: str
     """Folder of the ablation; goes on where it was stopped, and shares runs between suites."""
     scale: str = ""
-    """Scale of every row, see hpm recipes: 64px, micro, small...; none: ViT-B/16, 224 px, 200 epochs."""
+    """Scale of every row, see hardpatch recipes: 64px, micro, small...; none: ViT-B/16, 224 px, 200 epochs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each row per seed."""
     rows: tuple[str, ...] = ()

@@ -13,10 +13,10 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpm.ablation.measure import Accuracies
-from hpm.ablation.plan import Budget
-from hpm.checkpoint import write_text_atomically
-from hpm.visualize import save_figure
+from hardpatch.figures.hardness import save_figure
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.tools.ablate.measure import Accuracies
+from hardpatch.tools.ablate.runs_to_do import Budget
 
 AccuracyName = Literal["knn_top1", "linear_top1"]
 ACCURACIES: dict[AccuracyName, str] = {"knn_top1": "20-NN top-1 %", "linear_top1": "linear top-1 %"}

@@ -1,4 +1,4 @@
-"""``hpm benchmark data``: every way to load, beside a plain loader, and what a training step needs of them."""
+"""``hardpatch benchmark data``: every way to load, beside a plain loader, and what a training step needs of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpm import distributed
-from hpm.benchmark.config import LOADERS, LoadingConfig, StepConfig
-from hpm.benchmark.loaders import MAKERS, ON_DEVICE, Material
-from hpm.checkpoint import write_text_atomically
-from hpm.data.loading import default_workers, read_or_next
-from hpm.data.sources import Source, open_source
-from hpm.errors import InputError
-from hpm.log import say, tracked
-from hpm.run_folder import versions
+from hardpatch.config.benchmark import LOADERS, LoadingConfig, StepConfig
+from hardpatch.data.loader.loading import default_workers, read_or_next
+from hardpatch.data.sources import Source, open_source
+from hardpatch.runs.folder import versions
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import say, tracked
+from hardpatch.tools.benchmark.loaders import MAKERS, ON_DEVICE, Material
 
 
 def run(config: LoadingConfig) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _step(config: LoadingConfig) -> dict[str, Any] | None:
         return {"name": "as given", "images_per_second": config.step_images_per_second, "masks_per_image": 1}
     if config.step == "none":
         return None
-    from hpm.benchmark import step
+    from hardpatch.tools.benchmark import step
 
     chosen = StepConfig(
         encoder=config.encoder, image_size=config.image_size, device=config.device, rounds=1, variants=(config.step,)
@@ -224,7 +224,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
 
 def save(result: Mapping[str, Any], out: Path) -> None:
     """The figures as JSON, and their picture beside it."""
-    from hpm.benchmark.figure import draw_loaders
+    from hardpatch.tools.benchmark.figure import draw_loaders
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out, json.dumps(result, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hpm.visualize import save_figure
+from hardpatch.figures.hardness import save_figure
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

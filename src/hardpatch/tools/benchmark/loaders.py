@@ -1,4 +1,4 @@
-"""The ways to a batch of crops that ``hpm benchmark data`` holds against each other."""
+"""The ways to a batch of crops that ``hardpatch benchmark data`` holds against each other."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
-from hpm.benchmark.config import LoadingConfig
-from hpm.data import pack
-from hpm.data.cache import SharedImages, open_cache
-from hpm.data.commands import PackConfig
-from hpm.data.decode import RGB
-from hpm.data.device import ImagesOnDevice, WholeImages, batches_decoded_on_device, batches_kept_on_device
-from hpm.data.loading import (
+from hardpatch.config.benchmark import LoadingConfig
+from hardpatch.config.data_tools import PackConfig
+from hardpatch.data.images.decode import RGB
+from hardpatch.data.loader.cache import SharedImages, open_cache
+from hardpatch.data.loader.device import (
+    ImagesOnDevice,
+    WholeImages,
+    batches_decoded_on_device,
+    batches_kept_on_device,
+)
+from hardpatch.data.loader.loading import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Position,
@@ -31,7 +35,8 @@ from hpm.data.loading import (
     last_read,
     training_batches,
 )
-from hpm.data.sources import FileSource, Source, open_source
+from hardpatch.data.sources import FileSource, Source, open_source
+from hardpatch.data.tools import pack
 
 
 class Material(NamedTuple):
@@ -116,7 +121,7 @@ def files(material: Material, config: LoadingConfig, device: torch.device) -> It
 
 
 def shards(material: Material, config: LoadingConfig, device: torch.device) -> Iterator[Tensor]:
-    """Our batches from shards of hpm data pack."""
+    """Our batches from shards of hardpatch data pack."""
     out = material.folder / "packed"
     pack.run(PackConfig(str(material.folder / "files"), str(out), size=config.packed_size, workers=0))
     return _ours(open_source(str(out / "*.tar")), config)
@@ -197,7 +202,7 @@ MAKERS: dict[str, Maker] = {
     "device-decode": device_decode,
     "device-cache": device_cache,
 }
-"""By the names of :data:`hpm.benchmark.config.LOADERS`; each makes endless batches."""
+"""By the names of :data:`hardpatch.config.benchmark.LOADERS`; each makes endless batches."""
 
 ON_DEVICE = ("device-cache", "device-decode")
 """Loaders whose work the device does."""

@@ -13,21 +13,16 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpm import distributed
-from hpm.benchmark.config import PeersConfig
-from hpm.benchmark.step import (
-    NUM_FLOP_IMAGES,
-    OurStep,
-    settings_of,
-    variant_config,
-)
-from hpm.benchmark.timing import Stepper, measure, ratios_to
-from hpm.build import build_normalise
-from hpm.config import Config
-from hpm.errors import InputError
-from hpm.extras import install
-from hpm.run_folder import versions
-from hpm.vit import create_encoder, patch_size, patchify
+from hardpatch.config.benchmark import PeersConfig
+from hardpatch.config.config import Config
+from hardpatch.method.vit import create_encoder, patch_size, patchify
+from hardpatch.runs.build import build_normalise
+from hardpatch.runs.folder import versions
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.extras import install
+from hardpatch.tools.benchmark.step import NUM_FLOP_IMAGES, OurStep, settings_of, variant_config
+from hardpatch.tools.benchmark.timing import Stepper, measure, ratios_to
 
 
 class PeerStep:

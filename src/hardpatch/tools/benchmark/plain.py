@@ -5,7 +5,7 @@ come from a loop over images on the host; every decoder writes out every token i
 out; the ranking loss takes two logarithms of every ordered pair; optimizer and moving average go parameter by
 parameter; the host waits for the loss at every step. float32 on a CPU, fp16 autocast with loss scaling on CUDA.
 
-It computes what :meth:`hpm.method.Method.step` computes, to rounding (``tests/test_benchmark.py``).
+It computes what :meth:`hardpatch.method.method.Method.step` computes, to rounding (``tests/test_benchmark.py``).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from timm.layers import Attention
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from hpm.config import OptimisationConfig
-from hpm.method import Student
-from hpm.targets import Target
-from hpm.vit import Decoder
+from hardpatch.config.config import OptimisationConfig
+from hardpatch.method.method import Student
+from hardpatch.method.targets.target import Target
+from hardpatch.method.vit import Decoder
 
 
 class PlainOutput(NamedTuple):

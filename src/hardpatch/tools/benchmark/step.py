@@ -1,4 +1,4 @@
-"""``hpm benchmark step``: the plain reference step, ours, the fast presets and every means alone, timed in turns."""
+"""``hardpatch benchmark step``: the plain reference step, ours, the fast presets and every means alone, timed in turns."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpm import distributed
-from hpm.benchmark.config import BenchmarkConfig, StepConfig
-from hpm.benchmark.plain import PlainStep
-from hpm.benchmark.timing import Stepper, measure, ratios_to
-from hpm.build import (
+from hardpatch.config.benchmark import BenchmarkConfig, StepConfig
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import recipe
+from hardpatch.config.values import with_fields
+from hardpatch.cost.flops import training_flops
+from hardpatch.data.loader.loading import Batch
+from hardpatch.data.sources import open_source
+from hardpatch.method.method import Answers, Teacher
+from hardpatch.method.vit import patch_size
+from hardpatch.runs.build import (
     Stage,
     build_method,
     build_normalise,
@@ -27,17 +32,13 @@ from hpm.build import (
     embedded_codebook,
     recompute_blocks,
 )
-from hpm.config import Config, with_fields
-from hpm.data.loading import Batch
-from hpm.data.sources import open_source
-from hpm.errors import InputError
-from hpm.feeding import Feed
-from hpm.flops import training_flops
-from hpm.method import Answers, Teacher
-from hpm.recipes import recipe
-from hpm.run_folder import versions
-from hpm.seeding import mask_noise
-from hpm.vit import patch_size
+from hardpatch.runs.folder import versions
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.seeding import mask_noise
+from hardpatch.tools.benchmark.plain import PlainStep
+from hardpatch.tools.benchmark.timing import Stepper, measure, ratios_to
+from hardpatch.training.feeding import Feed
 
 EMA_DECAY = 0.999
 HARD_SHARE = 0.25
@@ -71,7 +72,7 @@ MEANS: dict[str, dict[str, Any]] = {
 
 
 class OurStep:
-    """The step of ``hpm pretrain``.
+    """The step of ``hardpatch pretrain``.
 
     Args:
         config: Of the run.
@@ -146,12 +147,12 @@ class OurStep:
         return stage.method.ask(self.teacher, images)
 
     def flops_per_view(self, images: torch.Tensor) -> float:
-        """As :func:`hpm.flops.training_flops`."""
+        """As :func:`hardpatch.cost.flops.training_flops`."""
         return training_flops(self.config)
 
 
 class ReferenceStep:
-    """The plain step of :mod:`hpm.benchmark.plain`.
+    """The plain step of :mod:`hardpatch.tools.benchmark.plain`.
 
     Args:
         config: Of the run.

@@ -21,15 +21,15 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from hpm.benchmark.config import VARIANTS, BenchmarkConfig
-from hpm.checkpoint import write_text_atomically
-from hpm.data.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
-from hpm.data.sources import Source
-from hpm.distributed import release_memory, synchronise
-from hpm.errors import InputError
-from hpm.log import warn
-from hpm.run_folder import versions
-from hpm.stopping import StopSignal
+from hardpatch.config.benchmark import VARIANTS, BenchmarkConfig
+from hardpatch.data.loader.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
+from hardpatch.data.sources import Source
+from hardpatch.runs.folder import versions
+from hardpatch.runtime.distributed import release_memory, synchronise
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import warn
+from hardpatch.runtime.signals import StopSignal
 
 WARMUP_STEPS = 3
 SECONDS_AFTER_A_STOP = 1.0
@@ -384,7 +384,7 @@ def _say(message: str) -> None:
 
 def save(result: Mapping[str, Any], out: Path) -> None:
     """The figures as JSON, and their picture beside it."""
-    from hpm.benchmark.figure import draw
+    from hardpatch.tools.benchmark.figure import draw
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out, json.dumps(result, indent=2) + "\n")

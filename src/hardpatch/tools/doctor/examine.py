@@ -1,4 +1,4 @@
-"""Everything that ``hpm doctor`` looks at, in order."""
+"""Everything that ``hardpatch doctor`` looks at, in order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from hpm.doctor import surroundings
-from hpm.doctor.config import DoctorConfig
-from hpm.doctor.findings import Finding
-from hpm.doctor.software import look_at_software
-from hpm.errors import InputError
-from hpm.limits import free_memory
+from hardpatch.config.doctor import DoctorConfig
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.machine import free_memory
+from hardpatch.tools.doctor import surroundings
+from hardpatch.tools.doctor.findings import Finding
+from hardpatch.tools.doctor.software import look_at_software
 
 
 def examine(config: DoctorConfig) -> Iterator[Finding]:
@@ -36,7 +36,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
         findings.append(finding)
         yield finding
     if "RANK" in os.environ and torch_works(findings):
-        from hpm.doctor.processes import look_at_processes
+        from hardpatch.tools.doctor.processes import look_at_processes
 
         yield from look_at_processes(config, findings)
 
@@ -70,15 +70,15 @@ def _examine_alone(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def try_apart(trial: str, *arguments: str, seconds: float) -> list[Finding]:
-    """The findings of one of :data:`hpm.doctor.trials.TRIALS`, or how it ended without any.
+    """The findings of one of :data:`hardpatch.tools.doctor.trials.TRIALS`, or how it ended without any.
 
     Args:
         trial: Its name.
         arguments: What it is given.
         seconds: It is ended after so long.
     """
-    # -P: as for the command hpm, modules of the current folder are not taken for installed ones.
-    command = [sys.executable, "-P", "-m", "hpm.doctor.trials", trial, *arguments]
+    # -P: as for the command hardpatch, modules of the current folder are not taken for installed ones.
+    command = [sys.executable, "-P", "-m", "hardpatch.tools.doctor.trials", trial, *arguments]
     again = f"to see all of it: {shlex.join(command)}"
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -111,7 +111,7 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def _is_cuda(config: DoctorConfig) -> bool:
-    from hpm import distributed
+    from hardpatch.runtime import distributed
 
     return distributed.choose_device(config.device).type == "cuda"
 

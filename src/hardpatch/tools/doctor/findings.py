@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 State = Literal["ok", "note", "warning", "problem"]
-"""All is well; worth knowing; will cost time or memory, or may fail later; hpm will not run."""
+"""All is well; worth knowing; will cost time or memory, or may fail later; hardpatch will not run."""
 
 
 class Finding(NamedTuple):

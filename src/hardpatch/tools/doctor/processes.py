@@ -12,10 +12,10 @@ from importlib.metadata import version
 import torch
 import torch.distributed as dist
 
-from hpm import distributed
-from hpm.doctor.config import DoctorConfig
-from hpm.doctor.findings import Finding
-from hpm.run_folder import versions
+from hardpatch.config.doctor import DoctorConfig
+from hardpatch.runs.folder import versions
+from hardpatch.runtime import distributed
+from hardpatch.tools.doctor.findings import Finding
 
 EXCHANGED = 64 * 2**20
 """Bytes."""

@@ -7,23 +7,23 @@ import re
 from collections.abc import Iterator
 from importlib import metadata
 
-from hpm.doctor.findings import Finding
-from hpm.extras import install
+from hardpatch.runtime.extras import install
+from hardpatch.tools.doctor.findings import Finding
 
 EXTRAS = {
-    "parquet": "Parquet tables, hpm embed --out FILE.parquet",
+    "parquet": "Parquet tables, hardpatch embed --out FILE.parquet",
     "datasets": "hf: sources",
     "http": "https:// sources",
     "s3": "s3:// sources",
     "dicom": "DICOM images",
-    "dense": "hpm evaluate segment and detect",
-    "hf": "hpm export --format hf",
-    "onnx": "hpm export --format onnx",
-    "bench": "hpm benchmark peers",
+    "dense": "hardpatch evaluate segment and detect",
+    "hf": "hardpatch export --format hf",
+    "onnx": "hardpatch export --format onnx",
+    "bench": "hardpatch benchmark peers",
 }
 """What each set of optional packages is for."""
 
-CORE = ("hpm", "torch", "torchvision", "timm")
+CORE = ("hardpatch", "torch", "torchvision", "timm")
 """Their versions are told."""
 
 
@@ -31,23 +31,23 @@ def look_at_software() -> Iterator[Finding]:
     """Versions, packages that are missing or do not match, and what is not installed but could be."""
     there = ", ".join(f"{name} {value}" for name in CORE if (value := _version(name)))
     yield Finding("versions", "ok", f"{platform.platform()}, Python {platform.python_version()}, {there}")
-    if _version("hpm") is None:
+    if _version("hardpatch") is None:
         yield Finding(
-            "packages", "problem", "hpm runs from a folder without being installed: what it needs is not known",
+            "packages", "problem", "hardpatch runs from a folder without being installed: what it needs is not known",
             "pip install -c constraints.txt . in its folder",
         )  # fmt: skip
         return
     try:
-        broken = [told for package in ("hpm", "torchvision") for told in _unmet(package, extra="")]
-        absent = {extra: use for extra, use in EXTRAS.items() if any(_unmet("hpm", extra=extra))}
+        broken = [told for package in ("hardpatch", "torchvision") for told in _unmet(package, extra="")]
+        absent = {extra: use for extra, use in EXTRAS.items() if any(_unmet("hardpatch", extra=extra))}
     except ImportError:
         yield Finding("packages", "problem", "packaging is not installed", "pip install packaging")
         return
     if broken:
-        advice = "install what is named, or hpm anew into a fresh environment, by its constraints file"
+        advice = "install what is named, or hardpatch anew into a fresh environment, by its constraints file"
         yield Finding("packages", "problem", "; ".join(broken), advice)
     else:
-        yield Finding("packages", "ok", "all that hpm needs are there, in versions that match")
+        yield Finding("packages", "ok", "all that hardpatch needs are there, in versions that match")
     if absent:
         uses = "; ".join(f"{use}: {install(extra)}" for extra, use in absent.items())
         yield Finding("optional packages", "note", f"not installed, or too old: {', '.join(absent)}", uses)

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hpm.doctor.findings import Finding
-from hpm.limits import processor_quota, usable_cores
+from hardpatch.runtime.machine import processor_quota, usable_cores
+from hardpatch.tools.doctor.findings import Finding
 
 GIB = 2**30
 LITTLE_MEMORY = 4 * GIB

@@ -1,4 +1,4 @@
-"""What may hang or break Python, each tried in a process of its own: ``python -m hpm.doctor.trials NAME ARGUMENTS``.
+"""What may hang or break Python, each tried in a process of its own: ``python -m hardpatch.tools.doctor.trials NAME ARGUMENTS``.
 
 The last line on standard output is a JSON list of findings; what broke is the last of them.
 """
@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from hpm.doctor.findings import Finding
-from hpm.doctor.surroundings import look_at_folder
+from hardpatch.tools.doctor.findings import Finding
+from hardpatch.tools.doctor.surroundings import look_at_folder
 
 TINY = {
     "encoder": "vit_tiny_patch16_224", "encoder_depth": 2, "image_size": 32, "patch_size": 8, "decoder_width": 32,
@@ -48,8 +48,8 @@ def try_device(name: str) -> Iterator[Finding]:
 
     torchvision.ops.nms(torch.rand(2, 4), torch.rand(2), 0.5)  # fails where it was built for another torch
 
-    from hpm import distributed
-    from hpm.errors import InputError
+    from hardpatch.runtime import distributed
+    from hardpatch.runtime.errors import InputError
 
     try:
         device = distributed.choose_device(name)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def try_device(name: str) -> Iterator[Finding]:
     if device.type == "cuda" and "RANK" not in os.environ and torch.cuda.device_count() > 1:
         number = torch.cuda.device_count()
         yield Finding(
-            "GPUs", "note", f"{number}", f"torchrun --nproc-per-node {number} -m hpm pretrain takes all of them"
+            "GPUs", "note", f"{number}", f"torchrun --nproc-per-node {number} -m hardpatch pretrain takes all of them"
         )
         devices = [torch.device("cuda", index) for index in range(number)]
     for one in devices:
@@ -71,7 +71,7 @@ def try_device(name: str) -> Iterator[Finding]:
 def _describe(device: Any) -> Finding:
     import torch
 
-    from hpm import distributed
+    from hardpatch.runtime import distributed
 
     bf16 = distributed.has_bf16(device)
     precision = "bf16" if bf16 else "no bf16, so float32"
@@ -102,7 +102,7 @@ def _describe(device: Any) -> Finding:
         advice = "if nvidia-smi lists a GPU, install a torch for its driver: pytorch.org, Get started"
         return Finding("device", "warning", f"{found}; torch is built without CUDA, and there is nvidia-smi", advice)
     if device.type == "cpu":
-        advice = "enough for 64-px images and small models; hpm plan says what is possible"
+        advice = "enough for 64-px images and small models; hardpatch plan says what is possible"
         return Finding("device", "note", found, advice)
     return Finding("device", "ok", found)
 
@@ -111,7 +111,7 @@ def _try_step(device: Any) -> Finding:
     """A step of a tiny model, held against the CPU's."""
     import torch
 
-    from hpm import distributed
+    from hardpatch.runtime import distributed
 
     about = "training step" if device.index in (None, 0) else f"training step, GPU {device.index}"
     start = time.perf_counter()
@@ -146,9 +146,10 @@ def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Ste
     """One step of a tiny model from fixed weights, images and noise."""
     import torch
 
-    from hpm.build import build_method, build_optimizer, build_student, choose_attention, compile_blocks
-    from hpm.config import Config, with_fields
-    from hpm.method import Losses, Teacher
+    from hardpatch.config.config import Config
+    from hardpatch.config.values import with_fields
+    from hardpatch.method.method import Losses, Teacher
+    from hardpatch.runs.build import build_method, build_optimizer, build_student, choose_attention, compile_blocks
 
     config = with_fields(Config(), TINY)
     torch.manual_seed(0)
@@ -179,7 +180,7 @@ def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Ste
 
 def try_compilation(name: str) -> Iterator[Finding]:
     """Compile the blocks of a tiny model, and take the same step with them, in the precision of a run."""
-    from hpm import distributed
+    from hardpatch.runtime import distributed
 
     device = distributed.choose_device(name)  # type: ignore[arg-type]
     bf16 = distributed.has_bf16(device)
@@ -203,9 +204,15 @@ def try_compilation(name: str) -> Iterator[Finding]:
 
 def try_data_processes() -> Iterator[Finding]:
     """Start the data processes of a run on embedded images, and wait for their first batches."""
-    from hpm.data.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
-    from hpm.data.sources import open_source
-    from hpm.errors import InputError
+    from hardpatch.data.loader.loading import (
+        Position,
+        TrainingImages,
+        TrainingOrder,
+        default_workers,
+        training_batches,
+    )
+    from hardpatch.data.sources import open_source
+    from hardpatch.runtime.errors import InputError
 
     workers = default_workers()
     source = open_source(f"shapes:{NUM_IMAGES}", image_size=(64, 64), field="data")
@@ -226,10 +233,11 @@ def try_data_processes() -> Iterator[Finding]:
 
 def try_images(source: str) -> Iterator[Finding]:
     """Look at the images and read some of them."""
-    from hpm.config import Config, with_fields
-    from hpm.data.decode import DecodeError
-    from hpm.errors import InputError
-    from hpm.planning.images import open_images_of
+    from hardpatch.config.config import Config
+    from hardpatch.config.values import with_fields
+    from hardpatch.data.images.decode import DecodeError
+    from hardpatch.runtime.errors import InputError
+    from hardpatch.tools.plan.images_found import open_images_of
 
     try:
         config, images, found = open_images_of(with_fields(Config(), {"data": source}), {})
@@ -251,9 +259,9 @@ def try_images(source: str) -> Iterator[Finding]:
     )
     if damaged:
         told += f"; {len(damaged)} of {len(indices)} damaged, the first: {damaged[0]}"
-        yield Finding("images", "warning", told, f"hpm data check {source} --out DIR lists them all")
+        yield Finding("images", "warning", told, f"hardpatch data check {source} --out DIR lists them all")
     elif config.data.channels != 3:
-        yield Finding("images", "note", told, f"give --channels {config.data.channels} to hpm pretrain")
+        yield Finding("images", "note", told, f"give --channels {config.data.channels} to hardpatch pretrain")
     else:
         yield Finding("images", "ok", told)
 

@@ -1,4 +1,4 @@
-"""``hpm plan``: images, a machine and a time budget -> model, sizes, batch, length of the run.
+"""``hardpatch plan``: images, a machine and a time budget -> model, sizes, batch, length of the run.
 
 sizes.py        the rules: which image size, patch, encoders, batch; pure functions
 images.py       what the images are, and how fast they load

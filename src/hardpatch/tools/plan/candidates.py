@@ -9,24 +9,25 @@ from typing import Any
 
 import torch
 
-from hpm import distributed
-from hpm.budget import keep_to_budget
-from hpm.build import build_student
-from hpm.config import Config, with_fields
-from hpm.errors import InputError
-from hpm.flops import training_flops
-from hpm.limits import free_memory
-from hpm.memory import StepMemory, step_memory
-from hpm.parallel import check_sharding
-from hpm.planning.config import PlanConfig
-from hpm.planning.sizes import LIGHT, LIGHT_WIDTH, MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, Size, choose_batch
-from hpm.rules import split_batch
-from hpm.vit import create_encoder
+from hardpatch.config.config import Config
+from hardpatch.config.plan import PlanConfig
+from hardpatch.config.rules import split_batch
+from hardpatch.config.values import with_fields
+from hardpatch.cost.flops import training_flops
+from hardpatch.cost.memory import StepMemory, step_memory
+from hardpatch.method.vit import create_encoder
+from hardpatch.runs.build import build_student
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.machine import free_memory
+from hardpatch.tools.plan.sizes import LIGHT, LIGHT_WIDTH, MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, Size, choose_batch
+from hardpatch.training.budget import keep_to_budget
+from hardpatch.training.sharding import check_sharding
 
 FREE_SHARE = 0.9
 """Of the memory that is free now, a run may take so much."""
 UNCOUNTED = 1.25
-"""Memory of a step over what :mod:`hpm.memory` counts: temporary results, gaps, images, what CUDA takes for itself."""
+"""Memory of a step over what :mod:`hardpatch.cost.memory` counts: temporary results, gaps, images, what CUDA takes for itself."""
 RECOMPUTED = 4 / 3
 """Work of a step whose activations are computed again."""
 

@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hpm.batches import training_images
-from hpm.build import build_decoder, build_downloads, open_images
-from hpm.config import Config, with_fields
-from hpm.data.cache import SHARE_OF_MEMORY, SharedImages, estimate
-from hpm.data.decode import DecodeError
-from hpm.data.describing import find_channels
-from hpm.data.sources import Source, open_source
-from hpm.errors import InputError
-from hpm.limits import free_memory
-from hpm.planning.sizes import MIN_GRID, choose_grid, choose_patch, choose_side
-from hpm.vit import create_encoder, patch_size
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.data.images.decode import DecodeError
+from hardpatch.data.loader.cache import SHARE_OF_MEMORY, SharedImages, estimate
+from hardpatch.data.sources import Source, open_source
+from hardpatch.data.tools.describe import find_channels
+from hardpatch.method.vit import create_encoder, patch_size
+from hardpatch.runs.build import build_decoder, build_downloads, open_images
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.machine import free_memory
+from hardpatch.tools.plan.sizes import MIN_GRID, choose_grid, choose_patch, choose_side
+from hardpatch.training.batches import training_images
 
 LOOK_AT = 64
 """Images that are read."""

@@ -1,4 +1,4 @@
-"""``hpm plan``: a step of every encoder that comes into question is timed here, and the rules choose."""
+"""``hardpatch plan``: a step of every encoder that comes into question is timed here, and the rules choose."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hpm.checkpoint import write_text_atomically
-from hpm.config import Config, check_fields, suggest, to_yaml, with_fields
-from hpm.errors import InputError
-from hpm.flops import training_flops
-from hpm.log import say
-from hpm.planning.candidates import Candidate, Machine, find_machine, make_candidate, sizes_for, with_costs, with_size
-from hpm.planning.config import PlanConfig, duration, parse_budget
-from hpm.planning.images import ImagesFound, Loading, open_images_of, time_loading
-from hpm.planning.sizes import MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, enough_views, epochs_within, preferred
-from hpm.planning.timing import (
+from hardpatch.config.config import Config
+from hardpatch.config.plan import PlanConfig, duration, parse_budget
+from hardpatch.config.recipes import METHODS, TARGETS, recipe
+from hardpatch.config.values import check_fields, to_yaml, with_fields
+from hardpatch.cost.flops import training_flops
+from hardpatch.runs.folder import versions
+from hardpatch.runs.schedule import resolve_schedule
+from hardpatch.runtime.errors import InputError, suggest
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import say
+from hardpatch.tools.plan.candidates import (
+    Candidate,
+    Machine,
+    find_machine,
+    make_candidate,
+    sizes_for,
+    with_costs,
+    with_size,
+)
+from hardpatch.tools.plan.images_found import ImagesFound, Loading, open_images_of, time_loading
+from hardpatch.tools.plan.sizes import MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, enough_views, epochs_within, preferred
+from hardpatch.tools.plan.step_time import (
     StepSeconds,
     loading_limit,
     reckoned,
@@ -28,9 +40,6 @@ from hpm.planning.timing import (
     step_seconds,
     with_loading,
 )
-from hpm.recipes import METHODS, TARGETS, recipe
-from hpm.run_folder import versions
-from hpm.run_schedule import resolve_schedule
 
 HOPELESS = 0.25
 """An encoder that gets less than this share of the views that it should is the last that is timed; the times of larger
@@ -83,7 +92,7 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     training = schedule.total_steps * final.optimisation.batch_size / chosen.views_per_second
     seconds = seconds_of_run(training, chosen, found, machine)
     if out is not None:
-        about = {"proposed_by": f"hpm plan --data {shlex.quote(base.data.data)} --budget {config.budget}"}
+        about = {"proposed_by": f"hardpatch plan --data {shlex.quote(base.data.data)} --budget {config.budget}"}
         write_text_atomically(out, to_yaml(final, {**about, **versions(machine.device)}))
     start = _start(machine.processes)
     return {
@@ -117,7 +126,7 @@ def _recipe(method: str) -> Config:
     known = ["-".join(filter(None, (m, t))) for m in METHODS for t in ("", *TARGETS)]
     if method not in known:
         raise InputError(
-            f"method: must be METHOD[-TARGET] as hpm recipes lists them, without a scale, got {method!r}"
+            f"method: must be METHOD[-TARGET] as hardpatch recipes lists them, without a scale, got {method!r}"
             f"{suggest(method, known)}"
         )
     return recipe(method)
@@ -212,7 +221,9 @@ def _advice(
             "masks time to grow hard; a longer --budget or a smaller --image-size would help"
         )
     if machine.device.type != "cpu" and loading_limit(final, loading, machine) <= chosen.views_per_second:
-        lines.append("loading limits this run: hpm data pack makes images quick to read, hpm benchmark data says more")
+        lines.append(
+            "loading limits this run: hardpatch data pack makes images quick to read, hardpatch benchmark data says more"
+        )
     return lines
 
 
@@ -254,8 +265,8 @@ def _nothing(candidates: list[Candidate], config: PlanConfig, machine: Machine, 
 def _start(processes: int) -> list[str]:
     """The first words of the command."""
     if processes == 1:
-        return ["hpm", "pretrain"]
-    return ["torchrun", "--nproc-per-node", str(processes), "-m", "hpm", "pretrain"]
+        return ["hardpatch", "pretrain"]
+    return ["torchrun", "--nproc-per-node", str(processes), "-m", "hardpatch", "pretrain"]
 
 
 def command_words(config: Config, method: str) -> list[str]:

@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-from hpm import distributed
-from hpm.ablation.clock import TimedStep
-from hpm.benchmark.step import OurStep
-from hpm.benchmark.timing import warm_up
-from hpm.config import Config, with_fields
-from hpm.data.loading import default_workers
-from hpm.limits import usable_cores
-from hpm.planning.candidates import Candidate, Machine
-from hpm.planning.images import ImagesFound, Loading
+from hardpatch.config.config import Config
+from hardpatch.config.values import with_fields
+from hardpatch.data.loader.loading import default_workers
+from hardpatch.runtime import distributed
+from hardpatch.runtime.machine import usable_cores
+from hardpatch.tools.ablate.step_times import TimedStep
+from hardpatch.tools.benchmark.step import OurStep
+from hardpatch.tools.benchmark.timing import warm_up
+from hardpatch.tools.plan.candidates import Candidate, Machine
+from hardpatch.tools.plan.images_found import ImagesFound, Loading
 
 FLOPS_OF_A_TIMED_STEP = 3e11
 """On a CPU a step is timed with as many views as come to this."""

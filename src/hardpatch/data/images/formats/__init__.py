@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from hpm.data.formats import arrays, dicom, pictures, tiff
-from hpm.data.stored import DecodeError, Description, Stored
+from hardpatch.data.images.formats import arrays, dicom, pictures, tiff
+from hardpatch.data.images.stored import DecodeError, Description, Stored
 
 EXTENSIONS = frozenset(
     {

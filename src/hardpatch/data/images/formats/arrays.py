@@ -9,7 +9,16 @@ from typing import cast
 import numpy as np
 from numpy.lib import format as npy
 
-from hpm.data.stored import Colour, DecodeError, Description, Kind, Stored, check_size, product, type_range
+from hardpatch.data.images.stored import (
+    Colour,
+    DecodeError,
+    Description,
+    Kind,
+    Stored,
+    check_size,
+    product,
+    type_range,
+)
 
 _CONVERTIBLE = (1, 3)
 """Grey and colour can be turned into each other."""

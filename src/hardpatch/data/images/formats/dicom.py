@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hpm.data.stored import DecodeError, Description, Kind, Stored, check_size, type_range
-from hpm.extras import install
+from hardpatch.data.images.stored import DecodeError, Description, Kind, Stored, check_size, type_range
+from hardpatch.runtime.extras import install
 
 _BY_IMAGECODECS = {
     "1.2.840.10008.1.2.4.57": "jpegsof3",

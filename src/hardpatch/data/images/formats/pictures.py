@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from hpm.data.stored import (
+from hardpatch.data.images.stored import (
     MAX_PIXELS,
     Colour,
     DecodeError,

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpm.data.formats import pictures
-from hpm.data.stored import (
+from hardpatch.data.images.formats import pictures
+from hardpatch.data.images.stored import (
     Colour,
     DecodeError,
     Description,

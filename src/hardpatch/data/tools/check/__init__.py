@@ -1,1 +1,1 @@
-"""``hpm data check``: what is in a source, before anything is learnt from it."""
+"""``hardpatch data check``: what is in a source, before anything is learnt from it."""

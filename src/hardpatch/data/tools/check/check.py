@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpm.checkpoint import write_text_atomically
-from hpm.data.check.config import CheckConfig
-from hpm.data.check.duplicates import groups_of_equal, groups_of_near
-from hpm.data.check.look import Look, Looker, other_files
-from hpm.data.check.sheet import draw_sheet
-from hpm.data.check.workers import look_at_all
-from hpm.data.decode import Decoder
-from hpm.data.loading import Damage
-from hpm.data.sources import FileSource, Source, open_source, remote
-from hpm.errors import InputError
-from hpm.limits import usable_cores
-from hpm.log import tracked
+from hardpatch.config.data_check import CheckConfig
+from hardpatch.data.images.decode import Decoder
+from hardpatch.data.loader.loading import Damage
+from hardpatch.data.sources import FileSource, Source, open_source, remote
+from hardpatch.data.tools.check.duplicates import groups_of_equal, groups_of_near
+from hardpatch.data.tools.check.look import Look, Looker, other_files
+from hardpatch.data.tools.check.sheet import draw_sheet
+from hardpatch.data.tools.check.workers import look_at_all
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import tracked
+from hardpatch.runtime.machine import usable_cores
 
 _ASPECTS = ((0.5, "under 1:2"), (0.8, "1:2 to 4:5"), (1.25, "about square"), (2.0, "5:4 to 2:1"), (np.inf, "over 2:1"))
 """Width over height, up to which limit and what to call it."""
@@ -47,7 +47,7 @@ class Spread(NamedTuple):
 
 
 class CheckResult(NamedTuple):
-    """What ``hpm data check`` found."""
+    """What ``hardpatch data check`` found."""
 
     files: int
     """All that were gone through: loaded, damaged and skipped."""

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from hpm.data.decode import Decoder, Sample, describe, to_sample
-from hpm.data.formats import EXTENSIONS, read_stored
-from hpm.data.sources import Source
-from hpm.data.stored import DecodeError, Description
-from hpm.data.value_range import stored_ends
+from hardpatch.data.images.decode import Decoder, Sample, describe, to_sample
+from hardpatch.data.images.formats import EXTENSIONS, read_stored
+from hardpatch.data.images.stored import DecodeError, Description
+from hardpatch.data.images.value_range import stored_ends
+from hardpatch.data.sources import Source
 
 
 class Look(NamedTuple):

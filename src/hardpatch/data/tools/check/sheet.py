@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch.nn import functional as F
 
-from hpm.data.check.config import CheckConfig
-from hpm.data.check.look import Look
-from hpm.data.decode import Decoder, Sample
-from hpm.data.sources import Source
-from hpm.data.stored import DecodeError
-from hpm.display import principal_components
+from hardpatch.config.data_check import CheckConfig
+from hardpatch.data.images.colours import principal_components
+from hardpatch.data.images.decode import Decoder, Sample
+from hardpatch.data.images.stored import DecodeError
+from hardpatch.data.sources import Source
+from hardpatch.data.tools.check.look import Look
 
 _COLUMNS = 8
 _TILE, _GAP, _CAPTION, _HEADING, _LINE = 1.2, 0.08, 0.34, 0.36, 0.15

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
-from hpm.stopping import ignore_in_worker, signals_held
+from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 Answer = TypeVar("Answer")
 

@@ -1,0 +1,1 @@
+"""Many images: from a source to batches on the device."""

@@ -1,0 +1,1 @@
+"""How well features or a fine-tuned encoder tell classes apart."""

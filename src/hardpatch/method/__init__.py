@@ -1,0 +1,1 @@
+"""Hard Patches Mining itself: torch and timm only, no config, no data, no files."""

@@ -1,0 +1,1 @@
+"""What the student reconstructs: one file for each kind of target."""

@@ -1,0 +1,1 @@
+"""What any command needs of the machine it runs on; knows nothing of the method."""

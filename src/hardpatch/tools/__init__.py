@@ -1,0 +1,1 @@
+"""Commands that compare, plan, examine and time runs."""

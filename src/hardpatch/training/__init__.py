@@ -1,0 +1,1 @@
+"""Pre-training: the loop, its state, its batches, what it reports."""
