@@ -1,6 +1,6 @@
 # make demo    set up .venv and run the main job on embedded data
 # make test    set up .venv and run the tests
-# make check   ruff and mypy
+# make check   ruff, mypy, and the layers that imports may not climb
 # make clean   remove .venv and what tools leave behind
 PYTHON ?= python3
 VENV := .venv
@@ -31,6 +31,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -39,7 +39,7 @@ _MODULES = {
 if not TYPE_CHECKING:  # or a type checker would take every name for one of ours
 
     def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used: torch takes seconds, and ``hardpatch --help`` needs none of it."""
+        """Import a public name when it is first used: torch takes seconds, and help needs none of it."""
         if name == "__version__":
             value: Any = import_module("importlib.metadata").version("hardpatch")
         elif name in _MODULES:

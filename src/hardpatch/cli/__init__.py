@@ -1,8 +1,8 @@
 """The command ``hardpatch``: parses, calls, prints. Everything it does can be done from Python as well.
 
 Exit codes: 0 done; 2 the input was wrong; 3 stopped by a signal after saving, 130 by Ctrl-C without; 141 standard
-output was closed by whoever read it; 1 a fault of hardpatch's. A new command is a function (arguments) -> None in one of the
-modules here, and a line in :data:`COMMANDS`.
+output was closed by whoever read it; 1 a fault of hardpatch's. A new command is a function (arguments) -> None in one
+of the modules here, and a line in :data:`COMMANDS`.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def benchmark_data(arguments: list[str]) -> None:
         data.save(result, Path(config.out))
         print(f"look:  {Path(config.out).with_suffix('.png')}")
     print(
-        "next:  hardpatch data pack SRC --out DIR    shards that are quick to read; hardpatch pretrain --cache ram, where they fit"
+        "next:  hardpatch data pack SRC --out DIR    shards that are quick to read; "
+        "hardpatch pretrain --cache ram, where they fit"
     )
     if as_json:
         print_json(result)

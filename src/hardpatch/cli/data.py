@@ -201,7 +201,8 @@ def data_pack(arguments: list[str]) -> None:
     flags = "" if result.channels == 3 else f" --channels {result.channels}"
     flags += "" if config.no_data is None else f" --no-data {config.no_data:g}"
     print(
-        f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data {shlex.quote(result.out + '/*.tar')}{flags} --out RUN"
+        "next:  hardpatch pretrain --recipe hpm-fast-in-pixels "
+        f"--data {shlex.quote(result.out + '/*.tar')}{flags} --out RUN"
     )
     if as_json:
         print_json(pack.as_json(result))

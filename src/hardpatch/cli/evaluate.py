@@ -291,7 +291,8 @@ def evaluate_detect(arguments: list[str]) -> None:
         print(f"look:  {result.figure}")
     if config.untrained:
         print(
-            f"next:  hardpatch visualize --checkpoint {config.checkpoint} --images {config.train_images!r} --out hard.png"
+            f"next:  hardpatch visualize --checkpoint {config.checkpoint} "
+            f"--images {config.train_images!r} --out hard.png"
         )
     else:
         print("next:  the same with --untrained    what of this the pre-training gave")

@@ -34,7 +34,8 @@ def convert(arguments: list[str]) -> None:
         )
     elif result.kind == "encoder":
         print(
-            f'\nuse:   import hardpatch\n       backbone = hardpatch.load_encoder("{result.to}")    # a plain timm model'
+            "\nuse:   import hardpatch\n"
+            f'       backbone = hardpatch.load_encoder("{result.to}")    # a plain timm model'
         )
         print("       features = backbone.forward_features(images)")
     else:

@@ -1,4 +1,4 @@
-"""What ``hardpatch data stats`` and ``hardpatch data pack`` can be told: apart from what they do, so that ``--help`` is quick."""
+"""What ``hardpatch data stats`` and ``hardpatch data pack`` can be told."""
 
 from __future__ import annotations
 

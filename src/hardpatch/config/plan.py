@@ -18,8 +18,8 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 class PlanConfig:
     """Propose a run for your images, your machine and your time: model, sizes, batch, epochs; hours and memory.
 
-    The fields of the config below are those of hardpatch pretrain, with its defaults: what you give holds; encoder, sizes,
-    channels, batch, memory and epochs are chosen where you do not.
+    The fields of the config below are those of hardpatch pretrain, with its defaults: what you give holds; encoder,
+    sizes, channels, batch, memory and epochs are chosen where you do not.
     """
 
     budget: str = "8h"

@@ -438,7 +438,7 @@ SCALES: dict[str, Callable[[], Fields]] = {
 
 
 def shapes_demo() -> Fields:
-    """What ``hardpatch demo`` runs: a 4-block ViT 128 wide on the embedded shapes, about three minutes on two CPU cores."""
+    """What ``hardpatch demo`` runs: a 4-block ViT 128 wide on the embedded shapes, three minutes on two cores."""
     return {
         **hpm(),
         **micro(),

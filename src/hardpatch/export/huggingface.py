@@ -127,8 +127,8 @@ def _with_identity_pooler(state: dict[str, Tensor], vit: VisionTransformer) -> d
 def processor_config(backbone: Backbone) -> dict[str, Any]:
     """Resize and normalise as in the run.
 
-    Square images are resized to cover and cut to their centre, as hardpatch does; transformers has no processor that does so
-    for a rectangle: there the whole image is squeezed into it.
+    Square images are resized to cover and cut to their centre, as hardpatch does; transformers has no processor that
+    does so for a rectangle: there the whole image is squeezed into it.
     """
     _, height, width = backbone.image_shape
     square = height == width

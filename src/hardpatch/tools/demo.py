@@ -1,4 +1,4 @@
-"""``hardpatch demo``: the main job on embedded data, so that a person without data sees at once what the method does."""
+"""``hardpatch demo``: the main job on embedded data, so that a person without data sees what the method does."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Pre-training: the loop, and everything around it that must not be seen in it.
 
-Everything random is a function of the seed and the step (:mod:`hardpatch.runtime.seeding`), every schedule a function of the step
-(:mod:`hardpatch.method.schedules`). So no random state is saved: a checkpoint holds what :class:`hardpatch.training.state.State` lists, and a run
-that was killed ends bit-identical to one that was not.
+Everything random is a function of the seed and the step (:mod:`hardpatch.runtime.seeding`), every schedule a function
+of the step (:mod:`hardpatch.method.schedules`). So no random state is saved: a checkpoint holds what
+:class:`hardpatch.training.state.State` lists, and a run that was killed ends bit-identical to one that was not.
 """
 
 from __future__ import annotations

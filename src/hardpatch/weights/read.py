@@ -1,4 +1,4 @@
-"""Reading weights, whoever wrote them, into one form: tensors under the names of :class:`hardpatch.method.method.Student`.
+"""Weights, whoever wrote them, read into one form: tensors under the names of :class:`hardpatch.method.method.Student`.
 
     runs/photos, step_00001234.pt, weights.safetensors    ours
     mae_pretrain_vit_base.pth, checkpoint-199.pth, ...    published HPM and MAE files, whole or the encoder alone

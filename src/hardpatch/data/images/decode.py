@@ -17,7 +17,8 @@ refused. Where nothing is missing, ``valid`` is None.
 
 **Orientation** (EXIF, TIFF's tag, XMP) is applied. Of animations and of files with several pages the first is read.
 
-**Refused**: more than :data:`~hardpatch.data.stored.MAX_PIXELS` or MAX_BYTES (before decoding), cut off, or damaged where the
+**Refused**: more than :data:`~hardpatch.data.stored.MAX_PIXELS` or MAX_BYTES (before decoding), cut off, or damaged
+where the
 format can tell. A JPEG, WebP, GIF or BMP has no checksum: a changed byte in it may come out as another picture.
 
 How each format is read stands in :mod:`hardpatch.data.images.formats`.

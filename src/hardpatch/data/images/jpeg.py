@@ -3,8 +3,8 @@
 The crop is known before the pixels are. Where it is at least twice as large as the result, libjpeg-turbo decodes the
 image at a half, a quarter or an eighth of its size, which leaves out most of the inverse transform and all of the
 memory; the box moves to the nearest multiple of that, by half a pixel of the result at most. Only these three scales:
-the others (3/8, 5/8, ...) have no vector code and are slower than the full size.
-Everything that is not a plain, undamaged 8-bit JPEG is left to :class:`hardpatch.data.images.decode.Decoder`, whose rules hold.
+the others (3/8, 5/8, ...) have no vector code and are slower than the full size. Everything that is not a plain,
+undamaged 8-bit JPEG is left to :class:`hardpatch.data.images.decode.Decoder`, whose rules hold.
 """
 
 from __future__ import annotations

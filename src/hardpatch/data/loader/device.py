@@ -120,7 +120,8 @@ class ImagesOnDevice:
         if need > SHARE_OF_DEVICE * free:
             raise InputError(
                 f"cache: the decoded images take about {need / 1e9:.1f} GB, 'device' may take {SHARE_OF_DEVICE:.0%} "
-                f"of the {free / 1e9:.1f} GB that are free there; give --cache ram, or shrink them (hardpatch data pack)"
+                f"of the {free / 1e9:.1f} GB that are free there; give --cache ram, "
+                "or shrink them (hardpatch data pack)"
             )
 
     def whole(self, key: tuple[int, int]) -> Whole:

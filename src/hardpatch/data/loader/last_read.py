@@ -93,5 +93,6 @@ class LastRead(Dataset[Item]):
         cause = killed[1] if killed else "exited unexpectedly"
         return InputError(
             f"data: a data worker died ({cause}) while it read {', '.join(names) or 'its first image'}; look at it "
-            "with hardpatch data check, and leave it out if it is damaged (if many workers die, memory is short: --workers)"
+            "with hardpatch data check, and leave it out if it is damaged "
+            "(if many workers die, memory is short: --workers)"
         )

@@ -1,8 +1,8 @@
 """Shards: files that hold many images each. On the disk they are read in place; from far away they come as a whole.
 
-A shard from far away lies in the folder of downloads while it is used (:mod:`hardpatch.data.sources.downloads`). What is in
-it is found once and kept there, so that a set larger than the disk can be numbered too: from an ``index.json`` beside
-the shards, which ``hardpatch data pack`` writes, or by going through all of them once.
+A shard from far away lies in the folder of downloads while it is used (:mod:`hardpatch.data.sources.downloads`). What
+is in it is found once and kept there, so that a set larger than the disk can be numbered too: from an ``index.json``
+beside the shards, which ``hardpatch data pack`` writes, or by going through all of them once.
 """
 
 from __future__ import annotations

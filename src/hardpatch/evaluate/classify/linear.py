@@ -1,7 +1,8 @@
 """Linear classification of frozen features: what most papers quote, beside the untrained encoder.
 
-The encoder runs over every image once. The classifiers then see features only (:mod:`hardpatch.evaluate.classify.probe`), so that a
-sweep over learning rates, few labels and several encoders cost seconds.
+The encoder runs over every image once. The classifiers then see features only
+(:mod:`hardpatch.evaluate.classify.probe`), so that a sweep over learning rates, few labels and several encoders cost
+seconds.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class _Classified(NamedTuple):
 
 
 def run(config: LinearConfig) -> LinearResult:
-    """``hardpatch evaluate linear``: accuracy of a linear classifier on a run's encoder and on the same encoder untrained.
+    """``hardpatch evaluate linear``: accuracy of a linear classifier on an encoder, and on it untrained.
 
     Under ``torchrun`` every process reads a part of the images; the first one trains the classifiers.
 

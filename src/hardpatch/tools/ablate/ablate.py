@@ -41,10 +41,9 @@ from hardpatch.training.loop import train
 def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Run what is missing of a suite, and write its table.
 
-    Args:
-        config: Suite, seeds, folder.
-        fields: ``data``, and any other fields of :class:`hardpatch.config.config.Config` that are to be the same for every row.
-            With ``val``, labelled like ``data``, the table has kNN and linear accuracies.
+        Args: config: Suite, seeds, folder. fields: ``data``, and any other fields of
+        :class:`hardpatch.config.config.Config` that are to be the same for every row. With ``val``, labelled like
+        ``data``, the table has kNN and linear accuracies.
 
     Returns:
         The table, as in the ``--json`` line.

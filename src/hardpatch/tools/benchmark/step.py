@@ -1,4 +1,4 @@
-"""``hardpatch benchmark step``: the plain reference step, ours, the fast presets and every means alone, timed in turns."""
+"""``hardpatch benchmark step``: the plain reference step, ours and the fast presets, timed in turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may hang or break Python, each tried in a process of its own: ``python -m hardpatch.tools.doctor.trials NAME ARGUMENTS``.
+"""What may hang or break Python, tried in processes: ``python -m hardpatch.tools.doctor.trials NAME ARGUMENTS``.
 
 The last line on standard output is a JSON list of findings; what broke is the last of them.
 """

@@ -27,7 +27,7 @@ from hardpatch.training.sharding import check_sharding
 FREE_SHARE = 0.9
 """Of the memory that is free now, a run may take so much."""
 UNCOUNTED = 1.25
-"""Memory of a step over what :mod:`hardpatch.cost.memory` counts: temporary results, gaps, images, what CUDA takes for itself."""
+"""Memory of a step over what :mod:`hardpatch.cost.memory` counts: temporary results, images, CUDA's own."""
 RECOMPUTED = 4 / 3
 """Work of a step whose activations are computed again."""
 

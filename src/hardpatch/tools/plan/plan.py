@@ -222,7 +222,8 @@ def _advice(
         )
     if machine.device.type != "cpu" and loading_limit(final, loading, machine) <= chosen.views_per_second:
         lines.append(
-            "loading limits this run: hardpatch data pack makes images quick to read, hardpatch benchmark data says more"
+            "loading limits this run: hardpatch data pack makes images quick to read, "
+            "hardpatch benchmark data says more"
         )
     return lines
 

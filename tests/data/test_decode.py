@@ -6,7 +6,6 @@ import re
 import struct
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ from fuzzing import deep_png
 from hardpatch.data.images import stored
 from hardpatch.data.images.decode import DecodeError, Decoder, Sample, decode
 from hardpatch.runtime.errors import InputError
+from places import SHARED
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+DATA = SHARED / "data"
 MANIFEST = SHARED / "nasty" / "manifest.csv"
 NASTY = list(csv.DictReader(MANIFEST.read_text().splitlines())) if MANIFEST.is_file() else []
 
@@ -361,7 +361,7 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
 @pytest.mark.skipif(not NASTY, reason=f"{MANIFEST} is not there")
 @pytest.mark.parametrize("row", NASTY, ids=lambda row: row["file"])
 def test_nasty_file_is_loaded_or_refused_with_a_reason(row):
-    content = (SHARED / "nasty" / "files" / row["file"]).read_bytes()
+    content = (DATA / "nasty" / "files" / row["file"]).read_bytes()
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():

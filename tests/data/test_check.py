@@ -22,8 +22,9 @@ from hardpatch.data.tools.check import check, look
 from hardpatch.data.tools.check.duplicates import groups_of_equal, groups_of_near
 from hardpatch.data.tools.check.sheet import displayed
 from hardpatch.data.tools.check.workers import look_at_all
+from places import SHARED
 
-NASTY = Path(__file__).parents[2] / "shared" / "data" / "nasty"
+NASTY = SHARED / "data" / "nasty"
 
 
 def call(capsys, *words):

@@ -2,21 +2,21 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import tyro
 
 from hardpatch.cli import COMMANDS
 from hardpatch.config.config import Config
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
+ROOT = ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands(page):
-    """The words after ``hardpatch`` of every command in the page's blocks, continuation lines joined, comments left out."""
+    """The words after ``hardpatch`` of every command in the page's blocks, without comments."""
     found = []
     for block in BLOCK.findall(page.read_text()):
         for line in block.replace("\\\n", " ").splitlines():

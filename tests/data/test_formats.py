@@ -22,9 +22,10 @@ from hardpatch.data.images import stored
 from hardpatch.data.images.decode import DecodeError, Decoder, decode, describe
 from hardpatch.data.images.value_range import find_value_range
 from hardpatch.data.sources import open_source
+from places import ROOT, SHARED
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-NASTY, SCIENTIFIC = SHARED / "nasty" / "files", SHARED / "scientific"
+DATA = SHARED / "data"
+NASTY, SCIENTIFIC = DATA / "nasty" / "files", DATA / "scientific"
 needs_nasty = pytest.mark.skipif(not NASTY.is_dir(), reason=f"{NASTY} is not there")
 needs_scientific = pytest.mark.skipif(not SCIENTIFIC.is_dir(), reason=f"{SCIENTIFIC} is not there")
 
@@ -425,7 +426,7 @@ def test_bombs_are_refused_quickly_and_without_gigabytes(tmp_path):
     for name, content in made.items():
         (tmp_path / name).write_bytes(content)
         assert len(content) < 4_000_000
-    words = [sys.executable, "-W", "error", "-c", MEASURE, str(Path(__file__).parent), str(tmp_path)]
+    words = [sys.executable, "-W", "error", "-c", MEASURE, str(ROOT / "tests"), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ)
     for name, (reason, seconds, megabytes) in json.loads(done.stdout).items():
         assert reason or name in harmless, name

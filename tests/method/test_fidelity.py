@@ -18,8 +18,9 @@ from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.targets.target import feature_loss
 from hardpatch.method.vit import create_encoder, encode, sincos_positions, take
 from hardpatch.weights.names import from_published, to_published
+from places import SHARED
 
-FOLDER = Path(os.environ.get("HPM_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
+FOLDER = Path(os.environ.get("HPM_REFERENCE_DIR", SHARED / "reference"))
 CASES = sorted(FOLDER.glob("*.json"))
 
 pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference numbers in {FOLDER}; set HPM_REFERENCE_DIR")

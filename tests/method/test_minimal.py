@@ -1,7 +1,6 @@
 """The document that explains the method runs, and computes what the package computes."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,9 @@ import torch
 from hardpatch.method.masks import hide_hard
 from hardpatch.method.method import rank_correlation, relative_loss
 from hardpatch.method.vit import patchify
+from places import ROOT
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "minimal.md"
+DOCUMENT = ROOT / "docs" / "minimal.md"
 STEPS = 40
 
 

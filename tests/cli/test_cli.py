@@ -220,7 +220,7 @@ def test_evaluate_knn_by_two_processes_gives_the_result_of_one_and_prints_it_onc
                                     "--k", "3", "7", "--max-damaged", "0.1", "--device", "cpu", "--json")]  # fmt: skip
     _, alone, _ = call(capsys, *words)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch", *words],
+        [*f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m hardpatch".split(), *words],
         check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,9 @@ from hardpatch.cli import pretrain as pretraining
 from hardpatch.cli.flags import parse
 from hardpatch.config.evaluations import FinetuneConfig, ForegroundConfig, KnnConfig, LinearConfig
 from hardpatch.evaluate.classify import finetune, knn, linear
+from places import ROOT
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks/worth.py"
+SCRIPT = ROOT / "benchmarks/worth.py"
 CONFIGS = {"knn": KnnConfig, "linear": LinearConfig, "finetune": FinetuneConfig, "foreground": ForegroundConfig}
 RESULTS = {"knn": knn.KnnResult, "linear": linear.LinearResult, "finetune": finetune.FinetuneResult}
 """Of the JSON line; that of foreground has a key per measure."""

@@ -16,10 +16,11 @@ from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.convert import inferred_config, run
 from hardpatch.weights.names import to_published
+from places import SHARED
 from tiny import TINY, tiny_student
 
 torch.set_num_threads(1)
-FOLDER = Path(os.environ.get("HPM_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
+FOLDER = Path(os.environ.get("HPM_REFERENCE_DIR", SHARED / "reference"))
 CASES = sorted(FOLDER.glob("*.json"))
 HEADS = ("--encoder-heads", 2, "--decoder-heads", 2)
 

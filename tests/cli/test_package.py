@@ -10,6 +10,7 @@ import pytest
 
 import hardpatch
 from hardpatch.runtime.extras import install
+from places import ROOT
 
 SOURCES = sorted(Path(hardpatch.__file__).parent.rglob("*.py"))
 
@@ -25,7 +26,8 @@ def python(code):
 
 def test_importing_hpm_imports_nothing_slow():
     python(
-        f"import sys, hardpatch; hardpatch.__version__, hardpatch.InputError, dir(hardpatch); assert not {{*{SLOW}}} & {{*sys.modules}}"
+        "import sys, hardpatch; hardpatch.__version__, hardpatch.InputError, dir(hardpatch); "
+        f"assert not {{*{SLOW}}} & {{*sys.modules}}"
     )
 
 
@@ -38,6 +40,7 @@ def test_help_imports_nothing_slow(words):
     python(f"""
 import sys
 from hardpatch.cli import main
+from places import ROOT
 try:
     main({words.split()})
 except SystemExit as left:
@@ -99,7 +102,7 @@ def test_what_an_extra_needs_is_installed_package_by_package():
 
 
 def test_no_message_tells_to_install_the_other_project_called_hpm():
-    root = Path(__file__).parent.parent
+    root = ROOT
     for file in (*SOURCES, root / "README.md", *(root / "docs").glob("*.md")):
         told = re.search(r"""pip install ["']?hpm\b""", file.read_text())
         assert file.name in ("log.md", "extras.py") or not told, file

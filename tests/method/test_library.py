@@ -1,16 +1,16 @@
 """The page on the parts is one program that runs, and does what it says."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from hardpatch.method.masks import hide_hard, hide_random
+from places import ROOT
 
 torch.set_num_threads(1)
-DOCUMENT = Path(__file__).parents[1] / "docs" / "library.md"
+DOCUMENT = ROOT / "docs" / "library.md"
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from test_sources import png, refusal, values
 from torch.utils.data import Dataset
 
 from hardpatch.data.loader.loading import Position, TrainingOrder, batches_in_order
 from hardpatch.data.sources import Downloads, fingerprint, hugging_face, open_source
 from hardpatch.data.sources.hugging_face import HubName
 from hardpatch.runtime.errors import InputError
-from test_sources import png, refusal, values
 
 datasets = pytest.importorskip("datasets")
 

@@ -1,7 +1,5 @@
 """Boxes: read from both forms, found in maps of scores; torchvision and plain loops are the oracles."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,10 +14,11 @@ from hardpatch.evaluate.boxes import QUANTILES, box_overlaps, extents, largest_p
 from hardpatch.evaluate.foreground import mean_finding
 from hardpatch.runtime.errors import InputError
 from hardpatch.training.loop import train
+from places import SHARED
 from tiny import tiny_config
 
 torch.set_num_threads(1)
-NATURE = Path(__file__).parents[2] / "shared/data/nature"
+NATURE = SHARED / "data/nature"
 HEADER = "path,xmin,ymin,xmax,ymax\n"
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+from places import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
 def agreement():

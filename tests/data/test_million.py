@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from test_sources import write
 
 from hardpatch.data.sources import FileSource, class_indices, fingerprint, open_source
 from hardpatch.data.sources.compact import LabelBuilder, Labels, Strings
 from hardpatch.data.sources.shard_index import ShardIndex
 from hardpatch.runtime.errors import InputError
-from test_sources import write
 
 COUNT = 12_000
 

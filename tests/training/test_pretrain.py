@@ -191,7 +191,9 @@ def test_looking_at_a_run_leaves_it_as_it_is(tmp_path):
 def test_two_processes_cannot_train_the_same_run(tmp_path):
     run(tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
-    code = "import sys; from hardpatch.runs.folder import RunFolder; f = RunFolder(sys.argv[1]); f.claim(); print(1); input()"
+    code = (
+        "import sys; from hardpatch.runs.folder import RunFolder as F; f = F(sys.argv[1]); f.claim(); print(1); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-u", "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

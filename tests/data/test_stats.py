@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cache import Kinds
 
 from hardpatch.cli import main
 from hardpatch.data.images.decode import DecodeError, Sample
 from hardpatch.data.loader.statistics import Moments, measure, moments
-from test_cache import Kinds
 
 torch.set_num_threads(1)
 

@@ -22,7 +22,8 @@ def together(*words, processes=2):
     """The JSON line of ``hardpatch evaluate`` under torchrun, and what stood before it."""
     done = subprocess.run(
         [
-            *f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {processes} -m hardpatch".split(),
+            sys.executable,
+            *f"-m torch.distributed.run --standalone --nproc-per-node {processes} -m hardpatch".split(),
             "evaluate", *words, "--json",
         ],
         capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -313,7 +313,8 @@ def test_model_card(tmp_path):
     assert header["library_name"] == "timm"
     for line in (
         "# photos", "| knn | top1 | 41.25 |", "| knn | num_val | 1,000 |", "| pretrain | reconstruction_loss | 0.75 |",
-        "`list.txt`", "12 optimizer steps of 8 images, seed 0", "| model.encoder_width | 32 |", "Trained with hardpatch",
+        "`list.txt`", "12 optimizer steps of 8 images, seed 0", "| model.encoder_width | 32 |",
+        "Trained with hardpatch",
         'timm.create_model("local-dir:timm", pretrained=True)', "32x32 pixels, 3 channels",
     ):  # fmt: skip
         assert line in card

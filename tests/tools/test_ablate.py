@@ -265,7 +265,7 @@ def test_two_processes_fill_the_table_of_one(tmp_path):
     words = ["ablate", "--suite", "main", "--out", str(tmp_path / "two"), "--rows", "hpm", "--seeds", "0",
              "--val", "shapes:24@1", *flags(FIELDS)]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch", *words],
+        [*f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m hardpatch".split(), *words],
         check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

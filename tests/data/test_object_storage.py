@@ -1,12 +1,12 @@
 """Images in S3: a server of moto on this machine."""
 
 import pytest
+from test_remote import write_shards
+from test_sources import values, write
 
 from hardpatch.data.sources import Downloads, fingerprint, open_source, remote
 from hardpatch.data.sources.remote import Patience
 from hardpatch.runtime.errors import InputError
-from test_remote import write_shards
-from test_sources import values, write
 
 boto3 = pytest.importorskip("boto3")
 server = pytest.importorskip("moto.server")

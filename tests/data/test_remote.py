@@ -12,6 +12,7 @@ from contextlib import closing
 import pyarrow
 import pyarrow.parquet
 import pytest
+from test_sources import png, values, write, write_tar
 from torch.utils.data import Dataset
 
 from hardpatch.data.loader.loading import Position, TrainingOrder, batches_in_order
@@ -19,7 +20,6 @@ from hardpatch.data.sources import Blocks, Downloads, fingerprint, open_source, 
 from hardpatch.data.sources.cached_shards import FarShardSource
 from hardpatch.data.sources.remote import Patience, UnreachableError
 from hardpatch.runtime.errors import InputError
-from test_sources import png, values, write, write_tar
 from web_server import serving
 
 QUICK = Patience(tries=8, first_wait=0.01, longest_wait=0.05, timeout=1.0)
