@@ -1,0 +1,179 @@
+"""Models back out of a run."""
+
+from __future__ import annotations
+
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runs.checkpoint import about_weights
+import csv
+import fcntl
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any, Literal
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from hardpatch.runs.build import (
+    build_method,
+    build_normalise,
+    build_student,
+    build_target,
+    embedded_codebook,
+    input_config,
+    timm_arguments,
+)
+from hardpatch.runs.checkpoint import CheckpointFolder, load_verified
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.config.config import Config
+from hardpatch.config.values import differences, load_config, to_yaml, validated
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
+from hardpatch.method.method import Method, Student, Teacher
+from hardpatch.runs.schedule import Schedule
+from hardpatch.runs.trackers import RUNS_FILE
+
+
+def locate_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """Load the state of a run folder (its newest whole checkpoint) or of one ``.pt`` file.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        state = CheckpointFolder(folder).load_latest() if any(folder.glob("step_*.pt")) else None
+        if state is None:
+            raise InputError(f"checkpoint: no checkpoint in {str(path)!r}; is it a run folder?")
+        return state
+    if not path.exists():
+        raise InputError(f"checkpoint: {str(path)!r} does not exist")
+    return load_verified(path.resolve(), require_checksum=False)
+
+
+class LoadedRun:
+    """A trained student and teacher with their config.
+
+    Args:
+        checkpoint: A run folder, or one of its ``.pt`` files.
+        device: Where to put the models.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+
+    def __init__(self, checkpoint: str | Path, *, device: torch.device | None = None) -> None:
+        state = locate_checkpoint(checkpoint)
+        device = device or torch.device("cpu")
+        self.config = validated(state["config"])
+        self.step: int = state["step"]
+        # The width of the target stands in the weights: a frozen model is not needed to read them.
+        target_dim = len(state["student"]["reconstructor.head.weight"])
+        self.student: Student = build_student(self.config, target_dim=target_dim)
+        self.student.load_state_dict(state["student"])
+        self.student.to(device).eval()
+        self.teacher = Teacher(self.student)
+        self.teacher.model.load_state_dict(state["teacher"])
+        self.normalise = build_normalise(self.config).to(device)
+        self.device = device
+        self._target: dict[str, torch.Tensor] = state.get("target", {})
+
+    @cached_property
+    def method(self) -> Method:
+        """The choices of the run, with the target as it was saved; a frozen target model is loaded only here.
+
+        Raises:
+            InputError: The target's model or tokenizer cannot be loaded any more.
+        """
+        target = build_target(self.config)
+        if (codebook := embedded_codebook(target)) is not None:
+            codebook.adopt(**self._target)
+        if isinstance(target, nn.Module):
+            target.to(self.device)
+        return build_method(self.config, self.student, target)
+
+
+def load_teacher(checkpoint: str | Path) -> Teacher:
+    """The EMA teacher of a run, in evaluation mode; ``teacher.predict_loss(images)`` says what is hard.
+
+    The images must be normalised as in the run (``data.mean`` and ``data.std`` of its config; ImageNet's by default).
+
+    Args:
+        checkpoint: A run folder, or one of its ``.pt`` files.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    return LoadedRun(checkpoint).teacher
+
+
+def load_encoder(checkpoint: str | Path) -> VisionTransformer:
+    """The pre-trained backbone as a plain timm model in evaluation mode.
+
+    How it wants its images (mean, standard deviation, size) stands in its ``pretrained_cfg``, where timm looks for it:
+    ``timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))``.
+
+    Args:
+        checkpoint: A run folder, its ``weights.safetensors``, or one of its ``.pt`` files.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    path = Path(checkpoint).expanduser()
+    weights = RunFolder(path).weights_file if path.is_dir() else path
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        run = LoadedRun(path)
+        run.student.encoder.pretrained_cfg.update(input_config(run.config))
+        return run.student.encoder
+    return load_timm_weights(weights)
+
+
+def load_timm_weights(weights: Path, *, field: str = "checkpoint") -> VisionTransformer:
+    """The model in a safetensors file of :func:`hardpatch.runs.checkpoint.save_weights`, in evaluation mode.
+
+    Args:
+        weights: The file.
+        field: What to call it in a message.
+
+    Raises:
+        InputError: It holds no model of hardpatch.
+    """
+    arguments, wanted, state = _read_timm_weights(weights, field)
+    model: VisionTransformer = timm.create_model(**arguments)
+    model.load_state_dict(state)
+    model.pretrained_cfg.update(wanted)
+    return model.eval()
+
+
+def arguments_of_encoder(checkpoint: str | Path) -> dict[str, Any]:
+    """Arguments with which ``timm.create_model`` builds what :func:`load_encoder` returns for the same checkpoint.
+
+    Raises:
+        InputError: Nothing there, or damaged.
+    """
+    path = Path(checkpoint).expanduser()
+    weights = RunFolder(path).weights_file if path.is_dir() else path
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        return timm_arguments(LoadedRun(path).config)
+    return _read_timm_weights(weights, "checkpoint")[0]
+
+
+def _read_timm_weights(weights: Path, field: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
+    """How timm builds the model, how it wants its images, and its weights."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            about = about_weights(file.metadata())
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return about["timm"], about["input"], state
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{field}: {str(weights)!r} holds no encoder of hardpatch: {error}") from error
