@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
-from hardpatch.method.method import Losses, Teacher
+from hardpatch.method.method import Losses
+from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_method, build_optimizer, build_student, compile_blocks
 from hardpatch.runs.folder import versions
 
@@ -152,12 +153,15 @@ def train(
         images = images.to(device)
         noise = torch.rand(BATCH_SIZE, student.positions.shape[1], generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            scores = teacher.predict_loss(images)
-            hidden = method.mask_policy(scores, noise, num_hidden=method.num_hidden, num_hard=num_hard)
-            given = hidden if masks is None else masks[step].to(device)
-            output = student(images, given, num_hidden=method.num_hidden, full_features=teacher.encode(images))
-            losses: Losses = method.losses(output, images, method.choose_decoded(given, noise), scores)
-        ordered = scores.float().sort(dim=1, descending=True).values
+            batch = method.mask(teacher, images, noise, num_hard=num_hard)
+            hidden = batch.hidden
+            if masks is not None:
+                given = masks[step].to(device)
+                batch = batch._replace(hidden=given, decoded=method.choose_decoded(given, noise))
+            losses: Losses = method.learn(student, batch)
+        assert batch.teacher is not None
+        assert batch.teacher.scores is not None
+        ordered = batch.teacher.scores.float().sort(dim=1, descending=True).values
         gap = float((ordered[:, num_hard - 1] - ordered[:, num_hard]).min())
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 5.0)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
-from hardpatch.method.method import Student, StudentOutput
+from hardpatch.method.student import Student, StudentOutput
 from hardpatch.runs.build import blocks, build_method, build_student
 from hardpatch.training.sharding import gathered, parallel
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hardpatch.data.sources.drawn_shapes import make_shape
 from hardpatch.figures.hardness import save_figure
-from hardpatch.method.masks import MASKS, num_hidden_patches
+from hardpatch.method.choices import MASKS, resolve
+from hardpatch.method.masks import MaskInput, hide_top, num_hidden_patches
 from hardpatch.method.vit import patchify, unpatchify
 
 GRID = (14, 14)
@@ -56,8 +57,8 @@ def columns() -> dict[str, UInt8[Tensor, "b 3 h w"]]:
     shown = {"image": images, "stand-in\nscores": heat(scores)}
     for name in sorted(MASKS, key=lambda name: MASKS[name].guide is None):
         if name not in LEFT_OUT:
-            policy = MASKS[name].policy(GRID)
-            hidden = policy(scores, noise, num_hidden=num_hidden, num_hard=int(num_hidden * SHARE))
+            given = MaskInput(scores, noise, GRID, num_hidden, int(num_hidden * SHARE))
+            hidden = hide_top(resolve(MASKS[name].policy)(given), num_hidden)
             shown[TITLES.get(name, name.replace("_", "\n"))] = masked(images, hidden)
     return shown
 

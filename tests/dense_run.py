@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_student
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.folder import RunFolder

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hardpatch.evaluate.classify.classifier import load_classifier
     from hardpatch.runs.load import load_encoder, load_teacher
     from hardpatch.runtime.errors import InputError, Interrupted
-    from hardpatch.training.loop import pretrain
+    from hardpatch.training.pretrain import pretrain
 
 __version__: str
 __all__ = [
@@ -32,7 +32,7 @@ _MODULES = {
     "load_classifier": "hardpatch.evaluate.classify.classifier",
     "load_encoder": "hardpatch.runs.load",
     "load_teacher": "hardpatch.runs.load",
-    "pretrain": "hardpatch.training.loop",
+    "pretrain": "hardpatch.training.pretrain",
 }
 
 

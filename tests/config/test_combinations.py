@@ -8,7 +8,7 @@ import torch
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.method.masks import MASKS
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_method, build_optimizer, build_student, build_target, embedded_codebook
 from hardpatch.runtime.errors import InputError
 from tiny import TINY

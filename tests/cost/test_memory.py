@@ -6,7 +6,7 @@ import torch
 from hardpatch.config.recipes import recipe
 from hardpatch.config.values import with_fields
 from hardpatch.cost.memory import step_memory
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.runs.build import blocks, build_method, build_student, recompute_blocks
 from tiny import tiny_config
 

@@ -24,7 +24,7 @@ from hardpatch.embed.difficulty import mask_order, measure_difficulty, rank_agre
 from hardpatch.embed.sheet import Ranked, draw_sheet, ends
 from hardpatch.figures.display import Display
 from hardpatch.figures.hardness import NUM_MASKS
-from hardpatch.method.method import relative_loss
+from hardpatch.method.losses import relative_loss
 from hardpatch.method.vit import encode
 from hardpatch.runs.build import build_normalise, choose_attention
 from hardpatch.runs.load import LoadedRun

@@ -21,7 +21,7 @@ from hardpatch.evaluate.foreground import (
     measure_patches,
     patch_variance,
 )
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import class_attention, create_encoder, has_class_attention
 from hardpatch.runs.build import build_method, build_normalise, build_student
 from hardpatch.runtime.errors import InputError

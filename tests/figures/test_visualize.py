@@ -12,8 +12,9 @@ from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import open_source
 from hardpatch.figures.display import Display, hatched
 from hardpatch.figures.hardness import draw_hardness, measure_hardness, spread_images
+from hardpatch.method.losses import rank_correlation
 from hardpatch.method.masks import MASKS
-from hardpatch.method.method import Teacher, rank_correlation
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import class_attention
 from hardpatch.runs.build import build_method, build_normalise, build_student
 from tiny import TINY

@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from hardpatch.training.feeding import Feed
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from hardpatch.config.recipes import METHODS
 from hardpatch.config.values import with_fields
 from hardpatch.data.loader.loading import Batch
 from hardpatch.evaluate.features import pool
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import class_attention, encode, patch_size
 from hardpatch.runs.build import (
     blocks,
@@ -32,7 +33,6 @@ from hardpatch.runs.build import (
     choose_attention,
     embedded_codebook,
 )
-from hardpatch.training.feeding import Feed
 from hardpatch.training.gate import MiningGate
 from tiny import TINY
 

@@ -5,19 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hardpatch.training.budget import CHOICES, keep_to_budget, teacher_share
+from hardpatch.training.feeding import Feed
 
 from hardpatch.config.config import Config
 from hardpatch.config.recipes import recipe
 from hardpatch.config.values import with_fields
 from hardpatch.cost.flops import step_cost
 from hardpatch.data.loader.loading import Batch, Normalise
-from hardpatch.method.method import Answers, Teacher
+from hardpatch.method.method import Answers
 from hardpatch.method.schedules import NUM_STAGES, stage, stage_side
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import embed, encode, grid_size, resample_positions, resize
 from hardpatch.runs.build import build_method, build_stages, build_student, build_target
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.budget import CHOICES, keep_to_budget, teacher_share
-from hardpatch.training.feeding import Feed
 from hardpatch.training.loop import pretrain
 from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
 
@@ -348,17 +349,18 @@ def test_overhead_is_the_time_of_the_step_over_that_of_mae(prepared, monkeypatch
 
     monkeypatch.setattr(overhead, "_seconds", timed)
     run = prepared(steps_per_batch=2)
-    before = {name: tensor.clone() for name, tensor in run.state.student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in run.state.model.student.state_dict().items()}
     measured = overhead.measure_overhead(run)
     assert measured == (pytest.approx((1 / 2 + 4) / 2), 0.0, pytest.approx(0.5 / 4.5))
-    assert all(torch.equal(before[name], tensor) for name, tensor in run.state.student.state_dict().items())
-    assert all(parameter.grad is None for parameter in run.state.student.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.state.model.student.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.state.model.student.parameters())
 
 
 def test_overhead_is_over_mae_that_decodes_all_that_is_hidden(prepared, monkeypatch):
     """What decoding a part saves counts for the step, not for what it is held against."""
-    from hardpatch.method.method import Method
     from hardpatch.training.overhead import TURNS, measure_overhead
+
+    from hardpatch.method.method import Method
 
     decoded = []
     choose = Method.choose_decoded
@@ -384,9 +386,9 @@ def test_overhead_that_does_not_fit_into_memory_stops_no_run(prepared, monkeypat
 
     monkeypatch.setattr(overhead, "_seconds", full)
     run = prepared()
-    run.state.student.zero_grad()
+    run.state.model.student.zero_grad()
     assert overhead.measure_overhead(run) is None
-    assert all(parameter.grad is None for parameter in run.state.student.parameters())
+    assert all(parameter.grad is None for parameter in run.state.model.student.parameters())
     assert "was not measured" in capsys.readouterr().err
 
 

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
 
+from hardpatch.method.losses import PREDICTED_LOSSES
 from hardpatch.method.masks import hide_random, split_patches
-from hardpatch.method.method import PREDICTED_LOSSES, Method, Student, Teacher
+from hardpatch.method.method import Method
+from hardpatch.method.student import Student, Teacher
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.targets.target import feature_loss
 from hardpatch.method.vit import create_encoder, encode, sincos_positions, take

@@ -12,8 +12,10 @@ from timm.models import save_for_hf
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
+from hardpatch.method.losses import relative_loss
 from hardpatch.method.masks import hide_hard
-from hardpatch.method.method import Method, Teacher, relative_loss
+from hardpatch.method.method import Method
+from hardpatch.method.student import Teacher
 from hardpatch.method.targets.timm_features import FrozenModel, TimmFeatureTarget, load_frozen, resample
 from hardpatch.runs.build import build_optimizer, build_student, build_target
 from hardpatch.runs.load import load_encoder

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.figures.hardness import measure_hardness
-from hardpatch.method.method import StudentOutput, Teacher, rank_correlation
+from hardpatch.method.losses import rank_correlation
+from hardpatch.method.student import StudentOutput, Teacher
 from hardpatch.method.targets.pixels import PixelHardness, PixelTarget
 from hardpatch.method.vit import patchify, take
 from hardpatch.runs.build import build_method, build_student, build_target

@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
+from hardpatch.method.losses import absolute_loss, rank_correlation, relative_loss
 from hardpatch.method.masks import MASKS, hide_hard, hide_random, hide_top, split_patches
-from hardpatch.method.method import Method, Student, Teacher, absolute_loss, rank_correlation, relative_loss
+from hardpatch.method.method import Method
+from hardpatch.method.student import Student, Teacher
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.vit import class_attention, create_encoder, encode, grid_size, patchify, unpatchify
 from hardpatch.runs.build import blocks, build_method, build_student

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
+from hardpatch.method.losses import rank_correlation, relative_loss
 from hardpatch.method.masks import hide_hard
-from hardpatch.method.method import rank_correlation, relative_loss
 from hardpatch.method.vit import patchify
 from places import ROOT
 

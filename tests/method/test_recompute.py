@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.runs.build import blocks, build_method, compile_blocks, recompute_blocks
 from hardpatch.training.loop import pretrain
 from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student

@@ -14,7 +14,7 @@ from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.figures.display import Display
 from hardpatch.figures.hardness import draw_hardness, measure_hardness, visualize
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.method.targets.hog import HogTarget, cell_histograms
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.targets.target import Target, feature_loss

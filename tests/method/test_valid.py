@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
+from hardpatch.training.feeding import Feed
 from scipy import stats
 from test_method import NUM_HIDDEN, NUM_PATCHES, PATCH, SIZE, some_images, some_noise, tiny_method, tiny_student
 
 from hardpatch.data.loader.loading import Batch, Normalise
+from hardpatch.method.losses import absolute_loss, mean_over, rank_correlation, relative_loss
 from hardpatch.method.masks import MASKS, hide_easy, hide_hard, hide_proportional
-from hardpatch.method.method import Teacher, absolute_loss, mean_over, rank_correlation, relative_loss
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import whole_patches
 from hardpatch.runs.build import Stage
-from hardpatch.training.feeding import Feed
 
 HALF = torch.arange(NUM_PATCHES) < NUM_PATCHES // 2
 

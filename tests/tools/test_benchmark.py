@@ -10,8 +10,9 @@ import torch
 
 from hardpatch.cli import main
 from hardpatch.config.benchmark import PeersConfig, StepConfig
+from hardpatch.method.losses import relative_loss
 from hardpatch.method.masks import hide_hard
-from hardpatch.method.method import Teacher, relative_loss
+from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_method, build_optimizer
 from hardpatch.runtime.errors import InputError
 from hardpatch.tools.benchmark import step, timing

@@ -17,8 +17,9 @@ from hardpatch.config.config import Config
 from hardpatch.config.recipes import METHODS, recipe
 from hardpatch.config.values import with_fields
 from hardpatch.data.loader.loading import Batch
-from hardpatch.method.method import Method, Teacher
+from hardpatch.method.method import Method
 from hardpatch.method.schedules import ema_decay, learning_rate
+from hardpatch.method.student import Teacher
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.schedule import resolve_schedule

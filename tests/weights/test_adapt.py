@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models._manipulate import adapt_input_conv
 
 import hardpatch
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import encode, patchify, unpatchify
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError, Interrupted

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from hardpatch.method.masks import split_patches
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import encode, sincos_positions
 from hardpatch.runtime.errors import InputError
 from hardpatch.training.loop import pretrain

@@ -72,7 +72,7 @@ def pretrain(arguments: list[str]) -> None:
     )
     command = parse(with_settings, "pretrain", arguments)
 
-    from hardpatch.training.loop import train
+    from hardpatch.training.pretrain import train
 
     result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume, trunk=trunk)
     report_run(command.out, result, as_json=command.json)

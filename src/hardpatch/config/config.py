@@ -7,10 +7,16 @@ keyword of :func:`hardpatch.pretrain`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+import tyro
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from hardpatch.method.choices import MASKS, TARGETS, listed
+from hardpatch.runtime.errors import suggest
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -18,6 +24,29 @@ Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+
+def named_in(table: Mapping[str, Any]) -> AfterValidator:
+    """The check of a field that names a row of a table, also a row that is added later."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            known = ", ".join(map(repr, table)) + suggest(name, table)
+            raise PydanticCustomError("unknown_name", "must be one of {known}", {"known": known})
+        return name
+
+    return AfterValidator(check)
+
+
+TargetName = Annotated[
+    str,
+    named_in(TARGETS),
+    tyro.conf.arg(metavar="{" + ",".join(TARGETS) + "}", help=f"What is reconstructed. {listed(TARGETS)}."),
+]
+MaskName = Annotated[
+    str,
+    named_in(MASKS),
+    tyro.conf.arg(metavar="{" + ",".join(MASKS) + "}", help=f"Which patches are hidden. {listed(MASKS)}."),
+]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -106,10 +135,7 @@ class MethodConfig:
 
     __pydantic_config__ = _STRICT
 
-    target: Literal["pixels", "norm_pix", "hog", "ema_features", "timm_features", "tokens"] = "pixels"
-    """What is reconstructed: pixels; norm_pix: pixels normalised within each patch (MAE's best); hog: histograms of
-    oriented gradients (MaskFeat); ema_features: the teacher's own features; timm_features: those of a frozen timm model
-    (target_model); tokens: discrete tokens (BEiT), by default of a k-means codebook fitted on the images."""
+    target: TargetName = "pixels"
     target_model: str = ""
     """timm model behind target timm_features, e.g. vit_base_patch16_224.dino, or local-dir:PATH for saved weights."""
     tokenizer: str = ""
@@ -117,13 +143,7 @@ class MethodConfig:
     attribute vocabulary; none: the embedded k-means codebook."""
     num_tokens: Annotated[int, Field(ge=2)] = 1024
     """Entries of the embedded k-means codebook."""
-    mask: Literal[
-        "hard", "easy", "proportional", "attention", "random", "block", "inverse_block", "uniform_grid",
-        "green_noise", "red_noise", "blue_noise", "purple_noise",
-    ] = "hard"  # fmt: skip
-    """Mask policy. By predicted loss: hard (HPM), easy (argmin), proportional (sampled). By the teacher's attention:
-    attention (AttMask). Fixed: random (MAE), block (BEiT), inverse_block (data2vec 2.0), uniform_grid (UM-MAE),
-    green_noise and the other colours (ColorMAE)."""
+    mask: MaskName = "hard"
     mask_ratio: OpenShare = 0.75
     """Share of the patches that is hidden."""
     decoded_share: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -131,14 +151,6 @@ class MethodConfig:
     masks_per_image: Positive = 1
     """Masks of every image in a batch: its views. One pass of the teacher, and one decoded file, serve them all;
     batch_size and epochs count views."""
-    steps_per_batch: Positive = 1
-    """Steps for which a batch of images is kept, each with new masks: the teacher looks at it once (published: 1)."""
-    teacher_budget: OpenShare | None = None
-    """Largest share of a step's FLOPs for the teacher's pass: masks_per_image and teacher_reduction are raised until it
-    keeps to that. None: they stay as they are."""
-    progressive_start: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Side of the images in the first quarter of the run, share of image_size; grows to 1 in four equal steps
-    (published: 1)."""
     hard_share_start: Share = 0.0
     """a_0, share of the hidden patches chosen by predicted loss (or attention) at the start; the rest is random."""
     hard_share_end: Share = 0.5
@@ -187,7 +199,7 @@ class OptimisationConfig:
     cooldown_epochs: PositiveFloat | None = None
     """Last epochs of a constant learning rate, in which it falls to 0; none: a fifth of the run."""
     schedule_epochs: Positive | None = None
-    """Length that warm-up, EMA, hard share and progressive resolution are adapted to, epochs; none: epochs. In a longer
+    """Length that warm-up, EMA and hard share are adapted to, epochs; none: epochs. In a longer
     run they stay at their ends."""
     warmup_epochs: Annotated[float, Field(ge=0)] | None = None
     """Linear warm-up, epochs; none: a tenth of the run, at most the published 25,000 steps."""
@@ -217,9 +229,6 @@ class RunConfig:
     """Device; auto: CUDA, then MPS, then CPU."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Autocast precision; auto: bf16 where the hardware has it."""
-    residual_precision: Literal["float32", "bf16"] = "float32"
-    """What transformer blocks add to under bf16 autocast; bf16: fewer bytes to move and to keep, gradients are rounded
-    twice as coarsely (of plain blocks only: LayerScale adds in float32)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer blocks; auto: on CUDA (on a CPU it gains a twentieth and costs a minute)."""
     sharding: Literal["none", "full"] = "none"

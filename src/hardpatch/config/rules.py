@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hardpatch.method.choices import MASKS, TARGETS
 from hardpatch.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def check_together(config: Config) -> None:
         InputError: Names the field, the rule and the value.
     """
     data, model, method, optimisation = config.data, config.model, config.method, config.optimisation
+    guide = MASKS[method.mask].guide
     if optimisation.warmup_epochs is not None and optimisation.warmup_epochs >= optimisation.epochs:
         raise InputError(
             f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
@@ -31,24 +33,25 @@ def check_together(config: Config) -> None:
         raise InputError(f"display_channels: must be one or three of channels 0 to {data.channels - 1}, got {shown}")
     if data.value_range and (len(data.value_range) != 2 or not data.value_range[0] < data.value_range[1]):
         raise InputError(f"value_range: must be a lower and a higher number, got {data.value_range}")
-    if method.predicted_loss == "none" and _guide(method.mask) == "predicted_loss":
+    if method.predicted_loss == "none" and guide == "predicted_loss":
         raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
     if method.mining_threshold and method.predicted_loss == "none":
         raise InputError("mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'")
-    if method.mining_threshold and _guide(method.mask) is None:
+    if method.mining_threshold and guide is None:
         raise InputError(f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided")
     if method.predictor_detached and (method.predicted_loss == "none" or method.predictor_view == "full"):
         raise InputError(
             "predictor_detached: with predicted_loss 'none' or predictor_view 'full' there is no gradient to cut"
         )
-    if bool(method.target_model) != (method.target == "timm_features"):
-        raise InputError(
-            f"target_model: goes with target 'timm_features', and it with it; got {method.target_model!r} and "
-            f"target {method.target!r}"
-        )
-    if method.tokenizer and method.target != "tokens":
-        raise InputError(f"tokenizer: goes with target 'tokens', got target {method.target!r}")
-    if method.hardness_block > 1 and method.target not in ("pixels", "norm_pix"):
+    kind = TARGETS[method.target]
+    for name, row in TARGETS.items():
+        for option in row.options:
+            if getattr(method, option) and name != method.target:
+                raise InputError(f"{option}: goes with target {name!r}, got target {method.target!r}")
+    for option in kind.required:
+        if not getattr(method, option):
+            raise InputError(f"{option}: must be given with target {method.target!r}, got {getattr(method, option)!r}")
+    if method.hardness_block > 1 and not kind.of_pixels:
         raise InputError(
             f"hardness_block: must be 1 with target {method.target!r}, which is not made of pixels; "
             f"got {method.hardness_block}"
@@ -56,7 +59,7 @@ def check_together(config: Config) -> None:
     if method.hardness_block > 1 and method.predicted_loss == "none":
         raise InputError("hardness_block: with predicted_loss 'none' nothing learns what is hard, so it must be 1; "
                          f"got {method.hardness_block}")  # fmt: skip
-    if method.hardness_in_pixels and (method.target != "norm_pix" or method.predicted_loss == "none"):
+    if method.hardness_in_pixels and (not kind.normalised or method.predicted_loss == "none"):
         raise InputError(
             "hardness_in_pixels: goes with target 'norm_pix' and a loss predictor, got target "
             f"{method.target!r} and predicted_loss {method.predicted_loss!r}"
@@ -73,18 +76,6 @@ def check_together(config: Config) -> None:
         raise InputError("mean, std: give both or neither")
     if model.decoder_width % model.decoder_heads:
         raise InputError(f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}")
-    if method.progressive_start < 1 and (method.target == "timm_features" or method.tokenizer):
-        raise InputError(
-            "progressive_start: must be 1 with target 'timm_features' or a tokenizer, which know one image size only; "
-            f"got {method.progressive_start}"
-        )
-    if config.run.keep_steps and config.run.keep_steps % method.steps_per_batch:
-        raise InputError(
-            f"keep_steps: must be divisible by steps_per_batch ({method.steps_per_batch}), within which no run can go "
-            f"on, got {config.run.keep_steps}"
-        )
-    if method.teacher_budget is not None and _guide(method.mask) is None and method.predictor_view == "masked":
-        raise InputError(f"teacher_budget: no teacher is asked with mask {method.mask!r}, got {method.teacher_budget}")
     if optimisation.batch_size % method.masks_per_image:
         raise InputError(f"masks_per_image: must divide batch_size {optimisation.batch_size}, "
                          f"got {method.masks_per_image}")  # fmt: skip
@@ -93,10 +84,10 @@ def check_together(config: Config) -> None:
             f"crops_per_image: times masks_per_image ({method.masks_per_image}) must divide batch_size "
             f"{optimisation.batch_size}, got {data.crops_per_image}"
         )
-    if model.teacher_reduction > 1 and (method.target == "ema_features" or method.mask == "attention"):
+    if model.teacher_reduction > 1 and (kind.needs_teacher or guide == "attention"):
         raise InputError(
-            "teacher_reduction: must be 1 with target 'ema_features' or mask 'attention', which ask the teacher about "
-            f"every patch; got {model.teacher_reduction}"
+            f"teacher_reduction: must be 1 with target {method.target!r} and mask {method.mask!r}, which need what the "
+            f"teacher says of every patch; got {model.teacher_reduction}"
         )
     if model.decoder_width % 4:
         raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
@@ -129,10 +120,3 @@ def split_batch(config: Config, *, processes: int) -> int:
             f"(batch_size, processes, micro_batch_size), got {crops}"
         )
     return share // micro
-
-
-def _guide(mask: str) -> str | None:
-    """What a mask policy chooses by; asked only where a rule depends on it, for masking imports torch."""
-    from hardpatch.method.masks import MASKS
-
-    return MASKS[mask].guide

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hardpatch.config.config import Config
-from hardpatch.method.method import Teacher
+from hardpatch.method.hpm import HPM
 from hardpatch.method.targets.tokens import TokenTarget
-from hardpatch.method.vit import CrossAttention, patch_size
-from hardpatch.runs.build import build_stages, build_student, build_target, embedded_codebook
+from hardpatch.method.vit import CrossAttention
+from hardpatch.runs.build import build_hpm
 
 NUM_IMAGES = 2
 """Images in the step that is counted."""
 
 
 class StepCost(NamedTuple):
-    """FLOPs of a training step per student view, mean over the run; a multiply-add counts as two.
+    """FLOPs of a training step per student view; a multiply-add counts as two.
 
-    What serves several views of an image (``masks_per_image``, ``steps_per_batch``) is shared among them.
+    What serves several views of an image (``masks_per_image``) is shared among them.
     Normalisation, optimizer and EMA, which do not depend on the batch, do not count.
     """
 
@@ -49,32 +49,23 @@ def step_cost(config: Config) -> StepCost:
 
     A tokenizer of the user's own is not counted.
     """
-    target = build_target(config)
-    if codebook := embedded_codebook(target):  # any entries will do: what they are does not change the count
-        codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
-    if isinstance(target, nn.Module):
-        target.to("meta")
+    model = build_hpm(config, counted_only=True)
+    if config.method.tokenizer:
+        no_tokenizer = _NoTokenizer(model.method.target.dim, model.geometry.num_patches)
+        model = HPM(model.student, replace(model.method, target=TokenTarget(no_tokenizer)), model.teacher)
+    method = model.method
+    for part in (model.student, model.teacher, method.target):
+        if isinstance(part, nn.Module):
+            _write_out_attention(part)
+    views = NUM_IMAGES * config.method.masks_per_image
     with torch.device("meta"):
-        student = build_student(config, target_dim=target.dim)
-        if config.method.tokenizer:
-            target = TokenTarget(_NoTokenizer(target.dim, student.positions.shape[1]))
-        stages = build_stages(config, student, target)
-        teacher = Teacher(student)
-        for model in (student, teacher, target):
-            if isinstance(model, nn.Module):
-                _write_out_attention(model)
-        patch, views = patch_size(student.encoder), NUM_IMAGES * config.method.masks_per_image
-        asked, solved = [], []
-        for (rows, columns), method in stages:
-            images = torch.zeros(NUM_IMAGES, config.data.channels, rows * patch[0], columns * patch[1])
-            noise = torch.rand(views, rows * columns)
-            with FlopCounterMode(display=False) as of_teacher:
-                answers = method.ask(teacher, images) if method.needs_teacher else None
-            with FlopCounterMode(display=False) as of_student:
-                method.step(student, None, images, noise, num_hard=0, answers=answers).total.backward()
-            asked.append(of_teacher.get_total_flops() / views / config.method.steps_per_batch)
-            solved.append(of_student.get_total_flops() / views)
-    return StepCost(statistics.fmean(asked), statistics.fmean(solved))
+        images = torch.zeros(NUM_IMAGES, config.data.channels, *model.geometry.image_size)
+        noise = torch.rand(views, model.geometry.num_patches)
+        with FlopCounterMode(display=False) as of_teacher:
+            batch = method.mask(model.teacher if method.needs_teacher else None, images, noise, num_hard=0)
+        with FlopCounterMode(display=False) as of_student:
+            method.learn(model.student, batch).total.backward()
+    return StepCost(of_teacher.get_total_flops() / views, of_student.get_total_flops() / views)
 
 
 class _NoTokenizer:

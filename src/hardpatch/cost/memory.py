@@ -2,8 +2,7 @@
 
 Counted are what stands for the whole run (parameters, gradients, moments, teacher) and what the forward pass keeps for
 the backward pass. Not counted: temporary results, the allocator's gaps, the images, and what CUDA and NCCL take for
-themselves. Blocks are counted without compilation; compiled ones keep no more. With a bf16 residual norms are counted
-as keeping bf16, which compiled ones do; on CUDA others keep a float32 copy.
+themselves. Blocks are counted without compilation; compiled ones keep no more.
 """
 
 from __future__ import annotations
@@ -15,16 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hardpatch.config.config import Config
-from hardpatch.method.method import Method, Student, Teacher
-from hardpatch.runs.build import (
-    blocks,
-    build_method,
-    build_student,
-    build_target,
-    choose_attention,
-    embedded_codebook,
-    recompute_blocks,
-)
+from hardpatch.method.method import Method
+from hardpatch.method.student import Student, Teacher
+from hardpatch.runs.build import blocks, build_hpm, choose_attention, recompute_blocks
 
 GATHERED_BLOCKS = 2
 """Blocks of which a sharded model holds all parameters at once: the one that runs, and the next."""
@@ -87,13 +79,8 @@ def step_memory(
     """
     share = max(1, config.optimisation.batch_size // processes)
     views = min(share, config.run.micro_batch_size or share)
-    target = build_target(config)
-    if codebook := embedded_codebook(target):
-        codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
-    with torch.device("meta"):
-        student = build_student(config, target_dim=target.dim)
-        teacher = Teacher(student)
-    method = build_method(config, student, target)
+    model = build_hpm(config, counted_only=True)
+    student, teacher, method, target = model.student, model.teacher, model.method, model.method.target
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad) * 4
     whole = _bytes(student)
     rest = whole - sum(_bytes(block) for block in blocks(student))

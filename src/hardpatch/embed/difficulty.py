@@ -1,6 +1,6 @@
 """How difficult an image is, and where.
 
-Two measures, because no single one answers both questions:
+Two measures, because no single one said both questions:
 
 *Where in the image?* The teacher's predicted loss. Under the relative loss only differences within an image are trained
 (adding a number to all scores of an image changes nothing), and under the absolute loss the target is standardised
@@ -67,14 +67,14 @@ def measure_difficulty(
     """
     normalised = run.normalise(images)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        answers = run.method.ask(run.teacher, normalised)
-        target = run.method.target(normalised, answers.features)
+        said = run.method.ask(run.teacher, normalised)
+        target = run.method.target(normalised, said.features)
         error = average_loss(
             run.student, run.method, normalised, target, order.to(images.device).expand(len(images), -1)
         ).loss
     patch = patch_size(run.student.encoder)
     variance = patch_variance(images / 255, patch)
-    scores = None if answers.scores is None else answers.scores.float()
+    scores = None if said.scores is None else said.scores.float()
     if valid is not None:
         hole = ~whole_patches(valid.to(images.device), (images.shape[2], images.shape[3]), patch)
         error, variance = (values.float().masked_fill(hole, torch.nan) for values in (error, variance))

@@ -22,7 +22,7 @@ from hardpatch.config.config import Config
 from hardpatch.config.evaluations import Pooling
 from hardpatch.data.loader.loading import Normalise
 from hardpatch.evaluate.classify.accuracy import Interval, top_k_accuracy, wilson_interval
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
 from hardpatch.runs.load import LoadedRun, arguments_of_encoder, load_encoder
 from hardpatch.runtime.distributed import has_bf16

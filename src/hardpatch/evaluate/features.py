@@ -15,7 +15,7 @@ from torch import Tensor
 from hardpatch.config.evaluations import Pooling
 from hardpatch.data.loader.loading import Damage, Normalise, ordered_batches
 from hardpatch.data.sources import Source, class_indices
-from hardpatch.method.method import Teacher
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import encode
 from hardpatch.runtime.distributed import gather_objects, is_main_of_environment, rank, world_size
 from hardpatch.runtime.errors import InputError

@@ -32,7 +32,8 @@ from hardpatch.evaluate.boxes import box_overlaps, extents, largest_parts, overl
 from hardpatch.evaluate.controls import Contender, open_contenders
 from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
 from hardpatch.figures.hardness import measure_hardness
-from hardpatch.method.method import Method, Student, Teacher
+from hardpatch.method.method import Method
+from hardpatch.method.student import Student, Teacher
 from hardpatch.method.vit import class_attention, grid_size, has_class_attention, patch_size, patchify
 from hardpatch.runs.build import build_decoder, build_downloads, build_student, choose_attention
 from hardpatch.runs.load import LoadedRun

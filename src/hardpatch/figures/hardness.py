@@ -15,8 +15,10 @@ from torch import Tensor
 from hardpatch.data.loader.loading import Cover, read_or_next, stack_images
 from hardpatch.data.sources import Source, open_source
 from hardpatch.figures.display import Display, build_display, hatched
+from hardpatch.method.losses import rank_correlation
 from hardpatch.method.masks import split_patches
-from hardpatch.method.method import Method, Student, Teacher, rank_correlation
+from hardpatch.method.method import Method
+from hardpatch.method.student import Student, Teacher
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.vit import grid_size, patch_size, patchify, take, unpatchify, whole_patches
 from hardpatch.runs.build import build_decoder, build_downloads, choose_attention
@@ -82,18 +84,16 @@ def measure_hardness(
     whole = None if valid is None else whole_patches(valid.to(images.device), size, patch)
     student.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        answers = method.ask(teacher, images)
+        said = method.ask(teacher, images)
         order = torch.rand(len(images), student.positions.shape[1], generator=generator).argsort(1).to(images.device)
-        target = method.target(images, answers.features)
+        target = method.target(images, said.features)
         true_loss, hardness = average_loss(student, method, images, target, order)
         noise = torch.rand(true_loss.shape, generator=generator).to(images.device)
-        hidden = method.mask_policy(
-            answers.guide, noise, num_hidden=method.num_hidden, num_hard=int(method.num_hidden * share), valid=whole
-        )
+        hidden = method.hide(said.guide, noise, num_hard=int(method.num_hidden * share), valid=whole)
         prediction = student(images, hidden, num_hidden=method.num_hidden).prediction.float()
     student.train(was_training)
     filled = _fill_in(student, method, images, hidden, prediction)
-    return Hardness(true_loss, hardness, answers.scores, hidden, filled, whole)
+    return Hardness(true_loss, hardness, said.scores, hidden, filled, whole)
 
 
 class AverageLoss(NamedTuple):

@@ -89,10 +89,6 @@ def _tiles(
         if found:
             tiles.append((f"{found['auroc']:.3f}", "foreground AUROC", f"of the predicted loss; "
                           f"patch variance {plain['auroc']:.3f}, chance 0.5"))  # fmt: skip
-    costs = [record for record in records if "overhead_over_mae" in record]
-    if costs:
-        note = f"measured at the start; the teacher's pass is {costs[-1]['teacher_share']:.0%}"
-        tiles.append((f"{costs[-1]['overhead_over_mae']:.2f}", "times the step of MAE", note))
     if "knn_top1" in result:
         against = result["knn_top1_untrained"]
         note = "" if against is None else f"untrained {against:.1f} %"

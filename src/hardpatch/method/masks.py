@@ -1,25 +1,23 @@
 """Mask policies: which patches the student does not see.
 
-Every policy is "priorities, then top-M": a pure function of the predicted losses, of uniform noise and of how many
-patches are to be the hardest ones, without a loop over images and without a host-device sync:
+Every policy is "priorities, then top-M". It gives each patch a priority, a pure function of the predicted losses, of
+uniform noise and of how many patches are to be the hardest ones; :func:`hide_top`, called once, hides the M of highest
+priority. There is no loop over images and no host-device sync:
 
-    policy(scores (B, N), noise (B, N), num_hidden=M, num_hard=int(M * a_t)) -> hidden (B, N) bool, exactly M True
+    policy(MaskInput(scores (B, N), noise (B, N), grid, M, int(M * a_t))) -> priorities (B, N)
+    hide_top(priorities, M) -> hidden (B, N) bool, exactly M True per image
 
-Patches without data (``valid`` False) are hidden or visible by chance, never by score.
-
-What the scores are is the mask's ``guide``: the predicted loss (HPM), the teacher's attention (AttMask), or nothing.
-The table of all masks, :data:`MASKS`, stands at the end; those that follow a spatial pattern are in
-:mod:`hardpatch.method.masks`.
-
-The noise comes from outside, one row per image of the *global* batch, so that a mask does not depend on how the
-batch is split over processes or micro-batches.
+The table of all masks, with what guides each, is :data:`hardpatch.method.choices.MASKS`. The noise comes from outside,
+one row per image of the *global* batch, so that a mask does not depend on how the batch is split over processes or
+micro-batches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,22 +26,38 @@ from torch import Tensor
 
 from hardpatch.runtime.seeding import more_noise
 
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
 
-@runtime_checkable
-class MaskPolicy(Protocol):
-    """The one signature of all mask policies."""
+NUM_RECTANGLES = 16
+"""Drawn for every mask. Three do at ratio 0.75; at 0.9 and a long grid of 7 x 31 all fall short in 1 mask of 100, and
+noise chooses the last few patches."""
+SMALLEST_AREA = 16 / 196
+"""Of the grid: BEiT's 16 of 14 x 14 patches."""
+SLIMMEST_ASPECT = 0.3
+"""BEiT's: height / width between this and its inverse."""
 
-    def __call__(
-        self,
-        scores: Float[Tensor, "b n"] | None,
-        noise: Float[Tensor, "b n"],
-        *,
-        num_hidden: int,
-        num_hard: int | Int[Tensor, ""],
-        valid: Bool[Tensor, "b n"] | None = None,
-    ) -> Bool[Tensor, "b n"]:
-        """Hide exactly ``num_hidden`` patches per image; True = hidden."""
-        ...
+
+class MaskInput(NamedTuple):
+    """What a mask policy is told of a batch."""
+
+    scores: Float[Tensor, "b n"] | None
+    """What guides the mask, predicted loss or attention, higher = hidden first; None for a mask that nothing guides."""
+    noise: Float[Tensor, "b n"]
+    """Uniform in [0, 1)."""
+    grid: Grid
+    """Rows and columns of patches."""
+    num_hidden: int
+    """M."""
+    num_hard: int | Int[Tensor, ""] = 0
+    """``int(M * a_t)``, the patches to hide by score. A tensor keeps a compiled step free of recompilation while the
+    share grows."""
+    valid: Bool[Tensor, "b n"] | None = None
+    """Patches of pixels that are all data; None: all. The others are hidden or visible by chance, never by score."""
+
+
+MaskPolicy = Callable[[MaskInput], Float[Tensor, "b n"]]
+"""Gives every patch its priority; the ``num_hidden`` highest of each image are hidden."""
 
 
 def num_hidden_patches(num_patches: int, ratio: float) -> int:
@@ -57,76 +71,48 @@ def hide_top(priority: Float[Tensor, "b n"], num_hidden: int) -> Bool[Tensor, "b
     return torch.zeros_like(priority, dtype=torch.bool).scatter_(1, top, True)
 
 
-def hide_random(
-    scores: Float[Tensor, "b n"] | None,
-    noise: Float[Tensor, "b n"],
-    *,
-    num_hidden: int,
-    num_hard: int | Int[Tensor, ""],
-    valid: Bool[Tensor, "b n"] | None = None,
-) -> Bool[Tensor, "b n"]:
-    """MAE's masks: uniformly random; ``scores`` and ``num_hard`` are ignored."""
-    return hide_top(noise, num_hidden)
+def split_patches(hidden: Bool[Tensor, "b n"], num_hidden: int) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
+    """Indices of the visible and of the hidden patches, each in image order.
+
+    ``num_hidden`` is given rather than counted: counting would make the host wait for the device.
+    """
+    order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
+    visible, masked = order.tensor_split([order.shape[1] - num_hidden], dim=1)
+    return visible, masked
 
 
-def hide_hard(
-    scores: Float[Tensor, "b n"] | None,
-    noise: Float[Tensor, "b n"],
-    *,
-    num_hidden: int,
-    num_hard: int | Int[Tensor, ""],
-    valid: Bool[Tensor, "b n"] | None = None,
-) -> Bool[Tensor, "b n"]:
+# Guided by scores
+
+
+def hard(given: MaskInput) -> Float[Tensor, "b n"]:
     """HPM's masks: the ``num_hard`` patches of highest predicted loss, the rest uniform.
 
-    With the teacher's class-token attention for scores these are AttMask's: the most attended are hidden.
-
-    Args:
-        scores: Predicted loss of every patch, higher = harder.
-        noise: Uniform in [0, 1).
-        num_hidden: M.
-        num_hard: ``int(M * a_t)``. A tensor keeps a compiled step free of recompilation while the share grows.
-        valid: Patches with data; None: all. The others are never chosen by score, and an image with fewer patches of
-            data has as many fewer chosen, so that some of them stay visible.
-
-    Returns:
-        True = hidden, exactly M per image; with ``num_hard == 0`` the masks are purely random.
+    With the teacher's class-token attention for scores these are AttMask's: the most attended are hidden. An image
+    with fewer patches of data has as many fewer chosen by score, so that some of them stay visible. With
+    ``num_hard == 0`` the masks are purely random.
 
     Source: the paper's section on easy-to-hard mask generation; for attention Kakogeorgiou et al., "What to Hide from
     Your Students: Attention-Guided Masked Image Modeling", ECCV 2022, arXiv 2203.12719.
     """
+    scores, num_hard, valid = given.scores, given.num_hard, given.valid
     if scores is None:
         raise ValueError("a guided mask needs predicted losses or attention, got scores=None")
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)
         num_hard = num_hard * valid.sum(dim=1, keepdim=True) // valid.shape[1]
     difficulty_rank = scores.argsort(dim=1, descending=True).argsort(dim=1)  # 0 = hardest
-    return hide_top(torch.where(difficulty_rank < num_hard, noise + 1, noise), num_hidden)
+    return torch.where(difficulty_rank < num_hard, given.noise + 1, given.noise)
 
 
-def hide_easy(
-    scores: Float[Tensor, "b n"] | None,
-    noise: Float[Tensor, "b n"],
-    *,
-    num_hidden: int,
-    num_hard: int | Int[Tensor, ""],
-    valid: Bool[Tensor, "b n"] | None = None,
-) -> Bool[Tensor, "b n"]:
-    """The opposite of :func:`hide_hard`: the ``num_hard`` patches of *lowest* predicted loss, the rest uniform.
+def easy(given: MaskInput) -> Float[Tensor, "b n"]:
+    """The opposite of :func:`hard`: the ``num_hard`` patches of *lowest* predicted loss, the rest uniform.
 
     Source: the argmin row of the paper's table of mask strategies.
     """
-    return hide_hard(None if scores is None else -scores, noise, num_hidden=num_hidden, num_hard=num_hard, valid=valid)
+    return hard(given._replace(scores=None if given.scores is None else -given.scores))
 
 
-def hide_proportional(
-    scores: Float[Tensor, "b n"] | None,
-    noise: Float[Tensor, "b n"],
-    *,
-    num_hidden: int,
-    num_hard: int | Int[Tensor, ""],
-    valid: Bool[Tensor, "b n"] | None = None,
-) -> Bool[Tensor, "b n"]:
+def proportional(given: MaskInput) -> Float[Tensor, "b n"]:
     """``num_hard`` patches drawn in proportion to how hard they are, without replacement; the rest uniform.
 
     In proportion to exp(score): the relative loss makes sigmoid(s_i - s_j) = exp(s_i) / (exp(s_i) + exp(s_j)) the
@@ -140,74 +126,32 @@ def hide_proportional(
     Source: the paper's alternative of sampling by predicted loss; Yellott, "The relationship between Luce's choice
     axiom, Thurstone's theory of comparative judgment, and the double exponential distribution", 1977.
     """
-    if scores is not None:
-        uniform = more_noise(noise, noise.shape[1])
-        scores = scores.float() - (-uniform.log()).log()
-    return hide_hard(scores, noise, num_hidden=num_hidden, num_hard=num_hard, valid=valid)
+    if given.scores is None:
+        return hard(given)
+    uniform = more_noise(given.noise, given.noise.shape[1])
+    return hard(given._replace(scores=given.scores.float() - (-uniform.log()).log()))
 
 
-def hide_pattern(priority: Callable[[Float[Tensor, "b n"], int], Float[Tensor, "b n"]]) -> MaskPolicy:
-    """The policy that hides by a function of noise and ``num_hidden`` alone; it ignores scores and ``num_hard``."""
-
-    def hide(
-        scores: Float[Tensor, "b n"] | None,
-        noise: Float[Tensor, "b n"],
-        *,
-        num_hidden: int,
-        num_hard: int | Int[Tensor, ""],
-        valid: Bool[Tensor, "b n"] | None = None,
-    ) -> Bool[Tensor, "b n"]:
-        return hide_top(priority(noise, num_hidden), num_hidden)
-
-    return hide
+# Guided by nothing: functions of the noise and of the grid alone
 
 
-def hide_blocks(grid: Grid) -> MaskPolicy:
+def random(given: MaskInput) -> Float[Tensor, "b n"]:
+    """MAE's masks: uniformly random."""
+    return given.noise
+
+
+def block(given: MaskInput) -> Float[Tensor, "b n"]:
     """BEiT's masks: hidden rectangles. Patches at the border are hidden less often than those in the middle."""
-    return hide_pattern(lambda noise, num_hidden: block_priority(noise, grid, num_hidden))
+    return block_priority(given.noise, given.grid, given.num_hidden)
 
 
-def hide_around_blocks(grid: Grid) -> MaskPolicy:
+def inverse_block(given: MaskInput) -> Float[Tensor, "b n"]:
     """Inverse block masks: *visible* rectangles. Patches at the border are hidden more often.
 
     Source: Baevski et al., "Efficient Self-supervised Learning with Contextualized Target Representations" (data2vec
-    2.0), arXiv 2212.07525, which keeps a block visible; its rectangles here are those of :func:`hide_blocks`.
+    2.0), arXiv 2212.07525, which keeps a block visible; its rectangles here are those of :func:`block`.
     """
-    return hide_pattern(lambda noise, num_hidden: -block_priority(noise, grid, noise.shape[1] - num_hidden))
-
-
-def hide_evenly(grid: Grid) -> MaskPolicy:
-    """UM-MAE's uniform sampling: the same share of every 2x2 cell is hidden."""
-    return hide_pattern(lambda noise, num_hidden: cell_priority(noise, grid))
-
-
-def hide_colour(colour: str) -> Callable[[Grid], MaskPolicy]:
-    """ColorMAE's masks: the highest values of filtered noise."""
-    return lambda grid: hide_pattern(lambda noise, num_hidden: colour_priority(noise, grid, colour))
-
-
-def split_patches(hidden: Bool[Tensor, "b n"], num_hidden: int) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
-    """Indices of the visible and of the hidden patches, each in image order.
-
-    ``num_hidden`` is given rather than counted: counting would make the host wait for the device.
-    """
-    order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
-    visible, masked = order.tensor_split([order.shape[1] - num_hidden], dim=1)
-    return visible, masked
-
-
-# Patterns: priorities that follow the noise and the grid alone
-
-Grid = tuple[int, int]
-"""Rows and columns of patches."""
-
-NUM_RECTANGLES = 16
-"""Drawn for every mask. Three do at ratio 0.75; at 0.9 and a long grid of 7 x 31 all fall short in 1 mask of 100, and
-noise chooses the last few patches."""
-SMALLEST_AREA = 16 / 196
-"""Of the grid: BEiT's 16 of 14 x 14 patches."""
-SLIMMEST_ASPECT = 0.3
-"""BEiT's: height / width between this and its inverse."""
+    return -block_priority(given.noise, given.grid, given.noise.shape[1] - given.num_hidden)
 
 
 def ranks(key: Num[Tensor, "b n"], ties: Float[Tensor, "b n"]) -> Int[Tensor, "b n"]:
@@ -248,8 +192,8 @@ def block_priority(noise: Float[Tensor, "b n"], grid: Grid, num_covered: int) ->
     return -ranks(first, ties=noise).float()
 
 
-def cell_priority(noise: Float[Tensor, "b n"], grid: Grid) -> Float[Tensor, "b n"]:
-    """Hide the same share of every 2x2 cell, whichever share: systematic sampling over the cells.
+def uniform_grid(given: MaskInput) -> Float[Tensor, "b n"]:
+    """UM-MAE's uniform sampling: the same share of every 2x2 cell is hidden, whichever share.
 
     Within a cell of n patches (on odd grids the last row and column make cells of 2 and 1) the patches come in random
     order at the levels (k + u) / n, with one uniform u per cell. Hiding all levels below t hides floor(n t) or
@@ -259,6 +203,7 @@ def cell_priority(noise: Float[Tensor, "b n"], grid: Grid) -> Float[Tensor, "b n
     Source: Li et al., "Uniform Masking", arXiv 2205.10063, its uniform sampling (one of each 2x2 visible); odd grids
     and other ratios are ours. Its secondary masking, which replaces visible patches by a token, is not done here.
     """
+    noise, grid = given.noise, given.grid
     rows, columns = grid
     padded = F.pad(noise.unflatten(1, grid), (0, columns % 2, 0, rows % 2), value=2)  # in their cell these come last
     cells = padded.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)  # (B, rows/2, columns/2, 4)
@@ -288,14 +233,15 @@ The sigmas, in patches, are ours: the paper's belong to large noise images from 
 """
 
 
-def colour_priority(noise: Float[Tensor, "b n"], grid: Grid, colour: str) -> Float[Tensor, "b n"]:
-    """Filtered Gaussian white noise.
+def colour(given: MaskInput, *, name: str) -> Float[Tensor, "b n"]:
+    """ColorMAE's masks: the highest values of filtered Gaussian white noise.
 
     The filter works on the patch grid as if its borders met, so that no patch is special: every one is hidden equally
     often.
 
     Source: Hinojosa et al., "ColorMAE", ECCV 2024, arXiv 2407.13036.
     """
+    noise, grid = given.noise, given.grid
     rows, columns = grid
     # float64 (which MPS lacks): an image transformed alone is rounded otherwise than among others; a mask must not be.
     uniform = (noise if noise.is_mps else noise.double()).clamp(2**-25, 1 - 2**-24)
@@ -303,33 +249,11 @@ def colour_priority(noise: Float[Tensor, "b n"], grid: Grid, colour: str) -> Flo
     down = torch.fft.fftfreq(rows, device=white.device, dtype=white.dtype).square().unsqueeze(1)
     across = torch.fft.rfftfreq(columns, device=white.device, dtype=white.dtype).square()
     squared = down + across
-    gain = COLOURS[colour](squared)
+    gain = COLOURS[name](squared)
     filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * gain, s=grid)
     return filtered.flatten(1)
 
 
-Guide = Literal["predicted_loss", "attention"]
-"""What the scores of a policy are."""
-
-
-class Mask(NamedTuple):
-    """A kind of mask."""
-
-    policy: Callable[[Grid], MaskPolicy]
-    """Builds the policy for a grid of (rows, columns) patches."""
-    guide: Guide | None
-    """What guides it; None: nothing, and then the hard share has no meaning."""
-
-
-MASKS: dict[str, Mask] = {
-    "hard": Mask(lambda grid: hide_hard, "predicted_loss"),
-    "easy": Mask(lambda grid: hide_easy, "predicted_loss"),
-    "proportional": Mask(lambda grid: hide_proportional, "predicted_loss"),
-    "attention": Mask(lambda grid: hide_hard, "attention"),
-    "random": Mask(lambda grid: hide_random, None),
-    "block": Mask(hide_blocks, None),
-    "inverse_block": Mask(hide_around_blocks, None),
-    "uniform_grid": Mask(hide_evenly, None),
-    **{f"{colour}_noise": Mask(hide_colour(colour), None) for colour in COLOURS},
-}
-"""Every kind of mask by its name in the config."""
+red_noise, blue_noise, green_noise, purple_noise = (
+    partial(colour, name=name) for name in ("red", "blue", "green", "purple")
+)

@@ -93,20 +93,6 @@ def hard_share_by_epoch(step: int, *, start: float, end: float, total_steps: int
     return start + (end - start) * min(step // steps_per_epoch + 1, epochs) / epochs
 
 
-NUM_STAGES = 4
-"""Sizes that the images of a run with progressive resolution go through."""
-
-
-def stage(step: int, total_steps: int) -> int:
-    """Which of :data:`NUM_STAGES` equally long parts of the run a step is in, from 0."""
-    return min(NUM_STAGES - 1, step * NUM_STAGES // total_steps)
-
-
-def stage_side(number: int, *, start: float) -> float:
-    """Side of the images in a stage as a share of the full one: from ``start`` in equal steps to 1 in the last."""
-    return start + (1 - start) * number / (NUM_STAGES - 1)
-
-
 def untouched_share(schedule: EmaSchedule, total_steps: int) -> float:
     """How much of the teacher after the run is still its initialisation: the product of all decays.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import timm
 import torch
@@ -95,6 +96,32 @@ def patch_size(vit: VisionTransformer) -> tuple[int, int]:
     return int(height), int(width)
 
 
+class Geometry(NamedTuple):
+    """How images are cut into patches: what encoder, target and masks have to agree on."""
+
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    patch: tuple[int, int]
+    """Height and width of a patch in pixels."""
+    channels: int
+    """Channels of the images."""
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.grid[0] * self.patch[0], self.grid[1] * self.patch[1]
+
+    @classmethod
+    def of(cls, vit: VisionTransformer) -> Geometry:
+        """The geometry of the images that an encoder was built for."""
+        return cls(grid_size(vit), patch_size(vit), int(vit.patch_embed.proj.in_channels))
+
+
 def sincos_positions(grid: Sequence[int], dim: int) -> Float[Tensor, "n d"]:
     """The fixed 2-D sin-cos position table of MAE for a grid of any height and width.
 
@@ -157,8 +184,6 @@ def encode(
     vit: VisionTransformer,
     images: Float[Tensor, "b c h w"],
     visible: Int[Tensor, "v k"] | None = None,
-    *,
-    residual: torch.dtype | None = None,
 ) -> Float[Tensor, "v t d"]:
     """Run a stock timm ViT on the visible patches only (``forward_features`` with a choice of patches).
 
@@ -167,24 +192,13 @@ def encode(
         images: Normalised images, of the encoder's size or any other that the patch size divides.
         visible: Indices of the visible patches in image order, for one or more views of every image; ``None`` means
             one view of all.
-        residual: As :func:`to_residual`.
 
     Returns:
         Normalised tokens: the prefix tokens (class, registers), then the visible patches.
     """
-    tokens = to_residual(vit.norm_pre(embed(vit, images, visible)), residual)
+    tokens: Tensor = vit.norm_pre(embed(vit, images, visible))
     encoded: Tensor = vit.norm(run_blocks(vit, tokens))
     return encoded
-
-
-def to_residual(tokens: Float[Tensor, "b t d"], dtype: torch.dtype | None) -> Float[Tensor, "b t d"]:
-    """Tokens as blocks add to them: in ``dtype`` under autocast, else as they are.
-
-    Autocast alone leaves what blocks add to in float32 (positions are), and only what is multiplied is rounded.
-    """
-    device = tokens.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return tokens if dtype is None or not autocast else tokens.to(dtype)
 
 
 def run_blocks(model: VisionTransformer | Decoder, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
@@ -269,7 +283,7 @@ def has_class_attention(vit: VisionTransformer) -> bool:
 
 
 def encode_with_attention(
-    vit: VisionTransformer, images: Float[Tensor, "b c h w"], *, residual: torch.dtype | None = None
+    vit: VisionTransformer, images: Float[Tensor, "b c h w"]
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b n"]]:
     """:func:`encode` of the full image and :func:`class_attention` from one pass; the tokens are the very same.
 
@@ -278,7 +292,6 @@ def encode_with_attention(
     Args:
         vit: An encoder for which :func:`has_class_attention` is true.
         images: Normalised images.
-        residual: As :func:`to_residual`.
 
     Raises:
         ValueError: The encoder has no class token, or its last block is of another kind.
@@ -286,7 +299,7 @@ def encode_with_attention(
     if not has_class_attention(vit):
         raise ValueError(f"no class attention in this encoder: it needs a class token and a plain last block, "
                          f"got a {type(vit.blocks[-1]).__name__}")  # fmt: skip
-    tokens = to_residual(vit.norm_pre(embed(vit, images)), residual)
+    tokens = vit.norm_pre(embed(vit, images))
     *blocks, last = vit.blocks
     for block in blocks:
         tokens = block(tokens)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import param_groups_weight_decay
@@ -14,34 +16,21 @@ from torch import nn
 
 from hardpatch.config.config import Config, DataConfig, OptimisationConfig
 from hardpatch.data.images.decode import Decoder
-from hardpatch.data.loader.loading import IMAGENET_MEAN, IMAGENET_STD, Normalise, measure_statistics, read_or_next
-from hardpatch.data.sources import Downloads, Source, open_source
 from hardpatch.data.images.value_range import find_value_range, has_shallow_images
+from hardpatch.data.loader.loading import Normalise, measure_statistics, read_or_next
+from hardpatch.data.sources import Downloads, Source, open_source
+from hardpatch.method.hpm import HPM, make_method, make_target
+from hardpatch.method.method import Method
+from hardpatch.method.student import Student
+from hardpatch.method.targets.target import FittedTarget, Target, TargetContext
+from hardpatch.method.vit import CrossAttention, CrossBlock, Geometry, create_encoder, grid_size
 from hardpatch.runtime.distributed import is_main_of_environment
 from hardpatch.runtime.errors import InputError
-from hardpatch.method.targets.timm_features import TimmFeatureTarget, load_frozen
 from hardpatch.runtime.log import say, warn
-from hardpatch.method.masks import MASKS, num_hidden_patches
-from hardpatch.method.method import Method, PREDICTED_LOSSES, Student
-from hardpatch.method.schedules import NUM_STAGES, stage_side
 from hardpatch.runtime.seeding import Stream, derive_seed
-from hardpatch.method.targets.hog import HogTarget
-from hardpatch.method.targets.pixels import PixelHardness, PixelTarget
-from hardpatch.method.targets.target import Target
-from hardpatch.method.targets.teacher import EmaFeatureTarget
-from hardpatch.method.targets.tokens import KMeansTokenizer, TokenTarget
-from hardpatch.runs.codebook import load_tokenizer
-from hardpatch.method.vit import (
-    CrossAttention,
-    CrossBlock,
-    create_encoder,
-    grid_size,
-    has_class_attention,
-    patch_size,
-)
 
 COMPILED_SHAPES = 64
-"""How often the code of a block may be compiled: a progressive run has 16 shapes, hardpatch benchmark step more."""
+"""How often the code of a block may be compiled: hardpatch benchmark step has several models of each kind."""
 LOOK_AT = 256
 """Images of which the range of values is found, spread over the source."""
 
@@ -98,49 +87,27 @@ def build_encoder(config: Config) -> VisionTransformer:
 def build_target(config: Config) -> Target:
     """The reconstruction target, on the CPU.
 
-    A frozen timm model is loaded with its weights; the embedded codebook is empty until it is fitted or loaded.
+    A frozen timm model is loaded with its weights; a target that is fitted to the images is not fitted yet.
 
     Raises:
         InputError: A size does not fit, or a model or tokenizer cannot be loaded.
     """
-    method, channels = config.method, config.data.channels
+    method, (mean, std) = config.method, statistics(config)
     with torch.device("meta"):  # all that a target wants to know of the encoder is sizes
         encoder = build_encoder(config)
-    patch, grid = patch_size(encoder), grid_size(encoder)
-    match method.target:
-        case "pixels" | "norm_pix":
-            return PixelTarget(patch, channels=channels, normalise=method.target == "norm_pix")
-        case "hog":
-            return HogTarget(patch, channels=channels)
-        case "ema_features":
-            return EmaFeatureTarget(encoder)
-        case "timm_features":
-            frozen = load_frozen(method.target_model, grid=grid, image_size=config.data.size, channels=channels)
-            mean, std = statistics(config)
-            return TimmFeatureTarget(frozen, grid=grid, mean=mean, std=std)
-        case "tokens" if method.tokenizer:
-            tokenizer = load_tokenizer(
-                method.tokenizer, num_patches=grid[0] * grid[1], image_size=config.data.size, channels=channels,
-                seed=config.optimisation.seed,
-            )  # fmt: skip
-            return TokenTarget(tokenizer)
-        case "tokens":
-            return TokenTarget(KMeansTokenizer(method.num_tokens, patch_size=patch, channels=channels))
-
-
-def embedded_codebook(target: Target) -> KMeansTokenizer | None:
-    """The part of a target that is fitted to the images, and so has to be saved with the run."""
-    if isinstance(target, TokenTarget) and isinstance(target.tokenizer, KMeansTokenizer):
-        return target.tokenizer
-    return None
+    context = TargetContext(
+        Geometry.of(encoder), encoder, mean, std, target_model=method.target_model, tokenizer=method.tokenizer,
+        num_tokens=method.num_tokens, seed=config.optimisation.seed,
+    )  # fmt: skip
+    return make_target(method.target, context)
 
 
 def build_student(config: Config, *, target_dim: int | None = None) -> Student:
     """The student with its seeded initialisation.
 
     Args:
-        config: Of the run.
-        target_dim: P, the width of the target; None builds the target to ask it.
+        config: The run's config.
+        target_dim: P, the width of the target; None builds the target to find it.
 
     Raises:
         InputError: A size does not fit.
@@ -148,123 +115,78 @@ def build_student(config: Config, *, target_dim: int | None = None) -> Student:
     model = config.model
     if target_dim is None:
         target_dim = build_target(config).dim
-    reduction = _reduction(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.optimisation.seed, Stream.INITIALISATION))
+        encoder = build_encoder(config)
+        rows, columns = grid_size(encoder)
+        if rows % model.teacher_reduction or columns % model.teacher_reduction:
+            raise InputError(
+                f"teacher_reduction: must divide the grid of {rows}x{columns} patches, got {model.teacher_reduction}"
+            )
         return Student(
-            build_encoder(config),
+            encoder,
             target_dim=target_dim,
             decoder=model.decoder,
             decoder_dim=model.decoder_width,
             decoder_depth=model.decoder_depth,
             decoder_heads=model.decoder_heads,
             predictor_depth=0 if config.method.predicted_loss == "none" else model.predictor_depth,
-            predictor_view=config.method.predictor_view,
             predictor_detached=config.method.predictor_detached,
-            reduction=reduction,
-            residual=torch.bfloat16 if config.run.residual_precision == "bf16" else None,
+            reduction=model.teacher_reduction,
         )
 
 
-def _reduction(config: Config) -> int:
-    """How many times smaller the teacher sees images.
-
-    Raises:
-        InputError: The grid of patches cannot be divided like this.
-    """
-    with torch.device("meta"):
-        rows, columns = grid_size(build_encoder(config))
-    reduction = config.model.teacher_reduction
-    if rows % reduction or columns % reduction:
-        raise InputError(f"teacher_reduction: must divide the grid of {rows}x{columns} patches, got {reduction}")
-    return reduction
-
-
-class Stage(NamedTuple):
-    """A part of a run, with images of one size."""
-
-    grid: tuple[int, int]
-    """Rows and columns of patches."""
-    method: Method
-
-
-def build_stages(config: Config, student: Student, target: Target) -> tuple[Stage, ...]:
-    """The stages of a run with progressive resolution, the last at full size; of any other run that one alone.
-
-    Raises:
-        InputError: As :func:`build_method`.
-    """
-    full, unit = grid_size(student.encoder), student.reduction
-    start = config.method.progressive_start
-    sides = [stage_side(number, start=start) for number in range(NUM_STAGES)] if start < 1 else [1.0]
-    grids = [tuple(max(1, round(side * length / unit)) * unit for length in full) for side in sides]
-    return tuple(Stage((r, c), build_method(config, student, target, grid=(r, c))) for r, c in grids)
-
-
-def build_method(
-    config: Config, student: Student, target: Target | None = None, *, grid: tuple[int, int] | None = None
-) -> Method:
+def build_method(config: Config, student: Student, target: Target | None = None) -> Method:
     """The choices of the run.
 
     Args:
-        config: Of the run.
-        student: Of the run.
+        config: The run's config.
+        student: The run's student.
         target: What is reconstructed; None builds it.
-        grid: Rows and columns of patches; None: those of full-sized images.
 
     Raises:
-        InputError: The mask ratio leaves nothing hidden or nothing visible on this grid, or the mask asks for
-            attention that the encoder cannot tell.
+        InputError: The mask ratio leaves nothing hidden or nothing visible on this grid, or the mask is guided by
+            attention that the encoder does not have.
     """
-    rows, columns = grid or grid_size(student.encoder)
-    num_hidden = num_hidden_patches(rows * columns, config.method.mask_ratio)
-    if not 0 < num_hidden < rows * columns:
-        raise InputError(
-            f"mask_ratio: must hide at least one and leave at least one of the {rows}x{columns} patches, "
-            f"got {config.method.mask_ratio}"
-        )
-    if config.method.predicted_loss == "absolute" and num_hidden < 2:
-        raise InputError("predicted_loss: 'absolute' standardises within an image and needs at least 2 hidden patches")
-    num_decoded = max(1, round(num_hidden * config.method.decoded_share))
-    if num_decoded < 2 and config.method.predicted_loss != "none":
-        raise InputError(
-            f"decoded_share: must leave at least 2 of the {num_hidden} hidden patches for the loss predictor to "
-            f"compare, got {config.method.decoded_share}"
-        )
-    mask = MASKS[config.method.mask]
-    if mask.guide == "attention" and not has_class_attention(student.encoder):
-        raise InputError(
-            f"mask: {config.method.mask!r} needs an encoder with a class token and plain attention blocks, "
-            f"got {config.model.encoder!r}"
-        )
-    patch, block, in_pixels = (
-        patch_size(student.encoder),
-        config.method.hardness_block,
-        config.method.hardness_in_pixels,
+    method = config.method
+    return make_method(
+        student.encoder,
+        build_target(config) if target is None else target,
+        mask=method.mask,
+        mask_ratio=method.mask_ratio,
+        decoded_share=method.decoded_share,
+        predicted_loss=method.predicted_loss,
+        prediction_weight=method.prediction_weight,
+        predictor_view=method.predictor_view,
+        hardness_block=method.hardness_block,
+        hardness_in_pixels=method.hardness_in_pixels,
     )
-    if any(side % block for side in patch):
-        raise InputError(f"hardness_block: must divide a patch of {patch[0]}x{patch[1]} pixels, got {block}")
-    if patch == (block, block) and config.method.target == "norm_pix":
-        raise InputError(
-            f"hardness_block: must be smaller than a patch ({block}x{block} pixels) with target 'norm_pix', which "
-            f"takes the mean of every patch away; got {block}"
-        )
-    return Method(
-        target=build_target(config) if target is None else target,
-        mask_policy=mask.policy((rows, columns)),
-        guide=mask.guide,
-        num_hidden=num_hidden,
-        predicted_loss=PREDICTED_LOSSES[config.method.predicted_loss],
-        prediction_weight=config.method.prediction_weight,
-        predictor_view=config.method.predictor_view,
-        num_decoded=num_decoded,
-        hardness=PixelHardness(patch, block=block, in_pixels=in_pixels) if block > 1 or in_pixels else None,
-    )
+
+
+def build_hpm(config: Config, *, counted_only: bool = False) -> HPM:
+    """Student, teacher and method of a run before its first step.
+
+    Args:
+        config: The run's config.
+        counted_only: On the meta device, to count operations or bytes; a target that would be fitted gets any state,
+            and a tokenizer of the user's own one that always names the same token.
+
+    Raises:
+        InputError: A size does not fit, or a model or tokenizer cannot be loaded.
+    """
+    target = build_target(config)
+    if counted_only and isinstance(target, FittedTarget):
+        target.adopt({name: torch.zeros_like(tensor) for name, tensor in target.fitted_state().items()})
+    if counted_only and isinstance(target, nn.Module):
+        target.to("meta")
+    with torch.device("meta") if counted_only else nullcontext():
+        student = build_student(config, target_dim=target.dim)
+        return HPM(student, build_method(config, student, target))
 
 
 def statistics(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the run's images per channel, ImageNet's where none are given."""
-    return config.data.mean or IMAGENET_MEAN, config.data.std or IMAGENET_STD
+    return config.data.mean or IMAGENET_DEFAULT_MEAN, config.data.std or IMAGENET_DEFAULT_STD
 
 
 def build_normalise(config: Config) -> Normalise:

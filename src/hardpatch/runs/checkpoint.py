@@ -11,14 +11,10 @@ and renamed. A checkpoint whose checksum does not fit is never loaded.
 
 from __future__ import annotations
 
-from hardpatch.runtime.files import flush_to_disk, write_atomically, write_text_atomically
-
 import hashlib
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +23,11 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import flush_to_disk, write_atomically, write_text_atomically
 
 
 class CheckpointWarning(UserWarning):
     """A checkpoint is damaged and the one before it is used."""
-
-
-
-
-
-
 
 
 class CheckpointFolder:

@@ -12,35 +12,20 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-from hardpatch.runs.build import (
-    build_method,
-    build_normalise,
-    build_student,
-    build_target,
-    embedded_codebook,
-    input_config,
-    timm_arguments,
-)
-from hardpatch.runs.checkpoint import CheckpointFolder, load_verified
-from hardpatch.runtime.files import write_text_atomically
 from hardpatch.config.config import Config
-from hardpatch.config.values import differences, load_config, to_yaml, validated
-from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.log import warn
-from hardpatch.method.method import Method, Student, Teacher
+from hardpatch.config.values import differences, load_config, to_yaml
 from hardpatch.runs.schedule import Schedule
 from hardpatch.runs.trackers import RUNS_FILE
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import warn
 
 
 class RunFolder:
@@ -195,7 +180,12 @@ def about_this_run(device: torch.device) -> dict[str, str]:
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of hardpatch, torch and timm, and the device's name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x{os.cpu_count()}"
-    return {"hardpatch": version("hardpatch"), "torch": str(torch.__version__), "timm": timm.__version__, "device": name}
+    return {
+        "hardpatch": version("hardpatch"),
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "device": name,
+    }
 
 
 def _git_sha() -> str:
@@ -207,17 +197,3 @@ def _git_sha() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return sha.stdout.strip()
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from hardpatch.runs.folder import RunFolder
-from hardpatch.runs.checkpoint import about_weights
-import csv
-import fcntl
-import io
 import json
-import os
-import shlex
-import subprocess
-import sys
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
+
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from hardpatch.config.values import validated
+from hardpatch.method.method import Method
+from hardpatch.method.student import Student, Teacher
+from hardpatch.method.targets.target import FittedTarget
 from hardpatch.runs.build import (
     build_method,
     build_normalise,
     build_student,
     build_target,
-    embedded_codebook,
     input_config,
     timm_arguments,
 )
-from hardpatch.runs.checkpoint import CheckpointFolder, load_verified
-from hardpatch.runtime.files import write_text_atomically
-from hardpatch.config.config import Config
-from hardpatch.config.values import differences, load_config, to_yaml, validated
+from hardpatch.runs.checkpoint import CheckpointFolder, about_weights, load_verified
+from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.log import warn
-from hardpatch.method.method import Method, Student, Teacher
-from hardpatch.runs.schedule import Schedule
-from hardpatch.runs.trackers import RUNS_FILE
 
 
 def locate_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
@@ -96,8 +83,8 @@ class LoadedRun:
             InputError: The target's model or tokenizer cannot be loaded any more.
         """
         target = build_target(self.config)
-        if (codebook := embedded_codebook(target)) is not None:
-            codebook.adopt(**self._target)
+        if isinstance(target, FittedTarget):
+            target.adopt(self._target)
         if isinstance(target, nn.Module):
             target.to(self.device)
         return build_method(self.config, self.student, target)

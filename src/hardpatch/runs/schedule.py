@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hardpatch.config.config import Config, OptimisationConfig
-from hardpatch.runtime.errors import InputError
+from hardpatch.config.config import OptimisationConfig
 from hardpatch.method.schedules import (
     EmaSchedule,
     adapted_ema,
@@ -14,6 +13,7 @@ from hardpatch.method.schedules import (
     constant_learning_rate,
     learning_rate,
 )
+from hardpatch.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,9 @@ def resolve_schedule(config: OptimisationConfig, num_images: int) -> Schedule:
     )
 
 
-def branching_step(config: Config, schedule: Schedule) -> int | None:
-    """The last step from which a run of another length can branch off; None with a cosine.
-
-    Where a batch is kept for several steps, at the beginning of one.
-    """
-    if not schedule.cooldown_steps:
-        return None
-    step = schedule.total_steps - schedule.cooldown_steps
-    return step - step % config.method.steps_per_batch
+def branching_step(schedule: Schedule) -> int | None:
+    """The last step from which a run of another length can branch off; None with a cosine."""
+    return schedule.total_steps - schedule.cooldown_steps if schedule.cooldown_steps else None
 
 
 def _cooldown_steps(config: OptimisationConfig, total_steps: int, warmup_steps: int) -> int:

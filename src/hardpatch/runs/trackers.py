@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import warn
 
 RUNS_FILE = "trackers.json"

@@ -12,7 +12,7 @@ from hardpatch.evaluate import foreground
 from hardpatch.figures.report import write_report
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.loop import train
+from hardpatch.training.pretrain import train
 
 
 def run_demo(out: Path, *, epochs: int | None = None) -> tuple[dict[str, Any], foreground.ForegroundResult]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -45,10 +44,9 @@ def open_batches(run: Run) -> Opened:
         InputError: A cache that was asked for does not fit.
     """
     config, device = run.config, run.device
-    kept = config.method.steps_per_batch
     order = TrainingOrder(
-        len(run.source), batch_size=run.files_per_step, first_step=run.state.step // kept,
-        total_steps=math.ceil(run.schedule.total_steps / kept), seed=config.optimisation.seed, position=run.position,
+        len(run.source), batch_size=run.files_per_step, first_step=run.state.step,
+        total_steps=run.schedule.total_steps, seed=config.optimisation.seed, position=run.position,
         blocks=run.source.blocks(),
     )  # fmt: skip
     workers = default_workers() if config.run.workers is None else config.run.workers

@@ -120,7 +120,7 @@ def cut(trunk: RunFolder, config: Config, schedule: Schedule, *, images: str, nu
     """
     before = open_trunk(trunk)
     before_schedule = resolve_schedule(before.optimisation, num_images)
-    ends = branching_step(before, before_schedule), branching_step(config, schedule)
+    ends = branching_step(before_schedule), branching_step(schedule)
     until = min(step for step in ends if step is not None)
     checkpoints = CheckpointFolder(trunk.checkpoints)
     try:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hardpatch.config.config import Config
+from hardpatch.method.choices import MASKS
 from hardpatch.runtime import distributed
 
 MEMORY = 50
@@ -58,5 +59,5 @@ def mining_threshold(config: Config) -> float:
     method = config.method
     if method.mining_threshold is not None:
         return method.mining_threshold
-    guided_by_loss = method.mask in ("hard", "easy", "proportional")
+    guided_by_loss = MASKS[method.mask].guide == "predicted_loss"
     return THRESHOLD_AFTER_LOADING if config.model.init_from and guided_by_loss else 0.0

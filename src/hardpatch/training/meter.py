@@ -32,7 +32,7 @@ class Meter:
         """Begin a new interval: after a record, and after other work that must not count as training time."""
         self._sums = torch.zeros(4, device=self._device)
         self._norms = torch.zeros((), device=self._device)
-        self._count, self._steps, self._untimed = 0, 0, 0
+        self._steps, self._untimed = 0, 0
         self._waited, self._since = 0.0, time.perf_counter()
 
     def leave_out_time(self) -> None:
@@ -49,11 +49,10 @@ class Meter:
         self.damaged.update(news)
         return batch, news
 
-    def add(self, losses: Losses) -> None:
-        """One micro-batch."""
-        values = (losses.total, losses.reconstruction, losses.prediction, losses.rank_correlation)
+    def add(self, losses: Losses, *, of: int) -> None:
+        """One micro-batch ``of`` so many in a step, each with losses that are its share of the step's."""
+        values = (losses.total, losses.reconstruction, losses.prediction, losses.rank_correlation / of)
         self._sums += torch.stack([value.detach().float() for value in values])
-        self._count += 1
 
     def end_step(self, step: int, total_loss: Tensor, gradient_norm: Tensor) -> None:
         """One optimizer step; notes the first whose loss or gradient is not finite."""
@@ -73,7 +72,7 @@ class Meter:
 
     def read(self, *, batch_size: int) -> dict[str, float]:
         """The averages since the last call, over all processes. Waits for the device."""
-        total, reconstruction, prediction, correlation = (self._sums / max(1, self._count)).tolist()
+        total, reconstruction, prediction, correlation = (self._sums / max(1, self._steps)).tolist()
         norm = float(self._norms) / max(1, self._steps)
         elapsed = time.perf_counter() - self._since
         values = {

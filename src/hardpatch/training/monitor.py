@@ -12,7 +12,7 @@ from hardpatch.evaluate.features import LabelledSplit
 from hardpatch.evaluate.foreground import predicted_loss_auroc
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import draw_hardness, measure_hardness, save_figure, spread_images, told_correlation
-from hardpatch.method.method import Student, Teacher
+from hardpatch.method.student import Student, Teacher
 from hardpatch.method.vit import grid_size
 from hardpatch.runs.build import build_decoder, build_downloads, build_normalise
 from hardpatch.runtime import distributed
@@ -90,7 +90,8 @@ class Watcher:
         metrics: dict[str, float] = {}
         if self.split is None and not run.config.run.figures:
             return metrics
-        student, teacher = run.state.whole(run.config)
+        model = run.state.whole(run.config)
+        student, teacher = model.student, model.teacher
         if self.split is not None:
             accuracy = knn_accuracy(
                 student.encoder, self.split, self.normalise, size=run.config.data.size,

@@ -16,7 +16,6 @@ from hardpatch.runtime.errors import DivergedError, InputError, Interrupted
 from hardpatch.runtime.log import RunLog, read_metrics, say, warn
 from hardpatch.training.meter import Meter
 from hardpatch.training.monitor import Watcher, labelled_validation
-from hardpatch.training.overhead import MIN_STEPS, measure_overhead
 from hardpatch.training.sharding import is_sharded
 from hardpatch.training.state import Run
 
@@ -47,13 +46,11 @@ class Reporter:
         """Look at the model where that was not done yet."""
         step = self.run.state.step
         watched = any(
-            record["step"] == step and not record.keys() & {"reconstruction_loss", "overhead_over_mae"}
+            record["step"] == step and "reconstruction_loss" not in record
             for record in read_metrics(self.run.folder.path)
         )
         if self._is_due(step) and not watched:  # the untrained model, or a run that was killed while it was looked at
             self._watch(step)
-        if self.run.schedule.total_steps >= MIN_STEPS and step < self.run.schedule.total_steps:
-            self._tell_overhead()
         self._since = self._last_save = time.monotonic()
 
     def _watch(self, step: int) -> None:
@@ -61,16 +58,6 @@ class Reporter:
         self._record(self.watcher.watch(step))
         if self.trackers:
             self.trackers.log_figure("hardness", self.run.folder.hardness_figure(step), step)
-
-    def _tell_overhead(self) -> None:
-        """Measure what mining costs here, say it and record it."""
-        if (overhead := measure_overhead(self.run)) is None:
-            return
-        self._record({"overhead_over_mae": overhead.over_mae, "teacher_share": overhead.teacher_share})
-        say(
-            f"a step takes {overhead.over_mae:.2f} +- {overhead.spread:.2f} times as long as plain MAE's (forward and "
-            f"backward, measured now); the teacher's pass is {overhead.teacher_share:.0%} of it"
-        )
 
     def damaged(self, news: list[Damage]) -> None:
         """Name every damaged image once: now, or of several processes by the main one at the next record."""
@@ -107,9 +94,9 @@ class Reporter:
         if due:
             run.save()
             self._watch(step)
-        elif run.may_stop and self._is_overdue():
+        elif self._is_overdue():
             # Sharded models are saved by all processes together; otherwise the others know nothing of this.
-            together = distributed.world_size() == 1 or is_sharded(run.state.student)
+            together = distributed.world_size() == 1 or is_sharded(run.state.model.student)
             if (bad := meter.first_bad_step() if together else meter.first_bad_step_here()) is not None:
                 if not together:  # all processes stop together, at the next record
                     return
@@ -125,7 +112,7 @@ class Reporter:
         """Say how long a process's first step took, which compiles: that is not training time, and no speed."""
         distributed.synchronise(self.run.device)
         now = time.monotonic()
-        if self.log and now - self._since > 2:  # what was compiled to measure the overhead is compiled
+        if self.log and now - self._since > 2:
             say(f"the first step, which compiles, took {now - self._since:.0f} s")
         self._cold, self._since = False, now
         meter.leave_out_time()
@@ -148,7 +135,7 @@ class Reporter:
         """Has the last checkpoint become too old for this process to go on without another?"""
         overdue = time.monotonic() - self._last_save > 60 * self.run.config.run.checkpoint_minutes
         overdue = overdue and distributed.is_main()
-        return distributed.any_process(overdue) if is_sharded(self.run.state.student) else overdue
+        return distributed.any_process(overdue) if is_sharded(self.run.state.model.student) else overdue
 
     def _clock(self) -> None:
         """Add the time since the last call to the run's training time."""

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from hardpatch.method.method import Student, StudentOutput, Teacher
+from hardpatch.method.student import Student, StudentOutput, Teacher
 from hardpatch.runs.build import blocks
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from hardpatch.config.config import Config
 from hardpatch.data.loader.loading import Position
 from hardpatch.data.sources import Source
-from hardpatch.method.method import Method, Student, Teacher
-from hardpatch.method.schedules import hard_share, hard_share_by_epoch, stage
-from hardpatch.method.targets.tokens import KMeansTokenizer
-from hardpatch.runs.build import Stage, build_student, choose_attention, input_config, timm_arguments
+from hardpatch.method.hpm import HPM
+from hardpatch.method.method import Method
+from hardpatch.method.schedules import hard_share, hard_share_by_epoch
+from hardpatch.method.targets.target import FittedTarget
+from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
 from hardpatch.runs.checkpoint import CheckpointFolder, save_weights
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runs.schedule import Schedule, branching_step
@@ -22,16 +23,17 @@ from hardpatch.runtime import distributed
 from hardpatch.training.gate import MiningGate
 from hardpatch.training.sharding import gathered, gathered_on_main, is_sharded, shares_of, shares_of_optimizer
 
+Resume = Literal["auto", "never", "restart"]
+"""What to do with a folder that holds a run: go on with it, refuse, or start over."""
+
 
 @dataclass
 class State:
     """All that changes while training, and what was fitted to the images before: what a checkpoint holds."""
 
-    student: Student
-    teacher: Teacher
+    model: HPM
     optimizer: torch.optim.Optimizer
     gate: MiningGate
-    codebook: KMeansTokenizer | None = None
     step: int = 0
     seconds: float = 0.0
 
@@ -40,41 +42,42 @@ class State:
 
         Where the models are sharded every process has to ask, and the main process alone gets them.
         """
+        target = self.model.method.target
         return {
             "images": images,
             "step": self.step,
             "seconds": self.seconds,
-            "student": gathered_on_main(self.student.state_dict()),
-            "teacher": gathered_on_main(self.teacher.model.state_dict()),
+            "student": gathered_on_main(self.model.student.state_dict()),
+            "teacher": gathered_on_main(self.model.teacher.model.state_dict()),
             "optimizer": gathered_on_main(self.optimizer.state_dict()),
             "gate": self.gate.correlation,
-            "target": self.codebook.state_dict() if self.codebook is not None else {},
+            "target": target.fitted_state() if isinstance(target, FittedTarget) else {},
             "config": asdict(config),
         }
 
     def load(self, saved: dict[str, Any]) -> None:
         """Take over a saved state."""
         self.step, self.seconds = saved["step"], saved["seconds"]
-        for model, name in ((self.student, "student"), (self.teacher.model, "teacher")):
+        for model, name in ((self.model.student, "student"), (self.model.teacher.model, "teacher")):
             model.load_state_dict(shares_of(saved[name], model.state_dict()))
         self.optimizer.load_state_dict(shares_of_optimizer(saved["optimizer"], self.optimizer))
         self.gate.correlation.copy_(saved["gate"])
-        if self.codebook is not None:
-            self.codebook.adopt(**saved["target"])
+        if isinstance(target := self.model.method.target, FittedTarget):
+            target.adopt(saved["target"])
 
-    def whole(self, config: Config) -> tuple[Student, Teacher]:
-        """Student and teacher to look at: these, or whole copies where they are sharded; every process has to ask."""
-        if not is_sharded(self.student):
-            return self.student, self.teacher
-        tensors, device = gathered(self.student.state_dict()), self.student.positions.device
+    def whole(self, config: Config) -> HPM:
+        """The model to look at: this one, or a whole copy where it is sharded; every process has to ask."""
+        if not is_sharded(self.model.student):
+            return self.model
+        tensors, device = gathered(self.model.student.state_dict()), self.model.student.positions.device
         with torch.device("meta"):
             student = build_student(config, target_dim=len(tensors["reconstructor.head.weight"]))
-            teacher = Teacher(student)
+            whole = HPM(student, self.model.method)
         student.load_state_dict(tensors, assign=True)
-        teacher.model.load_state_dict(gathered(self.teacher.model.state_dict()), assign=True)
-        for model in (student, teacher):
+        whole.teacher.model.load_state_dict(gathered(self.model.teacher.model.state_dict()), assign=True)
+        for model in (student, whole.teacher):
             choose_attention(model, device, bf16=distributed.is_bf16(config.run.precision, device))
-        return student, teacher
+        return whole
 
 
 @dataclass
@@ -89,7 +92,6 @@ class Run:
     source: Source
     schedule: Schedule
     position: Position
-    stages: tuple[Stage, ...]
     state: State
     checkpoints: CheckpointFolder
     images: str
@@ -107,18 +109,13 @@ class Run:
 
     @property
     def method(self) -> Method:
-        """The choices of the run, for images of full size."""
-        return self.stages[-1].method
-
-    def stage(self, step: int) -> Stage:
-        """The stage of a step; a batch that is kept for several steps stays in that of its first."""
-        first = step - step % self.config.method.steps_per_batch
-        return self.stages[-1] if len(self.stages) == 1 else self.stages[stage(first, self.schedule.ramp_steps)]
+        """The choices of the run."""
+        return self.state.model.method
 
     def num_hard(self, step: int) -> int:
         """``int(M * a_t)``."""
         share = self.hard_share(step)
-        return int(self.stage(step).method.num_hidden * share)
+        return int(self.method.num_hidden * share)
 
     def hard_share(self, step: int) -> float:
         """a_t."""
@@ -137,19 +134,12 @@ class Run:
     @property
     def checkpoint_steps(self) -> int:
         """Steps between two scheduled checkpoints."""
-        unit = self.config.method.steps_per_batch
-        wanted = self.config.run.checkpoint_steps or max(1, math.ceil(self.schedule.total_steps / 10))
-        return math.ceil(wanted / unit) * unit
+        return self.config.run.checkpoint_steps or max(1, math.ceil(self.schedule.total_steps / 10))
 
     @property
     def branching_step(self) -> int | None:
         """The step whose checkpoint is kept so that a run of another length can branch off; None: none can."""
-        return branching_step(self.config, self.schedule)
-
-    @property
-    def may_stop(self) -> bool:
-        """Can a run go on from here exactly? Not in the middle of a batch that is kept for several steps."""
-        return self.state.step % self.config.method.steps_per_batch == 0
+        return branching_step(self.schedule)
 
     def save(self) -> None:
         """Save the state and the encoder; every process has to ask, the main process alone writes."""

@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from hardpatch.config.config import Config
-from hardpatch.method.method import Student, Teacher
+from hardpatch.method.student import Student, Teacher
 from hardpatch.method.vit import grid_size, patch_size
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.names import handful

@@ -30,7 +30,7 @@ _ENCODER = re.compile(
 
 
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a published HPM (or MAE) model to those of :class:`hardpatch.method.method.Student`.
+    """Rename the tensors of a published HPM (or MAE) model to those of :class:`hardpatch.method.student.Student`.
 
     Args:
         state: Tensors under the published parameter names.
@@ -104,7 +104,7 @@ _HUGGING_FACE_BLOCK = (  # inside a block
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a ViTMAE or ViT of transformers to those of :class:`hardpatch.method.method.Student`.
+    """Rename the tensors of a ViTMAE or ViT of transformers to those of :class:`hardpatch.method.student.Student`.
 
     Args:
         state: Tensors of ``ViTMAEForPreTraining``, or of an encoder alone; query, key and value are joined.

@@ -1,4 +1,4 @@
-"""Weights, whoever wrote them, read into one form: tensors under the names of :class:`hardpatch.method.method.Student`.
+"""Weights of any origin read into one form: tensors under the names of :class:`hardpatch.method.student.Student`.
 
     runs/photos, step_00001234.pt, weights.safetensors    ours
     mae_pretrain_vit_base.pth, checkpoint-199.pth, ...    published HPM and MAE files, whole or the encoder alone
@@ -29,7 +29,7 @@ from torch.serialization import safe_globals
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import validated
-from hardpatch.method.masks import MASKS
+from hardpatch.method.choices import MASKS
 from hardpatch.method.vit import sincos_positions
 from hardpatch.runs.build import build_encoder
 from hardpatch.runs.checkpoint import verify
@@ -44,7 +44,7 @@ class Weights(NamedTuple):
     source: str
     """Where they come from, for messages."""
     student: dict[str, Tensor]
-    """float32, under the names of :class:`hardpatch.method.method.Student`; the encoder is always there."""
+    """float32, under the names of :class:`hardpatch.method.student.Student`; the encoder is always there."""
     teacher: dict[str, Tensor] | None
     """The same of the EMA teacher; None where there is none that has learnt."""
     config: Config | None

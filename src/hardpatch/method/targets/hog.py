@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hardpatch.method.targets.target import TargetContext
 from hardpatch.method.vit import patchify
+
+ORIENTATIONS = 9
+"""Bins of a histogram of oriented gradients, 20 degrees each."""
 
 
 class HogTarget:
@@ -46,8 +50,9 @@ class HogTarget:
         return (prediction.float() - target).square().mean(dim=-1)
 
 
-ORIENTATIONS = 9
-"""Bins of a histogram of oriented gradients, 20 degrees each."""
+def build(context: TargetContext) -> HogTarget:
+    """The target ``hog``."""
+    return HogTarget(context.geometry.patch, channels=context.geometry.channels)
 
 
 def cell_histograms(images: Float[Tensor, "b c h w"], cell: tuple[int, int]) -> Float[Tensor, "b q r s"]:

@@ -1,18 +1,11 @@
-"""What is reconstructed, and how wrong a reconstruction is.
-
-A target turns images into one vector per patch and owns the per-patch loss, because losses differ by target (squared
-error for pixels, cross-entropy for tokens). The loss predictor and the mining see that per-patch loss, or
-:class:`PixelHardness`.
-
-Here: the protocol, and the targets that are made of the image or of the teacher alone. Features of a frozen timm model
-are in :mod:`hardpatch.method.targets.timm_features`, discrete tokens in :mod:`hardpatch.method.targets.tokens`.
-"""
+"""Pixels of each patch as the target, and what makes a patch of pixels hard."""
 
 from __future__ import annotations
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hardpatch.method.targets.target import TargetContext
 from hardpatch.method.vit import patchify, take
 
 
@@ -52,6 +45,16 @@ class PixelTarget:
             return prediction
         mean, deviation = patch_statistics(patchify(images.float(), self.patch_size))
         return prediction * deviation + mean
+
+
+def build_pixels(context: TargetContext) -> PixelTarget:
+    """The target ``pixels``."""
+    return PixelTarget(context.geometry.patch, channels=context.geometry.channels, normalise=False)
+
+
+def build_norm_pix(context: TargetContext) -> PixelTarget:
+    """The target ``norm_pix``."""
+    return PixelTarget(context.geometry.patch, channels=context.geometry.channels, normalise=True)
 
 
 def patch_statistics(

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hardpatch.method.targets.target import feature_loss
+from hardpatch.method.targets.target import TargetContext, feature_loss
 
 
 class EmaFeatureTarget:
@@ -37,3 +37,8 @@ class EmaFeatureTarget:
     def patch_loss(self, prediction: Float[Tensor, "b m d"], target: Float[Tensor, "b m d"]) -> Float[Tensor, "b m"]:
         """Distance of the directions of two features."""
         return feature_loss(prediction, target)
+
+
+def build(context: TargetContext) -> EmaFeatureTarget:
+    """The target ``ema_features``."""
+    return EmaFeatureTarget(context.encoder)

@@ -17,7 +17,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hardpatch.method.targets.target import feature_loss
+from hardpatch.method.targets.target import TargetContext, feature_loss
 from hardpatch.runtime.errors import InputError, suggest
 from hardpatch.runtime.log import say
 
@@ -123,6 +123,17 @@ class TimmFeatureTarget(nn.Module):
     def patch_loss(self, prediction: Float[Tensor, "b m p"], target: Float[Tensor, "b m p"]) -> Float[Tensor, "b m"]:
         """Distance of the directions of two features."""
         return feature_loss(prediction, target)
+
+
+def build(context: TargetContext) -> TimmFeatureTarget:
+    """The target ``timm_features``.
+
+    Raises:
+        InputError: The model cannot be loaded, or does not suit the images.
+    """
+    grid, image_size = context.geometry.grid, context.geometry.image_size
+    frozen = load_frozen(context.target_model, grid=grid, image_size=image_size, channels=context.geometry.channels)
+    return TimmFeatureTarget(frozen, grid=grid, mean=context.mean, std=context.std)
 
 
 def resample(features: Float[Tensor, "b p r s"], grid: tuple[int, int]) -> Float[Tensor, "b p i j"]:

@@ -35,7 +35,7 @@ from hardpatch.tools.ablate.runs_to_do import Budget, Job, Rows, choose_rows, ch
 from hardpatch.tools.ablate.step_times import StepTimes, TimedStep, known_by, step_times
 from hardpatch.tools.ablate.suites import AblateConfig
 from hardpatch.tools.ablate.table import Outcome, Table
-from hardpatch.training.loop import train
+from hardpatch.training.pretrain import train
 
 
 def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from hardpatch.config.config import OptimisationConfig
-from hardpatch.method.method import Student
+from hardpatch.method.student import Student
 from hardpatch.method.targets.target import Target
 from hardpatch.method.vit import Decoder
 

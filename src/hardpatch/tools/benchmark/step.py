@@ -17,7 +17,8 @@ from hardpatch.config.values import with_fields
 from hardpatch.cost.flops import training_flops
 from hardpatch.data.loader.loading import Batch
 from hardpatch.data.sources import open_source
-from hardpatch.method.method import Answers, Teacher
+from hardpatch.method.method import Answers
+from hardpatch.method.student import Teacher
 from hardpatch.method.vit import patch_size
 from hardpatch.runs.build import (
     Stage,

@@ -148,7 +148,8 @@ def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Ste
 
     from hardpatch.config.config import Config
     from hardpatch.config.values import with_fields
-    from hardpatch.method.method import Losses, Teacher
+    from hardpatch.method.method import Losses
+    from hardpatch.method.student import Teacher
     from hardpatch.runs.build import build_method, build_optimizer, build_student, choose_attention, compile_blocks
 
     config = with_fields(Config(), TINY)

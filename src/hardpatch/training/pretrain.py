@@ -1,0 +1,135 @@
+"""Pre-training from start to end: :func:`pretrain` is what ``hardpatch pretrain`` runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hardpatch.config.config import Config
+from hardpatch.config.recipes import recipe as named_recipe
+from hardpatch.config.values import load_config, with_fields
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime import distributed
+from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import read_metrics, say, warn
+from hardpatch.runtime.signals import StopSignal
+from hardpatch.training.branching import beginning_of_branch, branched, open_trunk
+from hardpatch.training.loop import train_steps
+from hardpatch.training.preparation import prepare
+from hardpatch.training.state import Resume, Run
+
+
+def pretrain(
+    data: str | Path,
+    out: str | Path,
+    *,
+    recipe: str = "hpm",
+    config: str | Path | None = None,
+    branch_from: str | Path | None = None,
+    resume: Resume = "auto",
+    **fields: Any,
+) -> dict[str, Any]:
+    """Pre-train a ViT with Hard Patches Mining; what ``hardpatch pretrain`` runs.
+
+    Args:
+        data: Images to learn from: a folder, a list, a table, tar shards, or ``shapes:N``.
+        out: The run folder.
+        recipe: Named starting point, see :mod:`hardpatch.config.recipes`.
+        config: A YAML file instead of a recipe.
+        branch_from: A run instead of a recipe, with a constant learning rate: goes on in ``out`` from the last
+            checkpoint before it fell, with other ``epochs``.
+        resume: ``auto`` goes on with an unfinished run in ``out``; ``never`` refuses to; ``restart`` starts over.
+        **fields: Any field of :class:`hardpatch.config.config.Config` by its name, e.g. ``epochs=100``.
+
+    Returns:
+        The figures of the run, as in ``result.json``.
+
+    Raises:
+        InputError: A field, the data or the folder breaks a rule.
+        Interrupted: A signal stopped the run after it was saved.
+    """
+    if branch_from is not None and (config is not None or recipe != "hpm"):
+        raise InputError(f"branch_from: takes the place of recipe and config, got {config or recipe!r} as well")
+    trunk = None
+    if branch_from is not None:
+        base, trunk = beginning_of_branch(branch_from, out, resume=resume)
+    else:
+        base = load_config(Path(config)) if config is not None else named_recipe(recipe)
+    return train(with_fields(base, {"data": str(data), **fields}), Path(out), resume=resume, trunk=trunk)
+
+
+def train(config: Config, out: Path, *, resume: Resume = "auto", trunk: RunFolder | None = None) -> dict[str, Any]:
+    """Run a whole config in a folder: start, go on or branch off a trunk, train, evaluate, report."""
+    if trunk is not None:
+        config = branched(open_trunk(trunk), config)
+    device = distributed.choose_device(config.run.device)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(distributed.process_group(device))
+        stack.enter_context(_kernels(config.run.deterministic))
+        folder = RunFolder(out)
+        stack.callback(folder.release)
+        run = prepare(config, folder, device=device, resume=resume, trunk=trunk)
+        if run.state.step >= run.schedule.total_steps and (finished := run.folder.result()):
+            say(f"{run.folder.path} holds a finished run of {run.schedule.total_steps} steps; nothing to do")
+            return finished
+        try:
+            train_steps(run, stop)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"micro_batch_size: the device's memory is too small for {config.run.micro_batch_size or 'all'} "
+                f"images at once; give a smaller one, the result stays the same ({str(error).splitlines()[0]})"
+            ) from None
+        return finish(run)
+
+
+@contextmanager
+def _kernels(deterministic: bool) -> Iterator[None]:
+    """Only deterministic kernels, where asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Write ``result.json`` and the report of a run whose last step is done."""
+    if not run.state.gate.is_open() and distributed.is_main():
+        warn(
+            "this run ended with random masks: the rank correlation of predicted and true loss, averaged over about "
+            f"the last 50 steps from 0, is {float(run.state.gate.correlation):+.2f}, below mining_threshold "
+            f"{run.state.gate.threshold:g}. Train longer, or lower --mining-threshold (0: mine from the first step)"
+        )
+    records = read_metrics(run.folder.path)
+    training = [record for record in records if "reconstruction_loss" in record]
+    knn = {record["step"]: record["knn_top1"] for record in records if "knn_top1" in record}
+    result: dict[str, Any] = {
+        "run": str(run.folder.path),
+        "steps": run.state.step,
+        "samples_seen": run.state.step * run.config.optimisation.batch_size,
+        "seconds": run.state.seconds,
+        "images_per_second": run.state.step * run.config.optimisation.batch_size / max(run.state.seconds, 1e-9),
+        "reconstruction_loss": training[-1]["reconstruction_loss"] if training else None,
+        "prediction_loss": training[-1]["prediction_loss"] if training else None,
+        "predictor_rank_correlation": training[-1]["predictor_rank_correlation"] if training else None,
+    }
+    if knn:
+        result |= {"knn_top1": knn[max(knn)], "knn_top1_untrained": knn.get(0)}
+    if distributed.is_main():
+        write_text_atomically(run.folder.result_file, json.dumps(result, indent=2) + "\n")
+        if run.config.run.figures:
+            from hardpatch.figures.report import write_report
+
+            write_report(run.folder)
+    return result
