@@ -5,12 +5,16 @@ Cases are read from ``../shared/reference`` or from the folder in HPM_REFERENCE_
 
 import json
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
 
 from hardpatch.method.losses import PREDICTED_LOSSES
 from hardpatch.method.masks import hide_random, split_patches
@@ -24,6 +28,8 @@ from places import SHARED
 
 FOLDER = Path(os.environ.get("HPM_REFERENCE_DIR", SHARED / "reference"))
 CASES = sorted(FOLDER.glob("*.json"))
+VALUES = ("reconstruction_loss", "predictor_loss", "grad_norm", "teacher_loss_prediction_sum")
+"""What is compared at every step."""
 
 pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference numbers in {FOLDER}; set HPM_REFERENCE_DIR")
 
@@ -43,9 +49,12 @@ class GivenFeatures:
 
 
 class Case:
-    def __init__(self, path):
+    """A reference case in float32 or float64; a seed changes each initial weight by one rounding step or none."""
+
+    def __init__(self, path, dtype=torch.float32, *, seed=None):
         self.json = json.loads(path.read_text())
-        self.tensors = load_file(path.with_suffix(".safetensors"))
+        tensors = load_file(path.with_suffix(".safetensors"))
+        self.tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         self.images, self.masks = self.tensors["images"], self.tensors["masks"]
         config = self.json["config"]
         encoder = create_encoder(
@@ -65,6 +74,11 @@ class Case:
             decoder_heads=config["decoder_num_heads"], predictor_depth=config["decoder_depth"],
         )  # fmt: skip
         self.student.load_state_dict(from_published(self.state("init.")), strict=True)
+        self.student.to(dtype)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for weight in self.student.state_dict().values():
+                weight *= 1 + 2**-23 * torch.randint(-1, 2, weight.shape, generator=generator)
         self.teacher = Teacher(self.student)
         self.method = Method(
             target=target, mask_policy=hide_random, num_hidden=int(self.masks[0, 0].sum()),
@@ -76,8 +90,13 @@ class Case:
 
 
 @pytest.fixture(params=CASES, ids=lambda path: path.stem)
-def case(request):
-    return Case(request.param)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def case(path):
+    return Case(path)
 
 
 def assert_close(actual, expected, tolerance):
@@ -97,36 +116,98 @@ def test_forward_equals_the_published_model(case):
     assert_close(case.teacher.predict_loss(case.images), case.tensors["teacher_loss_prediction"], 1e-5)
 
 
-def test_trajectory_equals_the_published_training(case):
-    recipe = case.json["optimizer"]
+class Trajectory(NamedTuple):
+    """What five steps made of a case."""
+
+    values: Tensor
+    """(steps, VALUES), float64."""
+    student: dict[str, Tensor]
+    """Final weights under the published names."""
+    teacher: dict[str, Tensor]
+    """Its final weights."""
+
+
+def train(case) -> Trajectory:
+    """The published training of a case."""
+    recipe, values = case.json["optimizer"], []
     groups = param_groups_weight_decay(case.student, recipe["weight_decay"])
     optimizer = torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"], eps=recipe["eps"])
-    for expected, hidden in zip(case.json["trajectory"], case.masks, strict=True):
-        scores = case.teacher.predict_loss(case.images)
-        if not case.json["relative"]:  # a common shift of all scores is noise there: see assert_same_weights
-            assert scores.double().sum().item() == pytest.approx(expected["teacher_loss_prediction_sum"], rel=1e-4)
-        output = case.student(case.images, hidden, num_hidden=case.method.num_hidden)
-        losses = case.method.losses(output, case.images, case.method.choose_decoded(hidden, hidden.float()), scores)
-        assert losses.reconstruction.item() == pytest.approx(expected["reconstruction_loss"], rel=1e-5, abs=1e-5)
-        assert losses.prediction.item() == pytest.approx(expected["predictor_loss"], rel=1e-5, abs=1e-5)
-        losses.total.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in case.student.parameters() if p.grad is not None])
-        assert norm.item() == pytest.approx(expected["grad_norm"], rel=1e-4)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        case.teacher.update(case.student, case.json["ema_decay"])
-    for model, prefix in ((case.student, "final."), (case.teacher.model, "final_ema.")):
-        assert_same_weights(to_published(model.state_dict()), case.state(prefix), relative=case.json["relative"])
+    with pytest.MonkeyPatch.context() as patch:
+        if case.images.dtype == torch.float64:  # float32 where the method asks for it would round the twin
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        for hidden in case.masks:
+            scores = case.teacher.predict_loss(case.images)
+            output = case.student(case.images, hidden, num_hidden=case.method.num_hidden)
+            losses = case.method.losses(output, case.images, case.method.choose_decoded(hidden, hidden.float()), scores)
+            losses.total.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in case.student.parameters() if p.grad is not None])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            case.teacher.update(case.student, case.json["ema_decay"])
+            values.append([losses.reconstruction.item(), losses.prediction.item(), norm.item(),
+                           scores.double().sum().item()])  # fmt: skip
+    weights = (to_published(model.state_dict()) for model in (case.student, case.teacher.model))
+    return Trajectory(torch.tensor(values, dtype=torch.float64), *weights)
 
 
-def assert_same_weights(actual, expected, *, relative):
-    """Every tensor within 1e-4, where its value is determined at all.
+@cache
+def expected_values(path) -> Tensor:
+    """The reference's values (steps, VALUES)."""
+    steps = json.loads(path.read_text())["trajectory"]
+    return torch.tensor([[step[name] for name in VALUES] for step in steps], dtype=torch.float64)
+
+
+@cache
+def spread(path) -> Tensor:
+    """How far rounding alone takes each value (steps, VALUES) from where float64 finds it."""
+    exact = train(Case(path, torch.float64)).values
+    return torch.stack([(train(Case(path, seed=seed)).values - exact).abs() for seed in range(8)]).amax(0)
+
+
+def deviation(path, trajectory, *, spreads) -> float:
+    """Largest distance of a value from the reference's, as a multiple of what is allowed."""
+    expected = expected_values(path)
+    allowed = expected.abs() * torch.tensor([1e-5, 1e-5, 1e-4, 1e-4]) + torch.tensor([1e-5, 1e-5, 0, 0])
+    allowed[1:] += spreads * spread(path)[1:]
+    ratio = (trajectory.values - expected).abs() / allowed
+    if json.loads(path.read_text())["relative"]:
+        ratio = ratio[:, :3]  # a common shift of all scores is noise there: see assert_same_weights
+    return ratio.max().item()
+
+
+@pytest.mark.parametrize(("dtype", "spreads"), [(torch.float32, 4), (torch.float64, 2)], ids=str)
+def test_trajectory_equals_the_published_training(path, dtype, spreads):
+    """The first step within 1e-5 (gradient norm: 1e-4), later ones within that and what rounding alone explains.
+
+    AdamW divides each gradient by its own size: an entry whose true gradient is no larger than the rounding of the
+    sums behind it (1e-7) moves by up to a whole learning rate, in a direction that the order of summation decides,
+    hence the processor, the library and the number of threads. So the test measures what rounding does to the same
+    training: a twin in float64, which rounds nothing that counts, and eight runs in float32 from initial weights that
+    each differ by at most one rounding step. The *spread* of a value is the largest distance of the eight from the
+    twin. The reference is one run in float32, of which eight others are a sample, so the twin may be 2 spreads from
+    it. Our run in float32 strays as the reference does and independently: 4 spreads. Where nothing amplifies rounding
+    (``pixel_absolute``) this adds 1 to 50 % to the strict bound; in ``feature_relative``, where a few weights of the
+    patch embedding have gradients of 1e-7, it allows what differs between processors (4e-5 of the predictor's loss).
+    ``test_a_wrong_training_is_found`` shows that these bounds still tell small mistakes from rounding.
+    """
+    case = Case(path, dtype)
+    trajectory = train(case)
+    assert deviation(path, trajectory, spreads=spreads) <= 1
+    share = 1 - case.json["ema_decay"] ** len(case.masks)
+    assert_same_weights(trajectory.student, case.state("final."), relative=case.json["relative"])
+    assert_same_weights(trajectory.teacher, case.state("final_ema."), relative=case.json["relative"], share=share)
+
+
+def assert_same_weights(actual, expected, *, relative, share=1.0):
+    """Every tensor within 1e-4 of its ``share``, where its value is determined at all.
 
     Two kinds of parameter have a gradient that is exactly zero, so AdamW (which divides by the gradient's size) moves
     them by pure rounding noise, in every implementation and on every machine: the key part of each qkv bias (softmax
     ignores a shift common to all keys), and the bias of the predictor's last norm under the relative loss (only
     differences of scores count). Apart from these, single entries with a gradient near AdamW's eps are allowed to
-    stray: at most 5 in 10,000, while the root mean square of each tensor's difference stays below 2e-5.
+    stray: at most 5 in 10,000, while the root mean square of each tensor's difference stays below 2e-5. Of the steps of
+    the student a teacher has made the ``share`` 1 - decay^steps at most, so it may differ by that share of all this,
+    and by the rounding of its own values.
     """
     assert actual.keys() == expected.keys()
     strays = total = 0
@@ -137,10 +218,39 @@ def assert_same_weights(actual, expected, *, relative):
             difference = torch.cat([query, value])
         elif relative and name == "decoder_norm_losspred.bias":
             continue
-        assert difference.square().mean().sqrt() <= 2e-5, name
-        strays += int((difference > 1e-4).sum())
+        rounding = 2**-22 * reference.abs().max()
+        assert difference.square().mean().sqrt() <= 2e-5 * share + rounding, name
+        strays += int((difference > 1e-4 * share + rounding).sum())
         total += difference.numel()
-    assert strays <= 5e-4 * total, f"{strays} of {total} entries differ by more than 1e-4"
+    assert strays <= 5e-4 * total, f"{strays} of {total} entries differ by too much"
+
+
+def set_norm_eps(case):
+    for module in (*case.student.modules(), *case.teacher.modules()):
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-5
+
+
+MISTAKES: dict[str, Callable[[Case], object]] = {
+    "second moment": lambda case: case.json["optimizer"].update(betas=(0.9, 0.96)),
+    "learning rate": lambda case: case.json["optimizer"].update(lr=case.json["optimizer"]["lr"] * 1.001),
+    "weight decay": lambda case: case.json["optimizer"].update(weight_decay=0.06),
+    "ema decay": lambda case: case.json.update(ema_decay=case.json["ema_decay"] - 1e-3),
+    "norm eps": set_norm_eps,
+    "detached predictor": lambda case: setattr(case.student, "predictor_detached", True),
+}
+"""What someone could get wrong without a loss that looks wrong."""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_training_is_found(mistake):
+    """The bounds above are wide enough for every processor, and narrow enough for what they are there for."""
+    found = []
+    for path in CASES:
+        case = Case(path)
+        MISTAKES[mistake](case)
+        found.append(deviation(path, train(case), spreads=4) > 1)
+    assert any(found)
 
 
 def test_position_tables_equal_the_published_ones(case):
