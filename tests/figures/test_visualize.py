@@ -43,7 +43,7 @@ def test_the_figure_shows_a_mask_of_the_runs_own_kind(mask, predicted_loss):
     expected = {"predicted_loss": teacher.predict_loss, "attention": lambda i: class_attention(student.encoder, i)}
     if method.guide is not None:
         assert torch.equal(guide, expected[method.guide](images))
-    hidden = MASKS[mask].policy((4, 4))(guide, noise, num_hidden=12, num_hard=6)
+    hidden = hide(mask, GRID=(4, 4), guide, noise, num_hidden=12, num_hard=6)
     assert torch.equal(hardness.hidden, hidden)
     assert (hardness.predicted_loss is None) == (predicted_loss == "none")
 

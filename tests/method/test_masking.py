@@ -36,7 +36,7 @@ def draw(num_patches, *, batch=4, seed=0):
     return scores - num_patches / 2, torch.rand(batch, num_patches, generator=generator)
 
 
-def slow_hide_hard(scores, noise, num_hidden, num_hard):
+def slow_hide("hard", scores, noise, num_hidden, num_hard):
     hidden = np.zeros(scores.shape, dtype=bool)
     for b in range(len(scores)):
         easy_to_hard = np.argsort(scores[b])
@@ -71,7 +71,7 @@ def test_exactly_m_patches_are_hidden(mask, grid, ratio):
     num_hidden = min(num_hidden_patches(num_patches, ratio), num_patches - 1)
     scores, noise = draw(num_patches)
     for num_hard in {0, 1, num_hidden // 2, num_hidden}:
-        hidden = MASKS[mask].policy(grid)(scores, noise, num_hidden=num_hidden, num_hard=num_hard)
+        hidden = hide(mask, GRID=grid, scores, noise, num_hidden=num_hidden, num_hard=num_hard)
         assert hidden.dtype == torch.bool
         assert hidden.sum(dim=1).tolist() == [num_hidden] * len(noise)
 
@@ -94,7 +94,7 @@ def test_exactly_m_patches_are_hidden_whatever_the_noise(mask, extreme):
     """Also where a filter is given nothing but one value."""
     for grid in GRIDS:
         num_patches = grid[0] * grid[1]
-        hidden = MASKS[mask].policy(grid)(
+        hidden = hide(mask, GRID=grid, 
             torch.zeros(2, num_patches), torch.full((2, num_patches), extreme), num_hidden=num_patches // 2, num_hard=1
         )
         assert hidden.sum(dim=1).tolist() == [num_patches // 2] * 2
@@ -106,7 +106,7 @@ def test_one_extreme_noise_value_does_not_decide_the_whole_mask(mask, extreme):
     """Now and then one value is exactly 0: an infinite normal deviate would fill the whole row."""
     scores, noise = draw(64, batch=8)
     noise[:, 5] = extreme
-    hidden = MASKS[mask].policy((8, 8))(scores, noise, num_hidden=48, num_hard=10)
+    hidden = hide(mask, GRID=(8, 8), scores, noise, num_hidden=48, num_hard=10)
     assert len(torch.unique(hidden, dim=0)) == 8
 
 
@@ -117,14 +117,14 @@ def test_hide_hard_equals_a_loop_over_images(grid, seed):
     scores, noise = draw(num_patches, seed=seed)
     num_hidden = int(np.random.default_rng(seed).integers(1, num_patches))
     for num_hard in {0, 1, num_hidden // 3, num_hidden}:
-        hidden = hide_hard(scores, noise, num_hidden=num_hidden, num_hard=num_hard)
-        assert np.array_equal(hidden.numpy(), slow_hide_hard(scores.numpy(), noise.numpy(), num_hidden, num_hard))
+        hidden = hide("hard", scores, noise, num_hidden=num_hidden, num_hard=num_hard)
+        assert np.array_equal(hidden.numpy(), slow_hide("hard", scores.numpy(), noise.numpy(), num_hidden, num_hard))
 
 
 @pytest.mark.parametrize(("mask", "largest"), [("hard", True), ("attention", True), ("easy", False)])
 def test_the_guided_share_is_always_hidden(mask, largest):
     scores, noise = draw(30, batch=500)
-    hidden = MASKS[mask].policy((5, 6))(scores, noise, num_hidden=20, num_hard=8)
+    hidden = hide(mask, GRID=(5, 6), scores, noise, num_hidden=20, num_hard=8)
     assert hidden.gather(1, scores.topk(8, largest=largest).indices).all()
     assert not hidden.gather(1, scores.topk(8, largest=not largest).indices).all()
 
@@ -136,7 +136,7 @@ def test_the_rest_is_uniform(mask, num_hard):
     num_patches, batch = 6 + num_hard, 40_000
     _, noise = draw(num_patches, batch=batch)
     scores = torch.arange(num_patches).roll(3).float().expand(batch, -1)
-    hidden = MASKS[mask].policy((2, num_patches // 2))(scores, noise, num_hidden=3 + num_hard, num_hard=num_hard)
+    hidden = hide(mask, GRID=(2, num_patches // 2), scores, noise, num_hidden=3 + num_hard, num_hard=num_hard)
     others = hidden[:, scores[0] >= num_hard if mask == "easy" else scores[0] < 6].long()
     codes = (others << torch.arange(6)).sum(dim=1)
     subsets = [sum(1 << i for i in chosen) for chosen in combinations(range(6), 3)]
@@ -163,7 +163,7 @@ def test_proportional_masks_are_a_luce_draw_and_a_uniform_rest(num_hard, seed):
     """Every set of three of six patches as often as a sum over all orders says: so the rest is independent too."""
     batch, scores = 40_000, [0.0, 1.0, -1.5, 0.5, 2.0, -0.3]
     generator = torch.Generator().manual_seed(seed)
-    hidden = hide_proportional(
+    hidden = hide("proportional", 
         torch.tensor(scores).expand(batch, -1), torch.rand(batch, 6, generator=generator),
         num_hidden=3, num_hard=num_hard,
     )  # fmt: skip
@@ -180,21 +180,21 @@ def test_proportional_masks_are_a_luce_draw_and_a_uniform_rest(num_hard, seed):
 def test_proportional_masks_hide_what_is_much_harder():
     scores, noise = draw(30, batch=200)
     far_apart = torch.where(scores >= 7, scores + 40, scores)
-    hidden = hide_proportional(far_apart, noise, num_hidden=20, num_hard=8)
+    hidden = hide("proportional", far_apart, noise, num_hidden=20, num_hard=8)
     assert hidden[scores >= 7].all()
 
 
 @pytest.mark.parametrize("mask", GUIDED)
 def test_without_hard_patches_the_mask_is_the_random_one(mask):
     scores, noise = draw(64)
-    guided = MASKS[mask].policy((8, 8))(scores, noise, num_hidden=48, num_hard=0)
-    assert torch.equal(guided, hide_random(None, noise, num_hidden=48, num_hard=0))
+    guided = hide(mask, GRID=(8, 8), scores, noise, num_hidden=48, num_hard=0)
+    assert torch.equal(guided, hide("random", None, noise, num_hidden=48, num_hard=0))
 
 
 def test_easy_masks_are_hard_ones_of_the_opposite_scores():
     scores, noise = draw(64)
-    easy = hide_easy(scores, noise, num_hidden=48, num_hard=20)
-    assert torch.equal(easy, hide_hard(-scores, noise, num_hidden=48, num_hard=20))
+    easy = hide("easy", scores, noise, num_hidden=48, num_hard=20)
+    assert torch.equal(easy, hide("hard", -scores, noise, num_hidden=48, num_hard=20))
 
 
 @pytest.mark.parametrize("mask", [name for name in MASKS if name not in GUIDED])
@@ -227,7 +227,7 @@ def test_masks_depend_on_nothing_but_their_own_row(mask):
 
 @pytest.mark.parametrize("num_hidden", [1, 9, 19])
 def test_split_patches_lists_both_parts_in_image_order(num_hidden):
-    hidden = hide_random(None, draw(20)[1], num_hidden=num_hidden, num_hard=0)
+    hidden = hide("random", None, draw(20)[1], num_hidden=num_hidden, num_hard=0)
     visible_index, hidden_index = split_patches(hidden, num_hidden)
     for row, v, h in zip(hidden.tolist(), visible_index.tolist(), hidden_index.tolist(), strict=True):
         assert v == [n for n in range(20) if not row[n]]
@@ -237,7 +237,7 @@ def test_split_patches_lists_both_parts_in_image_order(num_hidden):
 @pytest.mark.parametrize("mask", GUIDED)
 def test_a_guided_mask_without_scores_is_an_error(mask):
     with pytest.raises(ValueError, match="scores=None"):
-        MASKS[mask].policy((2, 4))(None, draw(8)[1], num_hidden=4, num_hard=0)
+        hide(mask, GRID=(2, 4), None, draw(8)[1], num_hidden=4, num_hard=0)
 
 
 def test_every_policy_has_the_one_signature():
@@ -292,7 +292,7 @@ def test_block_masks_equal_a_loop_over_images_and_rectangles(grid, ratio):
     num_hidden = min(num_hidden_patches(num_patches, ratio), num_patches - 1)
     noise = draw(num_patches, batch=30)[1]
     for mask, num_covered in (("block", num_hidden), ("inverse_block", num_patches - num_hidden)):
-        hidden = MASKS[mask].policy(grid)(None, noise, num_hidden=num_hidden, num_hard=0).numpy()
+        hidden = hide(mask, GRID=grid, None, noise, num_hidden=num_hidden, num_hard=0).numpy()
         covered = hidden if mask == "block" else ~hidden
         assert np.array_equal(covered, slow_hide_blocks(noise, grid, num_covered))
 
@@ -301,7 +301,7 @@ def hide(mask, grid, *, batch, ratio=0.75, seed=0):
     """Masks as 0 and 1, (B, rows, columns)."""
     scores, noise = draw(grid[0] * grid[1], batch=batch, seed=seed)
     num_hidden = num_hidden_patches(grid[0] * grid[1], ratio)
-    hidden = MASKS[mask].policy(grid)(scores, noise, num_hidden=num_hidden, num_hard=num_hidden // 2)
+    hidden = hide(mask, GRID=grid, scores, noise, num_hidden=num_hidden, num_hard=num_hidden // 2)
     return hidden.unflatten(1, grid).float()
 
 

@@ -182,7 +182,7 @@ def test_full_view_scores_belong_to_the_hidden_patches():
 
 def test_student_without_predictor_is_a_plain_mae():
     student = tiny_student(predictor_depth=0)
-    hidden = hide_random(None, some_noise(), num_hidden=NUM_HIDDEN, num_hard=0)
+    hidden = hide("random", None, some_noise(), num_hidden=NUM_HIDDEN, num_hard=0)
     output = student(some_images(), hidden, num_hidden=NUM_HIDDEN)
     assert output.scores is None
     assert output.full_scores is None
@@ -284,7 +284,7 @@ def test_step_with_every_mask(mask, predicted_loss, bf16):
             "attention": lambda: class_attention(teacher.model.encoder, images),
             None: lambda: None,
         }[method.guide]()
-        expected = MASKS[mask].policy((4, 4))(guide, noise, num_hidden=12, num_hard=6)
+        expected = hide(mask, GRID=(4, 4), guide, noise, num_hidden=12, num_hard=6)
     assert torch.equal(seen["hidden"], expected)
     losses.total.backward()
     without = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]

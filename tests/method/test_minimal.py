@@ -86,7 +86,7 @@ def test_same_mask(program, num_hard):
     generator = torch.Generator().manual_seed(2)
     scores, noise = torch.randn(8, 36, generator=generator), torch.rand(8, 36, generator=generator)
     mine = program["hide_hard"](scores, noise, 27, num_hard)
-    assert torch.equal(mine, hide_hard(scores, noise, num_hidden=27, num_hard=num_hard))
+    assert torch.equal(mine, hide("hard", scores, noise, num_hidden=27, num_hard=num_hard))
     assert (mine.sum(dim=1) == 27).all()
 
 

@@ -53,7 +53,7 @@ def test_masks_of_the_loop_are_ours():
     generator = torch.Generator().manual_seed(0)
     scores, noise = torch.randn(6, 20, generator=generator), torch.rand(6, 20, generator=generator)
     for num_hard in (0, 1, 7, 15):
-        ours = hide_hard(scores, noise, num_hidden=15, num_hard=num_hard)
+        ours = hide("hard", scores, noise, num_hidden=15, num_hard=num_hard)
         assert torch.equal(ours, loop_masks(scores, noise, num_hidden=15, num_hard=num_hard))
 
 

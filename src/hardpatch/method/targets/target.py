@@ -44,6 +44,7 @@ class Target(Protocol):
         ...
 
 
+@runtime_checkable
 class SizedCrops(Protocol):
     """Normalised crops, each (1, C, H, W), which are read one after another; how many is known before."""
 
