@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hardpatch.evaluate.classify.classifier import load_classifier
+    from hardpatch.method.hpm import HPM
     from hardpatch.runs.load import load_encoder, load_teacher
     from hardpatch.runtime.errors import InputError, Interrupted
     from hardpatch.training.pretrain import pretrain
 
 __version__: str
 __all__ = [
+    "HPM",
     "InputError",
     "Interrupted",
     "__version__",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "HPM": "hardpatch.method.hpm",
     "InputError": "hardpatch.runtime.errors",
     "Interrupted": "hardpatch.runtime.errors",
     "load_classifier": "hardpatch.evaluate.classify.classifier",

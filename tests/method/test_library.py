@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 
-from hardpatch.method.masks import hide_hard, hide_random
+from hardpatch.method.choices import MASKS, TARGETS
+from hardpatch.method.masks import MaskInput, hide_top
 from places import ROOT
 
 torch.set_num_threads(1)
@@ -20,9 +21,13 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
     names = {"folder": folder}
     program = "\n\n".join(blocks).replace('"backbone.pt")', 'folder / "backbone.pt")')
+    tables = dict(MASKS), dict(TARGETS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         exec(compile(program, "docs/library.md", "exec"), names)
+    for table, before in zip((MASKS, TARGETS), tables):
+        table.clear()
+        table.update(before)
     return names
 
 
@@ -33,34 +38,15 @@ def test_every_loop_of_the_page_trains(page):
 
 
 def test_what_it_saves_loads_in_timm(page):
-    backbone = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4, num_classes=0)
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4 * 3, num_classes=0)
     backbone.load_state_dict(torch.load(page["folder"] / "backbone.pt", weights_only=True))
     images = page["batches"][0]
     with torch.no_grad():
         torch.testing.assert_close(backbone.eval()(images), page["backbone"].eval()(images))
 
 
-def test_its_masks_are_what_their_docstrings_say(page):
-    scores, noise = torch.rand(3, 64), torch.rand(3, 64)
-    hidden = page["hide_hard_centre"](scores, noise, num_hidden=48, num_hard=30)
-    middle = torch.zeros(8, 8, dtype=torch.bool)
-    middle[1:7, 1:7] = True
-    hardest = scores.masked_fill(~middle.flatten(), -1).topk(30, dim=1).indices
-    assert hidden.sum(dim=1).tolist() == [48] * 3
-    assert hidden.gather(1, hardest).all()
-    varied = page["hide_what_varies"](8 * scores, noise, num_hidden=48, num_hard=0)
-    assert varied.sum(dim=1).tolist() == [48] * 3
-    assert scores[varied].mean() > scores[~varied].mean() + 0.05
-
-
-def test_its_target_finds_edges(page):
-    images = torch.zeros(1, 3, 64, 64)
-    images[..., 20:] = 1
-    edges = page["EdgeTarget"]()(images).reshape(8, 8, 64)
-    assert edges.sum(dim=-1)[:, 2].tolist() == pytest.approx([8.0] * 8)
-    assert edges.sum() == pytest.approx(64)
-
-
-def test_the_page_names_what_exists(page):
-    assert page["hide_hard"] is hide_hard
-    assert page["hide_random"] is hide_random
+def test_its_mask_hides_only_the_middle_for_being_hard(page):
+    scores, noise = torch.arange(64.0).expand(2, 64), torch.rand(2, 64)
+    priorities = page["hard_in_the_centre"](MaskInput(scores, noise, (8, 8), 48, 30))
+    chosen = hide_top(priorities, 30).view(2, 8, 8)
+    assert chosen[:, 1:7, 1:7].sum() == 2 * 30
