@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hardpatch.method.losses import rank_correlation, relative_loss
-from hardpatch.method.masks import hide_hard
 from hardpatch.method.vit import patchify
 from places import ROOT
 

@@ -11,15 +11,15 @@ import torch
 from hardpatch.cli import main
 from hardpatch.config.benchmark import PeersConfig, StepConfig
 from hardpatch.method.losses import relative_loss
-from hardpatch.method.masks import hide_hard
 from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_method, build_optimizer
 from hardpatch.runtime.errors import InputError
 from hardpatch.tools.benchmark import step, timing
 from hardpatch.tools.benchmark.plain import PlainStep, loop_masks, two_log_loss
+from hiding import hide
 from tiny import tiny_config, tiny_student
 
-NAMES = ("reference", "mae", "exact", "mae-third", "fast", "shared", "exact+4-steps", "exact+progressive")
+NAMES = ("reference", "mae", "exact", "mae-third", "fast", "shared")
 SMALL = {"encoder": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "decoder_width": 32, "decoder_depth": 1}
 
 

@@ -26,17 +26,13 @@ VARIANTS: dict[str, str] = {
     "exact+shallow": "exact with a loss predictor of one block",
     "exact+half-teacher": "exact with a teacher on images of half the side",
     "exact+4-masks": "exact with one pass of the teacher for four masks",
-    "exact+4-steps": "exact with batches kept for four steps",
-    "exact+progressive": "exact on images that grow from half the side, mean over the run",
-    "exact+bf16-residual": "exact, blocks add to bf16 and not to float32",
 }
 """What can be measured, in the order of the table."""
 
 VariantName = Literal[
     "reference", "mae", "exact", "random+lpred", "mae-third", "crossmae", "fast", "fast-in-pixels",
     "random+lpred-fast", "shared", "cross",
-    "exact+third", "exact+cross", "exact+shallow", "exact+half-teacher", "exact+4-masks", "exact+4-steps",
-    "exact+progressive", "exact+bf16-residual",
+    "exact+third", "exact+cross", "exact+shallow", "exact+half-teacher", "exact+4-masks",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from hardpatch.method.choices import MASKS, TARGETS, resolve
 from hardpatch.method.losses import PREDICTED_LOSSES
@@ -109,6 +109,13 @@ class HPM:
             predicted_loss=predicted_loss, predictor_view=predictor_view,
         )  # fmt: skip
         return cls(student, method)
+
+    def to(self, device: torch.device) -> HPM:
+        """Move everything to a device, in place."""
+        for part in (self.student, self.teacher, self.method.target):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
 
     @property
     def geometry(self) -> Geometry:

@@ -37,7 +37,6 @@ class PeerStep:
 
     def __init__(self, model: nn.Module, config: Config, *, device: torch.device, bf16: bool) -> None:
         self.model = model.to(device).train()
-        self.cycle = 1
         self.images_per_step = config.optimisation.batch_size
         self.bf16, self.device = bf16, device
         optimisation = config.optimisation

@@ -15,22 +15,16 @@ from hardpatch.config.config import Config
 from hardpatch.config.recipes import recipe
 from hardpatch.config.values import with_fields
 from hardpatch.cost.flops import training_flops
-from hardpatch.data.loader.loading import Batch
 from hardpatch.data.sources import open_source
-from hardpatch.method.method import Answers
-from hardpatch.method.student import Teacher
-from hardpatch.method.vit import patch_size
+from hardpatch.method.targets.target import FittedTarget
 from hardpatch.runs.build import (
-    Stage,
+    build_hpm,
     build_method,
     build_normalise,
     build_optimizer,
-    build_stages,
     build_student,
-    build_target,
     choose_attention,
     compile_blocks,
-    embedded_codebook,
     recompute_blocks,
 )
 from hardpatch.runs.folder import versions
@@ -39,7 +33,6 @@ from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import mask_noise
 from hardpatch.tools.benchmark.plain import PlainStep
 from hardpatch.tools.benchmark.timing import Stepper, measure, ratios_to
-from hardpatch.training.feeding import Feed
 
 EMA_DECAY = 0.999
 HARD_SHARE = 0.25
@@ -65,9 +58,6 @@ MEANS: dict[str, dict[str, Any]] = {
     "exact+shallow": {"predictor_depth": 1},
     "exact+half-teacher": {"teacher_reduction": 2},
     "exact+4-masks": {"masks_per_image": 4},
-    "exact+4-steps": {"steps_per_batch": 4},
-    "exact+progressive": {"progressive_start": 0.5},
-    "exact+bf16-residual": {"residual_precision": "bf16"},
 }
 """Fields that a variant sets beside its recipe."""
 
@@ -87,52 +77,33 @@ class OurStep:
         self.batch_size, self.device, self.bf16 = config.optimisation.batch_size, device, bf16
         self.masks_per_image = config.method.masks_per_image
         self.images_per_step = self.batch_size // self.masks_per_image
-        target = build_target(config)
-        if codebook := embedded_codebook(target):  # any entries will do: what they are does not change the time
-            codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
-        if isinstance(target, torch.nn.Module):
-            target.to(device)
-        self.student = build_student(config, target_dim=target.dim).to(device)
-        self.stages = build_stages(config, self.student, target)
-        self.method = self.stages[-1].method
-        choose_attention(self.student, device, bf16=bf16)
-        self.teacher = Teacher(self.student)
+        self.model = build_hpm(config).to(device)
+        if isinstance(target := self.model.method.target, FittedTarget):
+            target.adopt({name: torch.zeros_like(tensor) for name, tensor in target.fitted_state().items()})
+        for part in (self.model.student, self.model.teacher):
+            choose_attention(part, device, bf16=bf16)
         if config.run.activation_checkpointing:
-            recompute_blocks(self.student)
+            recompute_blocks(self.model.student)
         if compiled:
-            compile_blocks(self.student, self.teacher)
-        self.optimizer = build_optimizer(config.optimisation, self.student)
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+            compile_blocks(self.model.student, self.model.teacher)
+        self.optimizer = build_optimizer(config.optimisation, self.model.student)
+        self.parameters = [p for p in self.model.student.parameters() if p.requires_grad]
         self.clip = config.optimisation.gradient_clip or math.inf
-        self.kept = config.method.steps_per_batch
-        self.cycle = self.kept * len(self.stages)
-        self.feed = Feed(
-            self._ask if self.method.needs_teacher else None,
-            build_normalise(config).to(device),
-            patch=patch_size(self.student.encoder),
-            steps_per_batch=self.kept,
-            num_micro_batches=1,
-        )
+        self.normalise = build_normalise(config).to(device)
+        self.num_hard = int(self.model.method.num_hidden * HARD_SHARE)
         self.steps_done = 0
 
     def step(self, fetch: Callable[[], torch.Tensor]) -> None:
-        """One training step, without a wait for the device; stages of a progressive run take turns."""
+        """One training step, without a wait for the device."""
         self.learn(fetch)
         self.finish()
 
     def learn(self, fetch: Callable[[], torch.Tensor]) -> None:
         """Forward and backward, teacher included: what every micro-batch costs."""
-        stage = self.stages[self.steps_done // self.kept % len(self.stages)]
-        noise = mask_noise(
-            0, self.steps_done, batch_size=self.batch_size, num_patches=math.prod(stage.grid), device=self.device
-        )
-        num_hard = int(stage.method.num_hidden * HARD_SHARE)
+        num_patches = self.model.geometry.num_patches
+        noise = mask_noise(0, self.steps_done, batch_size=self.batch_size, num_patches=num_patches, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            (meal,) = self.feed.meals(self.steps_done, stage, lambda: Batch(fetch(), []))
-            teacher = self.teacher if self.method.needs_teacher else None
-            losses = stage.method.step(
-                self.student, teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers
-            )
+            losses = self.model.step(self.normalise(fetch()), noise, num_hard=self.num_hard)
         losses.total.backward()
 
     def finish(self) -> None:
@@ -140,12 +111,8 @@ class OurStep:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.method.needs_teacher or self.student.predictor is not None:
-            self.teacher.update(self.student, EMA_DECAY)
+        self.model.update_teacher(decay=EMA_DECAY)
         self.steps_done += 1
-
-    def _ask(self, stage: Stage, images: torch.Tensor) -> Answers:
-        return stage.method.ask(self.teacher, images)
 
     def flops_per_view(self, images: torch.Tensor) -> float:
         """As :func:`hardpatch.cost.flops.training_flops`."""
@@ -159,8 +126,6 @@ class ReferenceStep:
         config: Of the run.
         device: Where.
     """
-
-    cycle = 1
 
     def __init__(self, config: Config, *, device: torch.device) -> None:
         student = build_student(config).to(device)

@@ -49,8 +49,6 @@ class Stepper(Protocol):
 
     images_per_step: int
     """Different images in a step."""
-    cycle: int
-    """Steps after which it costs the same again."""
 
     def step(self, fetch: Callable[[], torch.Tensor]) -> None:
         """One training step on the uint8 images that ``fetch`` gives, if it needs any."""
@@ -189,7 +187,7 @@ def _prepare(
     flops = stepper.flops_per_view(images)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(max(WARMUP_STEPS, stepper.cycle)):
+    for _ in range(WARMUP_STEPS):
         if enough():
             raise _Enough
         warm_up(stepper, images, device, steps=1)
@@ -219,9 +217,8 @@ def warm_up(stepper: Stepper, images: torch.Tensor, device: torch.device, *, ste
 
 
 def steps_of_a_turn(turn: Turn, seconds: float) -> int:
-    """Whole cycles of steps that take about so long."""
-    cycle = turn.stepper.cycle
-    return cycle * max(1, math.ceil(seconds / turn.seconds(cycle)))
+    """Steps that take about so long."""
+    return max(1, math.ceil(seconds / turn.seconds(1)))
 
 
 def take_turns(
@@ -257,13 +254,12 @@ def take_turns(
 
 
 def profile(stepper: Stepper, images: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Share of each operation, on CUDA of each kernel, in the time of one cycle of steps: the largest."""
+    """Share of each operation, on CUDA of each kernel, in the time of a step: the largest."""
     on_cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
     with torch.profiler.profile(activities=activities, acc_events=True) as found:
-        for _ in range(stepper.cycle):
-            stepper.step(partial(_first, images, stepper.images_per_step))
+        stepper.step(partial(_first, images, stepper.images_per_step))
         synchronise(device)
     times: dict[str, float] = {}
     for event in found.key_averages():

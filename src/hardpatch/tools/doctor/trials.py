@@ -149,22 +149,21 @@ def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Ste
     from hardpatch.config.config import Config
     from hardpatch.config.values import with_fields
     from hardpatch.method.method import Losses
-    from hardpatch.method.student import Teacher
-    from hardpatch.runs.build import build_method, build_optimizer, build_student, choose_attention, compile_blocks
+    from hardpatch.runs.build import build_hpm, build_optimizer, choose_attention, compile_blocks
 
     config = with_fields(Config(), TINY)
     torch.manual_seed(0)
-    student = build_student(config)
+    model = build_hpm(config).to(device)
+    student = model.student
     images, noise = torch.randn(8, 3, 32, 32).to(device), torch.rand(8, 16).to(device)
-    method = build_method(config, student.to(device))
-    choose_attention(student, device, bf16=bf16)
-    teacher = Teacher(student)
+    for part in (student, model.teacher):
+        choose_attention(part, device, bf16=bf16)
     if compiled:
-        compile_blocks(student, teacher)
+        compile_blocks(student, model.teacher)
 
     def losses() -> Losses:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return method.step(student, teacher, images, noise, num_hard=4)
+            return model.step(images, noise, num_hard=4)
 
     optimizer = build_optimizer(config.optimisation, student)
     for group in optimizer.param_groups:
@@ -173,7 +172,7 @@ def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Ste
     first.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 5.0)
     optimizer.step()
-    teacher.update(student, 0.9)
+    model.update_teacher(decay=0.9)
     with torch.no_grad():
         second = losses().total
     return Step(float(first.detach()), float(norm), float(second))

@@ -21,7 +21,6 @@ from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.machine import free_memory
 from hardpatch.tools.plan.sizes import LIGHT, LIGHT_WIDTH, MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, Size, choose_batch
-from hardpatch.training.budget import keep_to_budget
 from hardpatch.training.sharding import check_sharding
 
 FREE_SHARE = 0.9
@@ -105,7 +104,7 @@ def with_size(size: Size, base: Config, given: Mapping[str, Any], num_images: in
     views_per_image = base.method.masks_per_image * base.data.crops_per_image
     chosen["batch_size"] = choose_batch(num_images, machine.processes, views_per_image)
     chosen["epochs"] = MAX_EPOCHS  # stands for those that the budget allows
-    config = keep_to_budget(with_fields(base, {**chosen, **given}))
+    config = with_fields(base, {**chosen, **given})
     batch = config.optimisation.batch_size
     if batch > num_images:
         raise InputError(f"batch_size: must be at most the number of images ({num_images}), got {batch}")

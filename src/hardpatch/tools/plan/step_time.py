@@ -73,11 +73,9 @@ def _step_seconds(candidate: Candidate, machine: Machine, seconds: float) -> Ste
     images = torch.randint(0, 256, pixels, dtype=torch.uint8, device=device)
     warm_up(stepper, images, device)
     fetch = partial(_same, images)
-    while stepper.steps_done % stepper.cycle or stepper.steps_done < stepper.cycle:  # every stage of a progressive run
-        stepper.step(fetch)
     learning = finishing = 0.0
     steps = 0
-    while steps == 0 or steps % stepper.cycle or learning + finishing < seconds:
+    while steps == 0 or learning + finishing < seconds:
         start = time.perf_counter()
         stepper.learn(fetch)
         distributed.synchronise(device)
@@ -109,7 +107,7 @@ def loading_limit(config: Config, loading: Loading, machine: Machine) -> float:
         all_cores = usable_cores()
         each = max(1, min(8, all_cores // machine.processes - 1)) if workers is None else max(1, workers)
         cores = each * machine.processes
-    views_per_crop = config.method.masks_per_image * config.method.steps_per_batch
+    views_per_crop = config.method.masks_per_image
     return cores * loading.crops_per_second * views_per_crop
 
 
