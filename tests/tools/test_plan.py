@@ -279,27 +279,32 @@ def test_fields_that_are_given_hold(photos, rates):
         assert found["config"][name] == value
 
 
-def test_a_small_memory_gets_micro_batches_of_32_then_recomputation_then_smaller_ones(rates):
-    base = plan.with_fields(recipe("mae"), {"image_size": 64, "patch_size": 8})
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_small_memory_gets_micro_batches_of_32_then_recomputation_then_smaller_ones(monkeypatch, rates, precision):
+    monkeypatch.setattr(candidates, "training_flops", lambda _: 1.0)
+    base = plan.with_fields(recipe("mae"), {"image_size": 64, "patch_size": 8, "precision": precision})
+    large, small = (256, 128, 64, 32), (16, 8, 4, 2, 1)
+    ways = [(again, views) for views_of in (large, small) for again in (False, True) for views in views_of]
 
     def cut(memory):
-        found = make_candidate(LITTLE[-1], base, {}, 10_000, Machine(CPU, 1, memory))
-        run = found.config.run
+        found = make_candidate(LITTLE[1], base, {}, 10_000, Machine(CPU, 1, memory))
         assert found.memory_bytes <= memory or not found.fits
-        return found.fits, run.micro_batch_size, run.activation_checkpointing
+        run = found.config.run
+        return (run.activation_checkpointing, run.micro_batch_size or 256) if found.fits else None
 
-    roomy = make_candidate(LITTLE[-1], base, {}, 10_000, Machine(CPU, 1, 1e12)).memory_bytes
-    seen = [cut(roomy * share) for share in (1.001, 0.9, 0.5, 0.3, 0.27, 0.19, 0.01)]
-    assert seen[0] == (True, None, False)
-    assert seen[1] == (True, 128, False)
-    assert seen[-1][0] is False
-    ways = [(again, views or 256) for fits, views, again in seen if fits]
-    assert [again for again, _ in ways] == sorted(again for again, _ in ways)
-    for kind in (False, True):
-        sizes = [views for again, views in ways if again == kind]
-        assert sizes == sorted(sizes, reverse=True)
-        assert len(sizes) > 1
-    assert all(views >= 32 for again, views in ways if not again)
+    roomy = make_candidate(LITTLE[1], base, {}, 10_000, Machine(CPU, 1, 1e12)).config
+    needed = {}
+    for again in (False, True):
+        config = plan.with_fields(roomy, {"activation_checkpointing": again})
+        counted = candidates.step_memory(config, processes=1, bf16=precision == "bf16", device=CPU)
+        needed |= {(again, n): candidates.UNCOUNTED * counted.of(n) for a, n in ways if a == again}
+    looked_at = [*((False, n) for n in large), (True, 32), (True, 8), (True, 1)]
+    memories = sorted((needed[way] for way in looked_at), reverse=True)
+    chosen = [cut(memory + 1) for memory in memories]
+    assert chosen == [next(way for way in ways if needed[way] <= memory + 1) for memory in memories]
+    assert set(chosen) >= {*((False, n) for n in large), (True, 32)}
+    assert any(n in small for _, n in chosen)
+    assert cut(min(needed.values()) - 1) is None
 
 
 def test_a_memory_that_is_too_small(photos, rates):
