@@ -12,12 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-OpenShare = Annotated[float, Field(gt=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
+from hardpatch.config.fields import NotNegative, OpenShare, Positive, PositiveFloat, Share
 
 _STRICT = ConfigDict(extra="forbid")
 
