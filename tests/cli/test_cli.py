@@ -211,7 +211,6 @@ def test_evaluate_knn_names_damaged_images_once_and_does_not_count_them(capsys, 
     for name in (train / "b" / "4.png", train / "b" / "7.png", val / "a" / "9.png"):
         assert err.count(f"damaged image left out: {name}: no image") == 1
     assert "28 neighbours, 29 images classified" in out
-    assert "max_damaged: must be between 0 and 1, got 2" in call(capsys, *words, "--max-damaged", "2")[2]
 
 
 def test_evaluate_knn_by_two_processes_gives_the_result_of_one_and_prints_it_once(capsys, finished, tmp_path):

@@ -133,11 +133,6 @@ def test_nothing_that_can_be_read(capsys, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["nowhere"], "does not exist"),
-    (["{folder}", "--near-bits", "17"], "near_bits: must be between 0 and 16, got 17"),
-    (["{folder}", "--workers", "-1"], "workers: must not be negative, got -1"),
-    (["{folder}", "--timeout", "0"], "timeout: must be above 0"),
-    (["{folder}", "--channels", "0"], "channels: must be at least 1"),
-    (["{folder}", "--sheet-images", "0"], "sheet_images: must be at least 1"),
     (["{folder}", "--out", "{folder}/a.png"], "out: must be a folder"),
 ])  # fmt: skip
 def test_wrong_input_is_named(capsys, folder, words, message):

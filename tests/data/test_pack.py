@@ -193,8 +193,3 @@ def test_command_and_its_json(photographs, tmp_path, capsys):
     assert (found["images"], len(found["damaged"]), found["labelled"]) == (30, 1, True)
     assert printed[-2].startswith(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data '{out}/*.tar'")
     assert len(open_source(str(out / "*.tar"))) == 30
-
-
-def test_quality_has_an_end(tmp_path):
-    with pytest.raises(InputError, match="quality: must be at most 100"):
-        pack.run(settings("shapes:2", tmp_path / "out", quality=101))

@@ -329,7 +329,6 @@ def test_boxes_alone_and_the_untrained_encoder(run_folder, blobs, tmp_path):
         ({"train_annotations": "/nothing.json"}, "train_annotations: cannot read"),
         ({"train_images": "/nothing"}, "train_images: must be a folder"),
         ({"batch_size": 9}, "batch_size: must be at most the 6 training images"),
-        ({"anchor_scale": 0.0}, "anchor_scale"),
         ({"min_pixels": 10**6}, "train_annotations: has no instance"),
     ],
 )

@@ -33,7 +33,6 @@ from hardpatch.evaluate.classify.finetune_recipe import (
     RAND_AUGMENT,
     adapted_batch,
     adapted_crop,
-    checked,
     resolve_recipe,
 )
 from hardpatch.evaluate.controls import folder_name
@@ -173,7 +172,7 @@ def test_rules_between_fields(changes, message):
 
 def test_rules_of_fields_and_of_processes_and_channels():
     with pytest.raises(InputError, match=r"(?s)epochs: .* got 0.*mixup: .* got -1"):
-        checked(replace(GIVEN, epochs=0, mixup=-1.0))
+        replace(GIVEN, epochs=0, mixup=-1.0)
     with pytest.raises(InputError, match="rand_augment: works on 3 channels only, and the images have 5"):
         resolved(replace(GIVEN, rand_augment=RAND_AUGMENT), channels=5)
     with pytest.raises(InputError, match=r"batch_size: must be divisible by the number of processes \(3\)"):

@@ -226,12 +226,9 @@ def test_pooling_of_models_that_normalise_last(timm_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rates": ()}, "learning_rates: must be different numbers above 0"),
+        ({"learning_rates": ()}, "learning_rates: .* at least 1 item"),
         ({"learning_rates": (0.1, 0.1)}, "learning_rates: must be different"),
-        ({"inverse_penalties": (0.0,)}, "inverse_penalties: must be different numbers above 0"),
-        ({"epochs": 0}, "epochs: must be at least 1, got 0"),
-        ({"batch_size": 1}, "batch_size: must be at least 2, got 1"),
-        ({"draws": 0}, "draws: must be at least 1"),
+        ({"inverse_penalties": (0.0,)}, r"inverse_penalties\.0: .* greater than 0, got 0"),
         ({"labels_per_class": (11,)}, "labels_per_class: must be between 1 and 10"),
         ({"labels_per_class": (1,)}, "labels_per_class: 1 leaves no image"),
         ({"labels_per_class": (2, 2)}, "labels_per_class: must be different"),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.flags import parse
 from hardpatch.cli.output import print_json, print_table
 from hardpatch.runtime.errors import Interrupted
 
@@ -15,7 +15,7 @@ def benchmark_step(arguments: list[str]) -> None:
     """``hardpatch benchmark step``."""
     from hardpatch.config.benchmark import StepConfig
 
-    config, as_json = parse_with_json(StepConfig, "benchmark step", arguments)
+    config, as_json = parse(StepConfig, "benchmark step", arguments)
 
     from hardpatch.tools.benchmark import step
 
@@ -27,7 +27,7 @@ def benchmark_data(arguments: list[str]) -> None:
     """``hardpatch benchmark data``."""
     from hardpatch.config.benchmark import LoadingConfig
 
-    config, as_json = parse_with_json(LoadingConfig, "benchmark data", arguments)
+    config, as_json = parse(LoadingConfig, "benchmark data", arguments)
 
     from hardpatch.tools.benchmark import data
 
@@ -55,7 +55,7 @@ def benchmark_peers(arguments: list[str]) -> None:
     """``hardpatch benchmark peers``."""
     from hardpatch.config.benchmark import PeersConfig
 
-    config, as_json = parse_with_json(PeersConfig, "benchmark peers", arguments)
+    config, as_json = parse(PeersConfig, "benchmark peers", arguments)
 
     from hardpatch.tools.benchmark import peers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.flags import parse
 from hardpatch.cli.output import print_json, print_table
 
 _SHOWN = 20
@@ -25,7 +25,7 @@ def data_check(arguments: list[str]) -> None:
     """``hardpatch data check``."""
     from hardpatch.config.data_check import CheckConfig
 
-    config, as_json = parse_with_json(CheckConfig, "data check", source_first(arguments))
+    config, as_json = parse(CheckConfig, "data check", source_first(arguments))
 
     from hardpatch.data.tools.check import check
 
@@ -151,7 +151,7 @@ def data_stats(arguments: list[str]) -> None:
     """``hardpatch data stats``."""
     from hardpatch.config.data_tools import StatsConfig
 
-    config, as_json = parse_with_json(StatsConfig, "data stats", source_first(arguments))
+    config, as_json = parse(StatsConfig, "data stats", source_first(arguments))
 
     from hardpatch.data.tools import stats
 
@@ -176,7 +176,7 @@ def data_pack(arguments: list[str]) -> None:
 
     from hardpatch.config.data_tools import PackConfig
 
-    config, as_json = parse_with_json(PackConfig, "data pack", source_first(arguments))
+    config, as_json = parse(PackConfig, "data pack", source_first(arguments))
 
     from hardpatch.data.tools import pack
     from hardpatch.runtime.signals import stopped_by_signals

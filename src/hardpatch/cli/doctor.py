@@ -7,7 +7,7 @@ import signal
 import sys
 import textwrap
 
-from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.flags import parse
 from hardpatch.cli.output import complain, print_json
 from hardpatch.tools.doctor.findings import Finding
 
@@ -17,12 +17,13 @@ MARKS = {"ok": "ok", "note": "--", "warning": "!", "problem": "!!"}
 
 def doctor(arguments: list[str]) -> None:
     """``hardpatch doctor``."""
-    from hardpatch.config.doctor import DoctorConfig
-    from hardpatch.tools.doctor.examine import examine, summary
     from hardpatch.tools.doctor.software import look_at_software
 
     try:
-        config, as_json = parse_with_json(DoctorConfig, "doctor", arguments)
+        from hardpatch.config.doctor import DoctorConfig
+        from hardpatch.tools.doctor.examine import examine, summary
+
+        config, as_json = parse(DoctorConfig, "doctor", arguments)
     except ImportError:  # what reads the flags is missing, and so may be other things
         for finding in look_at_software():
             _show(finding)

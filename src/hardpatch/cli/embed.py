@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.flags import parse
 from hardpatch.cli.output import print_json, print_table
 
 _SHOWN = 5
@@ -13,7 +13,7 @@ def embed(arguments: list[str]) -> None:
     """``hardpatch embed``."""
     from hardpatch.config.embed import EmbedConfig
 
-    config, as_json = parse_with_json(EmbedConfig, "embed", arguments)
+    config, as_json = parse(EmbedConfig, "embed", arguments)
 
     from hardpatch.embed import embed as command
     from hardpatch.runtime.distributed import is_main_of_environment

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.flags import parse
 from hardpatch.cli.output import print_json, print_table, save_evaluation
 
 
@@ -14,7 +14,7 @@ def evaluate_knn(arguments: list[str]) -> None:
     """``hardpatch evaluate knn``."""
     from hardpatch.config.evaluations import KnnConfig
 
-    config, as_json = parse_with_json(KnnConfig, "evaluate knn", arguments)
+    config, as_json = parse(KnnConfig, "evaluate knn", arguments)
 
     from hardpatch.evaluate.classify import knn
     from hardpatch.runtime.distributed import is_main_of_environment
@@ -40,7 +40,7 @@ def evaluate_linear(arguments: list[str]) -> None:
     """``hardpatch evaluate linear``."""
     from hardpatch.config.evaluations import LinearConfig
 
-    config, as_json = parse_with_json(LinearConfig, "evaluate linear", arguments)
+    config, as_json = parse(LinearConfig, "evaluate linear", arguments)
 
     from hardpatch.evaluate.classify import linear
     from hardpatch.runtime.distributed import is_main_of_environment
@@ -103,7 +103,7 @@ def evaluate_finetune(arguments: list[str]) -> None:
     """``hardpatch evaluate finetune``."""
     from hardpatch.config.evaluations import FinetuneConfig
 
-    config, as_json = parse_with_json(FinetuneConfig, "evaluate finetune", arguments)
+    config, as_json = parse(FinetuneConfig, "evaluate finetune", arguments)
 
     from hardpatch.evaluate.classify import finetune
     from hardpatch.runtime.distributed import is_main_of_environment
@@ -170,7 +170,7 @@ def evaluate_foreground(arguments: list[str]) -> None:
     """``hardpatch evaluate foreground``."""
     from hardpatch.config.evaluations import ForegroundConfig
 
-    config, as_json = parse_with_json(ForegroundConfig, "evaluate foreground", arguments)
+    config, as_json = parse(ForegroundConfig, "evaluate foreground", arguments)
 
     from hardpatch.evaluate import foreground
     from hardpatch.runtime.distributed import is_main_of_environment
@@ -221,7 +221,7 @@ def evaluate_segment(arguments: list[str]) -> None:
     """``hardpatch evaluate segment``."""
     from hardpatch.config.dense_evaluations import SegmentConfig
 
-    config, as_json = parse_with_json(SegmentConfig, "evaluate segment", arguments)
+    config, as_json = parse(SegmentConfig, "evaluate segment", arguments)
 
     from hardpatch.evaluate.dense import segment
     from hardpatch.runtime.distributed import is_main_of_environment
@@ -262,7 +262,7 @@ def evaluate_detect(arguments: list[str]) -> None:
     """``hardpatch evaluate detect``."""
     from hardpatch.config.dense_evaluations import DetectConfig
 
-    config, as_json = parse_with_json(DetectConfig, "evaluate detect", arguments)
+    config, as_json = parse(DetectConfig, "evaluate detect", arguments)
 
     from hardpatch.evaluate.dense import detect
     from hardpatch.runtime.distributed import is_main_of_environment

@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from hardpatch.cli.evaluate import print_foreground
-from hardpatch.cli.flags import parse
+from hardpatch.cli.flags import parse, parse_with_fields
 from hardpatch.cli.output import print_json, print_table
 from hardpatch.runtime.errors import InputError
 
 
-@dataclass(frozen=True)
-class PretrainCommand:
-    """Pre-train a ViT with Hard Patches Mining, or go on with a run that was stopped.
-
-    The fields below are the config; a recipe or a YAML file gives them other defaults, flags override both.
-    """
-
-    out: str
-    """Run folder."""
-    recipe: str = "hpm"
-    """Named starting point, see hardpatch recipes."""
-    config: str | None = None
-    """YAML file instead of a recipe."""
-    branch_from: str | None = None
-    """Run instead of a recipe, with a constant learning rate: go on in --out from where it had not yet fallen, with
-    other --epochs (longer or shorter); the run stays as it is."""
-    resume: Literal["auto", "never", "restart"] = "auto"
-    """auto: go on with an unfinished run in the folder; never: refuse to; restart: start over."""
-    json: bool = False
-    """Print the figures as one JSON object in the last line."""
-
-
 def pretrain(arguments: list[str]) -> None:
     """``hardpatch pretrain``."""
-    import tyro
-
-    from hardpatch.config.config import Config
+    from hardpatch.config.commands import PretrainCommand
     from hardpatch.config.recipes import recipe
-    from hardpatch.config.values import load_config, validated
+    from hardpatch.config.values import load_config, with_fields
 
     # The recipe is looked up before the flags are parsed, so that --help shows its values as the defaults.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -62,20 +37,12 @@ def pretrain(arguments: list[str]) -> None:
         base, trunk = beginning_of_branch(chosen.branch_from, chosen.out, resume=chosen.resume)
     else:
         base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or "hpm")
-    settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
-    with_settings = make_dataclass(
-        "PretrainCommand",
-        [("settings", settings, field(default=base))],
-        bases=(PretrainCommand,),
-        namespace={"__doc__": PretrainCommand.__doc__},
-        frozen=True,
-    )
-    command = parse(with_settings, "pretrain", arguments)
+    command, fields, as_json = parse_with_fields(PretrainCommand, "pretrain", arguments, base=base)
 
     from hardpatch.training.pretrain import train
 
-    result = train(validated(asdict(command.settings)), Path(command.out), resume=command.resume, trunk=trunk)
-    report_run(command.out, result, as_json=command.json)
+    result = train(with_fields(base, fields), Path(command.out), resume=command.resume, trunk=trunk)
+    report_run(command.out, result, as_json=as_json)
 
 
 def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
@@ -114,28 +81,18 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
         print_json(result)
 
 
-@dataclass(frozen=True)
-class DemoCommand:
-    """Pre-train on the embedded shapes, evaluate, draw, write a report: a few minutes on two CPU cores."""
-
-    out: str = "runs/demo"
-    """Run folder."""
-    epochs: int | None = None
-    """Passes over the 4,000 images; none: as in the recipe shapes-demo."""
-    json: bool = False
-    """Print the figures as one JSON object in the last line."""
-
-
 def demo(arguments: list[str]) -> None:
     """``hardpatch demo``."""
-    command = parse(DemoCommand, "demo", arguments)
+    from hardpatch.config.commands import DemoCommand
+
+    command, as_json = parse(DemoCommand, "demo", arguments)
 
     from hardpatch.tools.demo import run_demo
 
     result, found = run_demo(Path(command.out), epochs=command.epochs)
     print_foreground(found)
     print()
-    report_run(command.out, result, as_json=command.json)
+    report_run(command.out, result, as_json=as_json)
 
 
 def recipes(arguments: list[str]) -> None:

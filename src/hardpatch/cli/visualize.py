@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from hardpatch.cli.flags import parse
 from hardpatch.cli.output import print_json
 
 
-@dataclass(frozen=True)
-class VisualizeCommand:
-    """Draw images, their loss under ten masks, the predicted loss, the mask it leads to, and the reconstruction."""
-
-    checkpoint: str
-    """Run folder or checkpoint file."""
-    images: str
-    """Images, any source."""
-    out: str
-    """Figure to write, .png."""
-    count: int = 8
-    """How many images, spread over the source."""
-    json: bool = False
-    """Print the figures as one JSON object in the last line."""
-
-
 def visualize(arguments: list[str]) -> None:
     """``hardpatch visualize``."""
-    command = parse(VisualizeCommand, "visualize", arguments)
+    from hardpatch.config.commands import VisualizeCommand
+
+    command, as_json = parse(VisualizeCommand, "visualize", arguments)
 
     from hardpatch.figures.hardness import visualize as draw
 
@@ -39,5 +24,5 @@ def visualize(arguments: list[str]) -> None:
     else:
         print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
         print(f"next:  hardpatch evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
-    if command.json:
+    if as_json:
         print_json({"figure": command.out, "rank_correlation": correlation})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hardpatch.cli.flags import parse_with_json
+from hardpatch.cli.flags import parse
 from hardpatch.cli.output import print_json, print_table
 
 
@@ -10,7 +10,7 @@ def convert(arguments: list[str]) -> None:
     """``hardpatch convert``."""
     from hardpatch.config.weights import ConvertConfig
 
-    config, as_json = parse_with_json(ConvertConfig, "convert", arguments)
+    config, as_json = parse(ConvertConfig, "convert", arguments)
 
     from hardpatch.weights import convert
 
@@ -49,7 +49,7 @@ def export(arguments: list[str]) -> None:
     """``hardpatch export``."""
     from hardpatch.config.export import ExportConfig
 
-    config, as_json = parse_with_json(ExportConfig, "export", arguments)
+    config, as_json = parse(ExportConfig, "export", arguments)
 
     from hardpatch.export import export as command
 

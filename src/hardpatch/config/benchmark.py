@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from hardpatch.config.config import NotNegative, Positive, PositiveFloat, Share
+from hardpatch.config.fields import NotNegative, Positive, PositiveFloat, Settings, Share
 
 VARIANTS: dict[str, str] = {
     "reference": "the published way: whole EMA model, mask loop, float32 (fp16 on CUDA)",
@@ -37,7 +35,7 @@ VariantName = Literal[
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Settings):
     """Sizes and conditions that everything measured has in common."""
 
     encoder: str = "vit_base_patch16_224"
@@ -60,7 +58,7 @@ class BenchmarkConfig:
     """torch.compile of the blocks; auto: on CUDA. The reference step and peers are never compiled."""
     seconds: PositiveFloat = 10.0
     """Timed seconds for each, over all rounds."""
-    rounds: Annotated[int, Field(ge=1)] = 5
+    rounds: Positive = 5
     """Turns of each; the spread is over them."""
     profile: bool = False
     """Afterwards, also find where the time of each goes, by operation."""
@@ -107,7 +105,7 @@ LoaderName = Literal[
 
 
 @dataclass(frozen=True)
-class LoadingConfig:
+class LoadingConfig(Settings):
     """Images per second and core of each way to the same batches, in turns, and what a training step needs.
 
     Everything runs in this process on one thread, and what counts is processor time: other work on the machine does not
@@ -134,7 +132,7 @@ class LoadingConfig:
     """Images of a batch."""
     seconds: PositiveFloat = 20.0
     """Processor seconds for all paths together."""
-    rounds: Annotated[int, Field(ge=1)] = 5
+    rounds: Positive = 5
     """Turns of each; the spread is over them."""
     step: VariantName | Literal["none"] = "none"
     """Also time this training step of hardpatch benchmark step on the device, to see which of the two limits."""

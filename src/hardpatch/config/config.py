@@ -15,14 +15,9 @@ import tyro
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from hardpatch.config.fields import NotNegative, OpenShare, Positive, PositiveFloat, Share
 from hardpatch.method.choices import MASKS, TARGETS, listed
 from hardpatch.runtime.errors import suggest
-
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-OpenShare = Annotated[float, Field(gt=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def named_in(table: Mapping[str, Any]) -> AfterValidator:

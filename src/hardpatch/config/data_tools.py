@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from tyro.conf import Positional
 
-from hardpatch.config.config import NotNegative, Positive
+from hardpatch.config.fields import NotNegative, Positive, Settings
 
 
 @dataclass(frozen=True)
-class StatsConfig:
+class StatsConfig(Settings):
     """Mean and standard deviation per channel over all pixels of all images, exactly, and the flags to use them."""
 
     data: Positional[str]
@@ -26,7 +28,7 @@ class StatsConfig:
 
 
 @dataclass(frozen=True)
-class PackConfig:
+class PackConfig(Settings):
     """Write images, made smaller once, to tar shards that are quick to read; verified, and resumed after a kill.
 
     Images whose shorter side is at most --size are taken as they are, byte for byte. Larger ones are resized: 8-bit
@@ -40,7 +42,7 @@ class PackConfig:
     """Folder for the shards and index.json."""
     size: Positive = 256
     """Shorter side at most, pixels."""
-    quality: Positive = 90
+    quality: Annotated[int, Field(ge=1, le=100)] = 90
     """Of JPEGs, 1 to 100."""
     shard_bytes: Positive = 500_000_000
     """A shard is closed when it has so many bytes."""

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hardpatch.config.fields import (
+    NotNegative,
+    NotNegativeFloat,
+    OpenShare,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Settings,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig:
+class DenseConfig(Settings):
     """What both have in common."""
 
     checkpoint: str
@@ -16,31 +31,31 @@ class DenseConfig:
     """The same training with other encoders: timm:NAME, timm:local-dir:PATH, or another run."""
     out: str = ""
     """Folder for pictures and for going on after a kill; a folder of the run's where none is given."""
-    val_share: float = 0.2
+    val_share: OpenShare = 0.2
     """Share of the images that is held back where no validation images are named; the seed draws them."""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """Images per step."""
-    learning_rate: float | None = None
+    learning_rate: PositiveFloat | None = None
     """Peak of AdamW's learning rate; none: 1e-4 where the encoder is trained, 1e-3 where it is frozen."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegativeFloat = 0.05
     """Of matrices; biases and norms have none."""
-    layer_decay: float = 0.75
+    layer_decay: ShareAboveZero = 0.75
     """Learning rate of a block of the encoder over that of the block after it."""
     flip: bool = True
     """Mirror half of the training images."""
-    width: int = 256
+    width: Positive = 256
     """Channels of the decoder."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the head's first weights, the order, the crops and the held-back images."""
-    num_pictures: int = 6
+    num_pictures: NotNegative = 6
     """Validation images that are drawn, spread over the set; 0: none."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: PositiveFloat = 5.0
     """Time between two checkpoints of the training."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
-    workers: int = 0
+    workers: NotNegative = 0
     """Data processes."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share of a source's images cannot be decoded."""
 
 
@@ -60,31 +75,31 @@ class SegmentConfig(DenseConfig):
     """linear: BatchNorm and a 1x1 convolution on a frozen encoder; upernet: a pyramid and UPerNet's decoder."""
     finetune: bool = False
     """Train the encoder as well, with layer decay; for upernet."""
-    depths: tuple[int, ...] = ()
+    depths: tuple[Positive, ...] = ()
     """Blocks whose outputs are used, counted from 1; none: four, evenly spread, the last one included."""
-    crop_size: tuple[int, int] | None = None
+    crop_size: tuple[Positive, Positive] | None = None
     """Height and width of training crops and windows in pixels; none: the run's image size."""
-    short_side: int | None = None
+    short_side: NotNegative | None = None
     """Pixels to which the short side of an image is brought; 0: images stay as they are; none: the crop's."""
     binary: bool = False
     """Masks are black and white: bright is class 1, dark class 0."""
-    ignore_index: int = 255
+    ignore_index: Annotated[int, Field(ge=-1)] = 255
     """Pixels of this value do not count; -1: all count."""
     reduce_zero_label: bool = False
     """Pixels of value 0 do not count either, and class k has the value k + 1, as in ADE20K."""
-    num_classes: int | None = None
+    num_classes: Annotated[int, Field(ge=2)] | None = None
     """Number of classes; none: the largest value in the training masks and one."""
     class_names: str = ""
     """Text file, a class a line."""
-    epochs: int = 50
+    epochs: Positive = 50
     """Passes over the training images."""
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     """Range by which training images are enlarged before they are cropped."""
     cache: bool = False
     """Compute features once, of fixed windows instead of random crops; for a frozen encoder and linear."""
-    cache_gb: float = 8.0
+    cache_gb: PositiveFloat = 8.0
     """Refuse a larger cache."""
-    window_overlap: float = 1 / 3
+    window_overlap: ShareBelowOne = 1 / 3
     """Share of a window that the next one sees again."""
     untrained: bool = True
     """Do the same with the encoder's own random start."""
@@ -105,17 +120,17 @@ class DetectConfig(DenseConfig):
     """Their annotations, in either form."""
     freeze: bool = False
     """Leave the encoder as it is."""
-    size: int | None = None
+    size: Positive | None = None
     """Pixels of the square into which images are fitted, a multiple of 4 patches; none: the run's, rounded up."""
-    epochs: int = 50
+    epochs: Positive = 50
     """Passes over the training images."""
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     """Range by which training images are enlarged before they are cropped to the square."""
-    anchor_scale: float = 8.0
+    anchor_scale: PositiveFloat = 8.0
     """Side of the anchors, in strides of their pyramid level."""
-    samples_per_image: int | None = None
+    samples_per_image: Positive | None = None
     """Proposals per image that the heads learn from; none: 512, or as many as pixels of a side where that is less."""
-    min_pixels: int = 4
+    min_pixels: Positive = 4
     """from-masks: smaller parts are no instances."""
     drop_empty_boxes: bool = False
     """Leave annotations out whose box has no area, instead of refusing the file."""

@@ -1,13 +1,15 @@
-"""What ``hardpatch doctor`` can be told. Plain Python: a package that is missing is what it should report."""
+"""What ``hardpatch doctor`` can be told."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from hardpatch.config.fields import PositiveFloat, Settings
+
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """Look whether hardpatch will run well here: packages, device, a training step, memory, data processes, disk.
 
     Takes half a minute. Under torchrun also whether the processes find each other and have the same versions. The exit
@@ -22,5 +24,5 @@ class DoctorConfig:
     """Device; auto: CUDA, then MPS, then CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Also compile the blocks of a model, as --compile does; auto: on CUDA."""
-    seconds: float = 120.0
+    seconds: PositiveFloat = 120.0
     """Whatever may hang is ended after so long."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hardpatch.config.fields import NotNegative, Positive, Seed, Settings, Share
+
 Kept = Literal["class", "mean", "both", "tokens"]
 """Columns ``class_token``, ``patch_mean``, these two, or ``patch_tokens``; none is brought to a length."""
 
 
 @dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(Settings):
     """Features of every image of a source, in its order, unmasked and unaugmented, with paths and labels where known.
 
     Stopped or killed, the same command goes on: finished parts lie in OUT.parts until they are joined.
@@ -34,15 +36,15 @@ class EmbedConfig:
     loss."""
     contact_sheet: str = ""
     """Picture of the easiest and hardest images, .png; needs --hardness."""
-    sheet_images: int = 32
+    sheet_images: Positive = 32
     """Images on the sheet from either end."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the masks under which difficulty is measured; the same for every image."""
-    batch_size: int = 128
+    batch_size: Positive = 128
     """Images per pass."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
-    workers: int = 0
+    workers: NotNegative = 0
     """Data processes."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share of the images cannot be decoded."""

@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from hardpatch.config.config import NotNegative, OpenShare, Positive, PositiveFloat, Share
+from hardpatch.config.fields import (
+    NotNegative,
+    NotNegativeFloat,
+    OpenShare,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Settings,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+)
 
 Pooling = Literal["class", "mean", "both", "hardness"]
 """The class token, the mean of the patch tokens, or both side by side, each of length one."""
 
 
 @dataclass(frozen=True)
-class KnnConfig:
+class KnnConfig(Settings):
     """k-nearest-neighbour evaluation."""
 
     checkpoint: str
@@ -23,9 +34,9 @@ class KnnConfig:
     """Labelled images to look for neighbours among."""
     val: str
     """Labelled images to classify."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
+    k: Annotated[tuple[Positive, ...], Field(min_length=1)] = (10, 20, 100, 200)
     """Numbers of neighbours; top1 is quoted for the first."""
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
     """Weight of a neighbour: exp(cosine similarity / temperature)."""
     pooling: Pooling = "mean"
     """Feature of an image: class token, mean of the patch tokens, or both; hardness: no feature of the encoder, but the
@@ -34,14 +45,14 @@ class KnnConfig:
     """Other encoders by the same protocol: timm:NAME, timm:local-dir:PATH, or another run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
-    workers: int = 0
+    workers: NotNegative = 0
     """Data processes."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share of a source's images cannot be decoded."""
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(Settings):
     """Linear classification of frozen features: the published probe, or logistic regression."""
 
     checkpoint: str
@@ -52,37 +63,37 @@ class LinearConfig:
     """Labelled images to classify; they decide nothing."""
     mode: Literal["sgd", "logistic"] = "sgd"
     """sgd: the published probe (BatchNorm, linear layer, SGD); logistic: scikit-learn's, on standardised features."""
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Of sgd, for batches of 256. A held-out tenth of the training images chooses; all are trained side by side."""
-    inverse_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """Of logistic, scikit-learn's C; chosen in the same way."""
-    epochs: int = 90
+    epochs: Positive = 90
     """Of sgd."""
-    batch_size: int = 256
+    batch_size: Annotated[int, Field(ge=2)] = 256
     """Of sgd: images per step; all where there are fewer."""
     pooling: Pooling = "mean"
     """Feature of an image: class token, mean of the patch tokens, or both; hardness: no feature of the encoder, but the
     teacher's predicted loss of every patch, standardised within the image."""
-    labels_per_class: tuple[int, ...] = ()
+    labels_per_class: tuple[Positive, ...] = ()
     """Also learn from so few labelled images of every class, e.g. 5 10 50."""
-    draws: int = 5
+    draws: Positive = 5
     """Random choices of those few images; quoted are mean and standard deviation."""
     against: tuple[str, ...] = ()
     """Other encoders by the same protocol: timm:NAME, timm:local-dir:PATH, or another run."""
     out: str = ""
     """Folder for the confusion picture and the figures; none: RUN/evaluate."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides what is held out, the few labels, the start and the order."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
-    workers: int = 0
+    workers: NotNegative = 0
     """Data processes."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share of a source's images cannot be decoded."""
 
 
 @dataclass(frozen=True)
-class ForegroundConfig:
+class ForegroundConfig(Settings):
     """Foreground evaluation."""
 
     checkpoint: str
@@ -99,17 +110,15 @@ class ForegroundConfig:
     """Other models to hold beside it: another run, or timm:NAME (whose attention alone can be asked)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run."""
-    max_damaged: float = 0.01
+    max_damaged: Share = 0.01
     """Stop when more than this share of the images cannot be decoded."""
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     """Fine-tuning: the whole encoder learns to classify. Defaults are the published recipe; where it stands "none:
     adapted", small data and images get a value by a written rule (docs/evaluate.md), and the published size the
     published value."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     checkpoint: str
     """Run folder or checkpoint file to start from."""
@@ -137,13 +146,13 @@ class FinetuneConfig:
     mixed within a micro-batch."""
     base_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the last layer per 256 images of batch; none: adapted, published 5e-4 (at batch 1,024)."""
-    min_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    min_learning_rate: NotNegativeFloat = 1e-6
     """Learning rate of the last layer at the end of the cosine."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    layer_decay: ShareAboveZero = 0.8
     """Each layer below learns slower by this factor."""
-    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    warmup_epochs: NotNegativeFloat | None = None
     """Linear warm-up, epochs; none: 5, at most a tenth of the run."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: NotNegativeFloat = 0.05
     """AdamW's weight decay, not on biases, one-dimensional tensors, positions and class token."""
     betas: tuple[OpenShare, OpenShare] = (0.9, 0.999)
     """AdamW's betas."""
@@ -162,17 +171,17 @@ class FinetuneConfig:
     cannot handle. An empty string switches it off."""
     erasing: Share = 0.25
     """Share of the images in which a rectangle becomes noise."""
-    mixup: Annotated[float, Field(ge=0)] = 0.8
+    mixup: NotNegativeFloat = 0.8
     """Mixup's alpha; 0: off."""
-    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    cutmix: NotNegativeFloat = 1.0
     """CutMix's alpha; 0: off. With both on, each batch gets one of them."""
     mixed_share: Share | None = None
     """Share of the batches that get mixup or CutMix; none: adapted to the number of epochs, published 1."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    label_smoothing: ShareBelowOne = 0.1
     """Share of the target spread over all classes."""
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    drop_path: ShareBelowOne = 0.1
     """Stochastic depth of the last block; earlier ones less, in proportion."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Seed of head, order, augmentation, mixing, and of the images that labels_per_class draws."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -183,7 +192,7 @@ class FinetuneConfig:
     """Data processes per training process; none: 1 per core beyond the first, at most 8."""
     val_epochs: Positive = 1
     """Epochs between two looks at the validation images; after the last there always is one."""
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 2.0
+    checkpoint_minutes: NotNegativeFloat = 2.0
     """Save at least this often, minutes; 0: after every step."""
     max_damaged: Share = 0.01
     """Stop when more than this share of a source's images cannot be decoded."""

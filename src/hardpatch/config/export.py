@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hardpatch.config.fields import Settings
+
 ExportFormat = Literal["timm", "hf", "safetensors", "onnx", "torch"]
 
 Output = Literal["tokens", "class", "mean"]
@@ -12,7 +14,7 @@ Output = Literal["tokens", "class", "mean"]
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """Write the pre-trained backbone in the form of another library, and check that it computes the same there.
 
     timm: folder for timm.create_model("local-dir:PATH"). hf: folder of an ordinary ViTModel of transformers.

@@ -8,14 +8,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from hardpatch.config.config import Positive, PositiveFloat
+from hardpatch.config.fields import Positive, PositiveFloat, Settings
 from hardpatch.runtime.errors import InputError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Settings):
     """Propose a run for your images, your machine and your time: model, sizes, batch, epochs; hours and memory.
 
     The fields of the config below are those of hardpatch pretrain, with its defaults: what you give holds; encoder,

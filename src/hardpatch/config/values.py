@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from hardpatch.config.config import Config
+from hardpatch.config.fields import refusal
 from hardpatch.config.rules import check_together
 from hardpatch.runtime.errors import InputError, suggest
-
-Checked = TypeVar("Checked")
 
 RESULT_SECTIONS = ("data", "model", "method", "optimisation")
 """Sections that decide what is learnt: a run can only be resumed with the same values here."""
@@ -53,35 +52,13 @@ def validated(nested: Mapping[str, Any]) -> Config:
     Raises:
         InputError: Names each field, its rule and the value.
     """
-    config = check_fields(Config, nested, known=[*section_of(), *(item.name for item in dataclasses.fields(Config))])
+    try:
+        config = TypeAdapter(Config).validate_python(nested)
+    except ValidationError as error:
+        known = [*section_of(), *(item.name for item in dataclasses.fields(Config))]
+        raise refusal(error, known=known) from None
     check_together(config)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=config.data.size))
-
-
-def check_fields(kind: type[Checked], values: Mapping[str, Any], *, known: Iterable[str] = ()) -> Checked:
-    """Build a dataclass after checking every value against its field's rule.
-
-    Args:
-        kind: The dataclass.
-        values: By field.
-        known: Names to suggest where one is misspelt.
-
-    Raises:
-        InputError: Names each field, its rule and the value.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            place = ".".join(
-                str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "literal"))
-            )
-            if problem["type"] == "unexpected_keyword_argument":
-                lines.append(f"{place}: no such field{suggest(str(problem['loc'][-1]), known)}")
-            else:
-                lines.append(f"{place}: {problem['msg'].lower()}, got {problem['input']!r}")
-        raise InputError("\n".join(lines)) from None
 
 
 def load_config(path: Path) -> Config:

@@ -26,7 +26,7 @@ from hardpatch.embed.chunks import Part, Parts, Rows
 from hardpatch.embed.difficulty import mask_order, measure_difficulty, rank_agreement
 from hardpatch.embed.sheet import Ranked, draw_sheet, ends
 from hardpatch.embed.tables import Table, check_format, write_table
-from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
+from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure
 from hardpatch.method.vit import encode, grid_size
@@ -142,12 +142,6 @@ def _check(config: EmbedConfig) -> tuple[Path, Path | None]:
     Raises:
         InputError: A setting is out of range, or something is in the way.
     """
-    check_max_damaged(config.max_damaged)
-    for name in ("batch_size", "sheet_images"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: must be at least 1, got {getattr(config, name)}")
-    if config.seed < 0:
-        raise InputError(f"seed: must be at least 0, got {config.seed}")
     out = Path(config.out).expanduser()
     check_format(out)
     sheet = Path(config.contact_sheet).expanduser() if config.contact_sheet else None

@@ -206,13 +206,3 @@ def damage_of_split(features: SplitFeatures, split: LabelledSplit, *, max_damage
     """
     found = {"train": (features.train.damaged, len(split.train)), "val": (features.val.damaged, len(split.val))}
     return report_damage(found, max_damaged=max_damaged)
-
-
-def check_max_damaged(share: float) -> None:
-    """Refuse a share that is none, before any work.
-
-    Raises:
-        InputError: Not between 0 and 1.
-    """
-    if not 0 <= share <= 1:
-        raise InputError(f"max_damaged: must be between 0 and 1, got {share}")

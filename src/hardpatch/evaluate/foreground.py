@@ -30,7 +30,7 @@ from hardpatch.data.loader.loading import Cover, Damage, Normalise, ordered_batc
 from hardpatch.data.sources import Source, open_source
 from hardpatch.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
 from hardpatch.evaluate.controls import Contender, open_contenders
-from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
+from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.figures.hardness import measure_hardness
 from hardpatch.method.method import Method
 from hardpatch.method.student import Student, Teacher
@@ -303,7 +303,6 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     Raises:
         InputError: No masks, masks or boxes that do not fit the images, too many damaged images, or a bad checkpoint.
     """
-    check_max_damaged(config.max_damaged)
     if config.masks and config.boxes:
         raise InputError("boxes: give masks or boxes, not both")
     device = choose_device(config.device)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hardpatch.config.evaluations import ForegroundConfig
 from hardpatch.config.recipes import recipe
+from hardpatch.config.values import with_fields
 from hardpatch.evaluate import foreground
 from hardpatch.figures.report import write_report
 from hardpatch.runs.folder import RunFolder
-from hardpatch.runtime.errors import InputError
 from hardpatch.training.pretrain import train
 
 
@@ -27,9 +26,7 @@ def run_demo(out: Path, *, epochs: int | None = None) -> tuple[dict[str, Any], f
     """
     config = recipe("shapes-demo")
     if epochs is not None:
-        if epochs < 1:
-            raise InputError(f"epochs: must be at least 1, got {epochs}")
-        config = replace(config, optimisation=replace(config.optimisation, epochs=epochs))
+        config = with_fields(config, {"epochs": epochs})
     result = train(config, out)
     found = foreground.run(ForegroundConfig(checkpoint=str(out), images=config.run.val))
     folder = RunFolder(out)

@@ -108,8 +108,6 @@ def run(config: PackConfig) -> PackResult:
     Raises:
         InputError: The source cannot be opened, the folder is in use for something else, or a shard does not read back.
     """
-    if config.quality > 100:
-        raise InputError(f"quality: must be at most 100, got {config.quality}")
     source = open_source(config.data, decoder=Decoder(3, no_data=config.no_data))
     channels = config.channels or find_channels(source)
     decoder = Decoder(channels, no_data=config.no_data)

@@ -41,7 +41,7 @@ from hardpatch.evaluate.classify.accuracy import (
 )
 from hardpatch.evaluate.classify.classifier import CLASSIFIER_FILE, save_classifier
 from hardpatch.evaluate.classify.finetune_loop import Classified, Finetuning, classify, train_epochs
-from hardpatch.evaluate.classify.finetune_recipe import Recipe, checked, differences, resolve_recipe
+from hardpatch.evaluate.classify.finetune_recipe import Recipe, differences, resolve_recipe
 from hardpatch.evaluate.classify.labelled import (
     LabelledImages,
     Subset,
@@ -116,7 +116,6 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         InputError: A field, the images, the labels, the checkpoint or the folder breaks a rule.
         Interrupted: A signal stopped it after it was saved; the same call goes on.
     """
-    config = checked(config)
     device = distributed.choose_device(config.device)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, fields
 from timm.data.auto_augment import rand_augment_transform
 
 from hardpatch.config.evaluations import FinetuneConfig
-from hardpatch.config.values import check_fields
 from hardpatch.runtime.errors import InputError
 
 PUBLISHED_BATCH = 1024
@@ -197,15 +196,6 @@ def _rand_augment(given: str | None, channels: int, *, deep: bool) -> str:
         except (AssertionError, ValueError, KeyError) as error:
             raise InputError(f"rand_augment: timm knows no policy {given!r}, only such as {RAND_AUGMENT!r}") from error
     return given
-
-
-def checked(config: FinetuneConfig) -> FinetuneConfig:
-    """The config after every value was held against its field's rule.
-
-    Raises:
-        InputError: Names each field, its rule and the value.
-    """
-    return check_fields(FinetuneConfig, asdict(config), known=[item.name for item in fields(FinetuneConfig)])
 
 
 def differences(before: dict[str, object], now: dict[str, object]) -> list[str]:

@@ -22,7 +22,6 @@ from hardpatch.evaluate.controls import Standing, open_contenders, standings
 from hardpatch.evaluate.features import (
     LabelledSplit,
     SplitFeatures,
-    check_max_damaged,
     damage_of_split,
     split_features,
     whole_split,
@@ -152,18 +151,13 @@ def run(config: KnnConfig) -> KnnResult:
 
 
 def _run(config: KnnConfig, device: torch.device) -> KnnResult:
-    check_max_damaged(config.max_damaged)
-    if config.temperature <= 0:
-        raise InputError(f"temperature: must be above 0, got {config.temperature}")
     loaded = LoadedRun(config.checkpoint, device=device)
     images = open_labelled(
         config.train, config.val, decoder=build_decoder(loaded.config.data), image_size=loaded.config.data.size,
         downloads=build_downloads(loaded.config),
     )  # fmt: skip
-    if not config.k or not all(1 <= k <= len(images.train) for k in config.k):
-        raise InputError(
-            f"k: must be between 1 and the number of training images ({len(images.train)}), got {config.k}"
-        )
+    if max(config.k) > len(images.train):
+        raise InputError(f"k: must be at most the number of training images ({len(images.train)}), got {config.k}")
     contenders = open_contenders(loaded, config.against, pooling=config.pooling)
     split = whole_split(images.train, images.val, images.classes)
     found = []

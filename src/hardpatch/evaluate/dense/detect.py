@@ -32,7 +32,6 @@ from hardpatch.evaluate.dense.instances import InstanceCrops, Target, list_pairs
 from hardpatch.evaluate.dense.pictures import Detected, draw_detections
 from hardpatch.evaluate.dense.training import (
     Task,
-    check_training,
     held_back,
     identity,
     make_plan,
@@ -40,7 +39,7 @@ from hardpatch.evaluate.dense.training import (
     output_folder,
     train,
 )
-from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
+from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure
 from hardpatch.method.vit import patch_size
@@ -197,14 +196,8 @@ def _check(config: DetectConfig) -> None:
         import pycocotools  # noqa: F401
     except ImportError:
         raise InputError(f"detect: needs pycocotools; {install('dense')}") from None
-    check_training(config)
-    check_max_damaged(config.max_damaged)
-    if not 0 < config.scale[0] <= config.scale[1]:
-        raise InputError(f"scale: must be a range above 0, got {config.scale}")
-    if config.samples_per_image is not None and config.samples_per_image < 1:
-        raise InputError(f"samples_per_image: must be at least 1, got {config.samples_per_image}")
-    if config.anchor_scale <= 0:
-        raise InputError(f"anchor_scale: must be above 0, got {config.anchor_scale}")
+    if config.scale[0] > config.scale[1]:
+        raise InputError(f"scale: must go from a small to a large number, got {config.scale}")
     alone = config.val_images.startswith("shapes:")
     if bool(config.val_images) != bool(config.val_annotations) and not alone:
         missing = "val_annotations" if config.val_images else "val_images"

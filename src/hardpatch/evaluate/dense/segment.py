@@ -29,7 +29,6 @@ from hardpatch.evaluate.dense.precision import Bf16
 from hardpatch.evaluate.dense.segment_data import Data, open_data
 from hardpatch.evaluate.dense.training import (
     Task,
-    check_training,
     identity,
     make_plan,
     mean_values,
@@ -37,7 +36,6 @@ from hardpatch.evaluate.dense.training import (
     train,
 )
 from hardpatch.evaluate.dense.windows import most_likely, slide
-from hardpatch.evaluate.features import check_max_damaged
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure
 from hardpatch.runs.build import build_decoder
@@ -173,22 +171,14 @@ def _check(config: SegmentConfig) -> None:
         import torchmetrics  # noqa: F401
     except ImportError:
         raise InputError(f"segment: needs torchmetrics; {install('dense')}") from None
-    check_training(config)
-    check_max_damaged(config.max_damaged)
     if config.finetune and config.head == "linear":
         raise InputError("finetune: the linear head measures a frozen encoder; choose --head upernet")
     if config.cache and (config.finetune or config.head != "linear"):
         raise InputError("cache: keeps features of a frozen encoder for the linear head; leave it away")
     if config.head == "upernet" and config.batch_size // distributed.world_size() < 2:
         raise InputError(f"batch_size: upernet needs at least 2 images per process, got {config.batch_size}")
-    if not 0 < config.scale[0] <= config.scale[1]:
-        raise InputError(f"scale: must be a range above 0, got {config.scale}")
-    if not 0 <= config.window_overlap < 1:
-        raise InputError(f"window_overlap: must be at least 0 and below 1, got {config.window_overlap}")
-    if config.short_side is not None and config.short_side < 0:
-        raise InputError(f"short_side: must be at least 0, got {config.short_side}")
-    if config.num_classes is not None and config.num_classes < 2:
-        raise InputError(f"num_classes: must be at least 2, got {config.num_classes}")
+    if config.scale[0] > config.scale[1]:
+        raise InputError(f"scale: must go from a small to a large number, got {config.scale}")
     if config.binary and config.reduce_zero_label:
         raise InputError("reduce_zero_label: binary masks have no such label")
 

@@ -62,27 +62,6 @@ class Task:
     """Beside the bar."""
 
 
-def check_training(config: DenseConfig) -> None:
-    """Refuse values that no training can have, before any work.
-
-    Raises:
-        InputError: One of them.
-    """
-    for field, wrong, rule in (
-        ("val_share", not 0 < config.val_share < 1, "between 0 and 1"),
-        ("batch_size", config.batch_size < 1, "at least 1"),
-        ("learning_rate", config.learning_rate is not None and config.learning_rate <= 0, "above 0"),
-        ("layer_decay", not 0 < config.layer_decay <= 1, "above 0 and at most 1"),
-        ("weight_decay", config.weight_decay < 0, "at least 0"),
-        ("width", config.width < 1, "at least 1"),
-        ("num_pictures", config.num_pictures < 0, "at least 0"),
-        ("workers", config.workers < 0, "at least 0"),
-        ("checkpoint_minutes", config.checkpoint_minutes <= 0, "above 0"),
-    ):
-        if wrong:
-            raise InputError(f"{field}: must be {rule}, got {getattr(config, field)}")
-
-
 def output_folder(config: DenseConfig, name: str) -> Path:
     """Where pictures and checkpoints go.
 
@@ -111,8 +90,6 @@ def make_plan(config: DenseConfig, *, epochs: int, num_images: int, trained: boo
     Raises:
         InputError: Fewer images than a step needs, or a batch that cannot be split over the processes.
     """
-    if epochs < 1:
-        raise InputError(f"epochs: must be at least 1, got {epochs}")
     if config.batch_size > num_images:
         raise InputError(f"batch_size: must be at most the {num_images} training images, got {config.batch_size}")
     if config.batch_size % distributed.world_size():

@@ -62,8 +62,8 @@ def choose_rows(config: AblateConfig, fields: Mapping[str, Any]) -> Rows:
         InputError: Names the field, the rule and the value.
     """
     suite = chosen_suite(config)
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"seeds: must be different numbers from 0 on, at least one, got {config.seeds}")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise InputError(f"seeds: must be different numbers, got {config.seeds}")
     configs, data, num_images = _configs(config, suite, fields)
     flops = {row: training_flops(base) for row, base in configs.items()}
     reference = suite.reference if suite.reference in flops else max(flops, key=lambda row: flops[row])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from hardpatch.config.fields import Seed, Settings
 
 
 class Suite(NamedTuple):
@@ -76,7 +80,7 @@ SUITES: dict[str, Suite] = {
 
 
 @dataclass(frozen=True)
-class AblateConfig:
+class AblateConfig(Settings):
     """Compare recipes on your images: every row of a suite with several seeds, at equal epochs, compute and time."""
 
     suite: str
@@ -85,7 +89,7 @@ class AblateConfig:
     """Folder of the ablation; goes on where it was stopped, and shares runs between suites."""
     scale: str = ""
     """Scale of every row, see hardpatch recipes: 64px, micro, small...; none: ViT-B/16, 224 px, 200 epochs."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """One run of each row per seed."""
     rows: tuple[str, ...] = ()
     """Only these rows; any recipe without a scale may stand here, and the first is the baseline. None: the suite's."""

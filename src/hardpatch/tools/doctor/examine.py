@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import Any
 
 from hardpatch.config.doctor import DoctorConfig
-from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.machine import free_memory
 from hardpatch.tools.doctor import surroundings
 from hardpatch.tools.doctor.findings import Finding
@@ -25,12 +24,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
 
     Under torchrun every process looks at its device, one of every machine at the machine, and the main one also gives
     what the others found that is not well. What needs torch is left out where torch does not work.
-
-    Raises:
-        InputError: A setting breaks its rule.
     """
-    if config.seconds <= 0:
-        raise InputError(f"seconds: must be above 0, got {config.seconds:g}")
     findings = []
     for finding in _examine_alone(config):
         findings.append(finding)

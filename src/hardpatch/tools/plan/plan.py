@@ -13,7 +13,7 @@ from typing import Any
 from hardpatch.config.config import Config
 from hardpatch.config.plan import PlanConfig, duration, parse_budget
 from hardpatch.config.recipes import METHODS, TARGETS, recipe
-from hardpatch.config.values import check_fields, to_yaml, with_fields
+from hardpatch.config.values import to_yaml, with_fields
 from hardpatch.cost.flops import training_flops
 from hardpatch.runs.folder import versions
 from hardpatch.runs.schedule import resolve_schedule
@@ -59,7 +59,6 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: A value that is wrong, images that cannot be read, or nothing that fits memory or budget.
     """
-    check_fields(PlanConfig, asdict(config))
     budget = parse_budget(config.budget)
     base = with_fields(_recipe(config.method), given)
     out = _writable(config.out)

@@ -91,7 +91,8 @@ def run(config: CheckConfig) -> CheckResult:
     Raises:
         InputError: A setting is wrong, or the source cannot be opened at all.
     """
-    _validate(config)
+    if config.out and Path(config.out).expanduser().is_file():
+        raise InputError(f"out: must be a folder, got the file {config.out!r}")
     start = time.perf_counter()
     source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
     folder = Path(config.data).expanduser()
@@ -102,22 +103,6 @@ def run(config: CheckConfig) -> CheckResult:
     if config.out:
         _write(Path(config.out).expanduser(), result, looks, source, config)
     return result
-
-
-def _validate(config: CheckConfig) -> None:
-    if config.channels is not None and config.channels < 1:
-        raise InputError(f"channels: must be at least 1, got {config.channels}")
-    if not 0 <= config.near_bits <= 16:
-        raise InputError(f"near_bits: must be between 0 and 16, got {config.near_bits}")
-    if not config.timeout > 0:
-        raise InputError(f"timeout: must be above 0, got {config.timeout}")
-    if config.workers is not None and config.workers < 0:
-        raise InputError(f"workers: must not be negative, got {config.workers}")
-    if config.sheet_images < 1:
-        raise InputError(f"sheet_images: must be at least 1, got {config.sheet_images}")
-    out = Path(config.out).expanduser()
-    if config.out and out.exists() and not out.is_dir():
-        raise InputError(f"out: must be a folder, got the file {config.out!r}")
 
 
 def look_at_source(source: Source, config: CheckConfig) -> list[Look]:
