@@ -16,7 +16,7 @@ from hardpatch.evaluate.classify.accuracy import (
     per_class_accuracy,
     wilson_interval,
 )
-from hardpatch.evaluate.classify.labelled import Subset, choose_per_class, labelled_fingerprint, open_labelled
+from hardpatch.evaluate.classify.labelled_images import Subset, choose_per_class, labelled_fingerprint, open_labelled
 from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)

@@ -26,17 +26,17 @@ from hardpatch.config.evaluations import FinetuneConfig
 from hardpatch.data.images.decode import DecodeError, Sample
 from hardpatch.data.loader.loading import Normalise, ordered_batches
 from hardpatch.data.sources import Source, open_source
-from hardpatch.evaluate.classify import finetune, finetune_loop
+from hardpatch.evaluate.classify import finetune
 from hardpatch.evaluate.classify.augment import FinetuneImages, Mixing, RandAugment, posterize, stack
 from hardpatch.evaluate.classify.classifier import build_classifier, layer_groups, load_classifier
-from hardpatch.evaluate.classify.finetune_recipe import (
+from hardpatch.evaluate.classify.finetune_settings import (
     RAND_AUGMENT,
     adapted_batch,
     adapted_crop,
     checked,
     resolve_recipe,
 )
-from hardpatch.evaluate.controls import folder_name
+from hardpatch.evaluate.contenders import folder_name
 from hardpatch.method.schedules import learning_rate
 from hardpatch.runs.build import build_encoder, build_normalise, build_student, timm_arguments
 from hardpatch.runs.checkpoint import CheckpointFolder
@@ -475,14 +475,14 @@ def test_a_stopped_run_ends_bit_identical(checkpoint, tmp_path, monkeypatch, sto
     """In mid-epoch, between two epochs, before the last step; with EMA, clipping, micro-batches and data workers."""
     extra = {"ema_decay": 0.9, "gradient_clip": 1.0, "micro_batch_size": 4}
     whole = finetune.run(config(checkpoint, tmp_path / "whole", **extra))
-    step = finetune_loop._step
+    step = finetune_training._step
 
     def signalled(run, *arguments):
         step(run, *arguments)
         if run.state.step + 1 == stop_after:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(finetune_loop, "_step", signalled)
+    monkeypatch.setattr(finetune_training, "_step", signalled)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=f"SIGTERM and saved at step {stop_after} of 9"):
         finetune.run(config(checkpoint, tmp_path / "stopped", **extra))
@@ -605,7 +605,7 @@ def test_five_channels_not_square(tmp_path):
 
 def test_too_much_damage_stops_it(checkpoint, tmp_path, monkeypatch):
     source = Bright(num_images=24, damaged=(4,), size=(32, 32))
-    monkeypatch.setattr("hardpatch.evaluate.classify.labelled.open_source", lambda *_, **__: source)
+    monkeypatch.setattr("hardpatch.evaluate.classify.labelled_images.open_source", lambda *_, **__: source)
     with pytest.raises(
         InputError, match=r"max_damaged: at most 1\.0% .* 1 of the 24 of train are; .*image 4: scratched"
     ):

@@ -18,8 +18,8 @@ from hardpatch.data.loader.loading import Cover
 from hardpatch.data.sources import open_source
 from hardpatch.evaluate.classify import knn, linear
 from hardpatch.evaluate.classify.knn import knn_votes
-from hardpatch.evaluate.classify.labelled import choose_per_class
-from hardpatch.evaluate.controls import Contender, open_contenders, standings
+from hardpatch.evaluate.classify.labelled_images import choose_per_class
+from hardpatch.evaluate.contenders import Contender, open_contenders, standings
 from hardpatch.evaluate.features import pool, split_features, whole_split
 from hardpatch.runs.load import LoadedRun, load_encoder
 from hardpatch.runtime.errors import InputError

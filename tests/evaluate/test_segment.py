@@ -18,15 +18,15 @@ from hardpatch.cli import main
 from hardpatch.config.dense_evaluations import SegmentConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import open_source
-from hardpatch.evaluate.controls import open_contenders
+from hardpatch.evaluate.contenders import open_contenders
 from hardpatch.evaluate.dense import segment
 from hardpatch.evaluate.dense.class_masks import IGNORED, MaskedImage, MaskedImages, MaskRules, match_by_stem
-from hardpatch.evaluate.dense.crops import SegmentationCrops, working_size
-from hardpatch.evaluate.dense.encoder import DenseEncoder, choose_depths, parameter_groups
-from hardpatch.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, pixel_loss
-from hardpatch.evaluate.dense.pictures import class_colours, overlay
+from hardpatch.evaluate.dense.comparison import Plan, Task, held_back, train
+from hardpatch.evaluate.dense.feature_maps import DenseEncoder, choose_depths, parameter_groups
+from hardpatch.evaluate.dense.overlays import class_colours, overlay
+from hardpatch.evaluate.dense.segment_crops import SegmentationCrops, working_size
 from hardpatch.evaluate.dense.segment_data import open_data
-from hardpatch.evaluate.dense.training import Plan, Task, held_back, train
+from hardpatch.evaluate.dense.segment_heads import LinearHead, Segmenter, UperNetHead, pixel_loss
 from hardpatch.evaluate.dense.windows import most_likely, slide, window_corners
 from hardpatch.method.vit import create_encoder, encode
 from hardpatch.runtime.errors import InputError, Interrupted

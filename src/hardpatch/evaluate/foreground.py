@@ -29,7 +29,7 @@ from hardpatch.data.images.decode import EXTENSIONS, DecodeError, decode
 from hardpatch.data.loader.loading import Cover, Damage, Normalise, ordered_batches
 from hardpatch.data.sources import Source, open_source
 from hardpatch.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
-from hardpatch.evaluate.controls import Contender, open_contenders
+from hardpatch.evaluate.contenders import Contender, open_contenders
 from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
 from hardpatch.figures.hardness import measure_hardness
 from hardpatch.method.method import Method, Student, Teacher

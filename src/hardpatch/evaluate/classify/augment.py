@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from hardpatch.data.loader.loading import Cover, Damage, Normalise, read_or_next
 from hardpatch.data.sources import Source, class_indices
-from hardpatch.evaluate.classify.finetune_recipe import Recipe
+from hardpatch.evaluate.classify.finetune_settings import Recipe
 from hardpatch.runtime.seeding import Stream, derive_seed, generators_seeded
 
 

@@ -40,16 +40,16 @@ from hardpatch.evaluate.classify.accuracy import (
     wilson_interval,
 )
 from hardpatch.evaluate.classify.classifier import CLASSIFIER_FILE, save_classifier
-from hardpatch.evaluate.classify.finetune_loop import Classified, Finetuning, classify, train_epochs
-from hardpatch.evaluate.classify.finetune_recipe import Recipe, checked, differences, resolve_recipe
-from hardpatch.evaluate.classify.labelled import (
+from hardpatch.evaluate.classify.finetune_settings import Recipe, checked, differences, resolve_recipe
+from hardpatch.evaluate.classify.finetune_training import Classified, Finetuning, classify, train_epochs
+from hardpatch.evaluate.classify.labelled_images import (
     LabelledImages,
     Subset,
     choose_per_class,
     labelled_fingerprint,
     open_labelled,
 )
-from hardpatch.evaluate.controls import Contender, Standing, folder_name, open_contenders, standings
+from hardpatch.evaluate.contenders import Contender, Standing, folder_name, open_contenders, standings
 from hardpatch.runs.build import build_decoder, build_downloads
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.folder import RunFolder, about_this_run

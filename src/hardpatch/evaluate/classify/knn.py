@@ -17,8 +17,8 @@ from torch import Tensor
 from hardpatch.config.evaluations import KnnConfig, Pooling
 from hardpatch.data.loader.loading import Normalise
 from hardpatch.evaluate.classify.accuracy import top_k_accuracy
-from hardpatch.evaluate.classify.labelled import open_labelled
-from hardpatch.evaluate.controls import Standing, open_contenders, standings
+from hardpatch.evaluate.classify.labelled_images import open_labelled
+from hardpatch.evaluate.contenders import Standing, open_contenders, standings
 from hardpatch.evaluate.features import (
     LabelledSplit,
     SplitFeatures,

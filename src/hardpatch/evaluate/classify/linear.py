@@ -1,8 +1,8 @@
 """Linear classification of frozen features: what most papers quote, beside the untrained encoder.
 
 The encoder runs over every image once. The classifiers then see features only
-(:mod:`hardpatch.evaluate.classify.probe`), so that a sweep over learning rates, few labels and several encoders cost
-seconds.
+(:mod:`hardpatch.evaluate.classify.linear_classifiers`), so that a sweep over learning rates, few labels and several
+encoders cost seconds.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from hardpatch.evaluate.classify.accuracy import (
     per_class_accuracy,
     top_k_accuracy,
 )
-from hardpatch.evaluate.classify.labelled import LabelledImages, choose_per_class, open_labelled
-from hardpatch.evaluate.classify.probe import Probed, logistic, probe
-from hardpatch.evaluate.controls import Contender, Kind, Standing, open_contenders, standings
+from hardpatch.evaluate.classify.labelled_images import LabelledImages, choose_per_class, open_labelled
+from hardpatch.evaluate.classify.linear_classifiers import Probed, logistic, probe
+from hardpatch.evaluate.contenders import Contender, Kind, Standing, open_contenders, standings
 from hardpatch.evaluate.features import check_max_damaged, damage_of_split, split_features, whole_split
 from hardpatch.runs.build import build_decoder, build_downloads
 from hardpatch.runs.folder import RunFolder

@@ -24,13 +24,9 @@ from torchvision.models.detection import FasterRCNN
 from hardpatch.config.config import Config
 from hardpatch.config.dense_evaluations import DetectConfig
 from hardpatch.data.images.decode import Decoder
-from hardpatch.evaluate.controls import Contender, folder_name, open_contenders
+from hardpatch.evaluate.contenders import Contender, folder_name, open_contenders
 from hardpatch.evaluate.dense.coco import CocoImages, find_damage, open_instances
-from hardpatch.evaluate.dense.detector import build_detector, check_patch, fitting_size
-from hardpatch.evaluate.dense.encoder import DenseEncoder, parameter_groups
-from hardpatch.evaluate.dense.instances import InstanceCrops, Target, list_pairs
-from hardpatch.evaluate.dense.pictures import Detected, draw_detections
-from hardpatch.evaluate.dense.training import (
+from hardpatch.evaluate.dense.comparison import (
     Task,
     check_training,
     held_back,
@@ -40,6 +36,10 @@ from hardpatch.evaluate.dense.training import (
     output_folder,
     train,
 )
+from hardpatch.evaluate.dense.detect_crops import InstanceCrops, Target, list_pairs
+from hardpatch.evaluate.dense.detector import build_detector, check_patch, fitting_size
+from hardpatch.evaluate.dense.feature_maps import DenseEncoder, parameter_groups
+from hardpatch.evaluate.dense.overlays import Detected, draw_detections
 from hardpatch.evaluate.features import check_max_damaged, none_readable, report_damage
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure

@@ -19,15 +19,9 @@ from torch import Tensor, nn
 
 from hardpatch.config.config import Config
 from hardpatch.config.dense_evaluations import SegmentConfig
-from hardpatch.evaluate.controls import Contender, folder_name, open_contenders
+from hardpatch.evaluate.contenders import Contender, folder_name, open_contenders
 from hardpatch.evaluate.dense.class_masks import IGNORED
-from hardpatch.evaluate.dense.crops import FeatureCache, SegmentationCrops, resize, stack_pairs, working_size
-from hardpatch.evaluate.dense.encoder import DenseEncoder, check_size, choose_depths, parameter_groups
-from hardpatch.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
-from hardpatch.evaluate.dense.pictures import Segmented, draw_segmentations
-from hardpatch.evaluate.dense.precision import Bf16
-from hardpatch.evaluate.dense.segment_data import Data, open_data
-from hardpatch.evaluate.dense.training import (
+from hardpatch.evaluate.dense.comparison import (
     Task,
     check_training,
     identity,
@@ -36,6 +30,11 @@ from hardpatch.evaluate.dense.training import (
     output_folder,
     train,
 )
+from hardpatch.evaluate.dense.feature_maps import Bf16, DenseEncoder, check_size, choose_depths, parameter_groups
+from hardpatch.evaluate.dense.overlays import Segmented, draw_segmentations
+from hardpatch.evaluate.dense.segment_crops import FeatureCache, SegmentationCrops, resize, stack_pairs, working_size
+from hardpatch.evaluate.dense.segment_data import Data, open_data
+from hardpatch.evaluate.dense.segment_heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
 from hardpatch.evaluate.dense.windows import most_likely, slide
 from hardpatch.evaluate.features import check_max_damaged
 from hardpatch.figures.display import build_display

@@ -30,9 +30,9 @@ from hardpatch.data.loader.loading import (
 from hardpatch.data.sources import class_indices
 from hardpatch.evaluate.classify.augment import FinetuneImages, LabelledBatch, Mixing, stack
 from hardpatch.evaluate.classify.classifier import build_classifier, layer_groups
-from hardpatch.evaluate.classify.finetune_recipe import Recipe
-from hardpatch.evaluate.classify.labelled import LabelledImages
-from hardpatch.evaluate.controls import Contender
+from hardpatch.evaluate.classify.finetune_settings import Recipe
+from hardpatch.evaluate.classify.labelled_images import LabelledImages
+from hardpatch.evaluate.contenders import Contender
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.method.schedules import learning_rate
 from hardpatch.runs.build import choose_attention
