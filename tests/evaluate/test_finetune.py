@@ -34,7 +34,7 @@ from hardpatch.evaluate.classify.finetune_settings import (
     adapted_batch,
     adapted_crop,
     checked,
-    resolve_recipe,
+    resolve_settings,
 )
 from hardpatch.evaluate.contenders import folder_name
 from hardpatch.method.schedules import learning_rate
@@ -100,7 +100,7 @@ def assert_same(a, b):
 
 
 def resolved(given=GIVEN, *, num_images=1_281_167, size=(224, 224), channels=3, width=768, processes=1):
-    return resolve_recipe(
+    return resolve_settings(
         given, num_images=num_images, size=size, channels=channels, width=width, flip=True, num_processes=processes
     )
 
@@ -276,7 +276,7 @@ class Bright(Source):
 
 def training_images(source, **changes):
     given = replace(GIVEN, batch_size=4, **changes)
-    recipe = resolve_recipe(
+    recipe = resolve_settings(
         given, num_images=len(source), size=source.size, channels=source.channels, width=32, flip=True
     )
     grey = (0.5,) * source.channels

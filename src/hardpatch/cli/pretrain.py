@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hardpatch.cli.evaluate import print_foreground
 from hardpatch.cli.flags import parse
-from hardpatch.cli.output import print_json, print_table
+from hardpatch.cli.output import print_json, print_section, print_table
 from hardpatch.runtime.errors import InputError
 
 
@@ -130,11 +129,11 @@ def demo(arguments: list[str]) -> None:
     """``hardpatch demo``."""
     command = parse(DemoCommand, "demo", arguments)
 
+    from hardpatch.evaluate import foreground
     from hardpatch.tools.demo import run_demo
 
     result, found = run_demo(Path(command.out), epochs=command.epochs)
-    print_foreground(found)
-    print()
+    print_section(foreground.describe(found.figures()))
     report_run(command.out, result, as_json=command.json)
 
 
