@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import timm
@@ -35,33 +35,24 @@ from hardpatch.weights.read import load_timm
 Kind = Literal["run", "untrained", "against"]
 
 
-class ConfigOfRun(Protocol):
-    """What the configs of all evaluations have in common."""
-
-    @property
-    def checkpoint(self) -> str:
-        """Run folder or checkpoint file."""
-
-    @property
-    def device(self) -> Literal["auto", "cpu", "cuda", "mps"]:
-        """Where to run."""
-
-    @property
-    def max_damaged(self) -> float:
-        """Share of the images that may be damaged."""
-
-
 @contextmanager
-def open_run(config: ConfigOfRun) -> Iterator[LoadedRun]:
+def open_run(
+    checkpoint: str, *, device: Literal["auto", "cpu", "cuda", "mps"], max_damaged: float
+) -> Iterator[LoadedRun]:
     """The run that is evaluated, on its device and in a process group.
 
+    Args:
+        checkpoint: Run folder or checkpoint file.
+        device: Where to run.
+        max_damaged: Share of the images that may be damaged.
+
     Raises:
-        InputError: A field breaks its rule, or the checkpoint cannot be read.
+        InputError: The share is none, the device is not there, or the checkpoint cannot be read.
     """
-    check_max_damaged(config.max_damaged)
-    device = choose_device(config.device)
-    with process_group(device):
-        yield LoadedRun(config.checkpoint, device=device)
+    check_max_damaged(max_damaged)
+    chosen = choose_device(device)
+    with process_group(chosen):
+        yield LoadedRun(checkpoint, device=chosen)
 
 
 class Contender(NamedTuple):

@@ -330,7 +330,7 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     """
     if config.masks and config.boxes:
         raise InputError("boxes: give masks or boxes, not both")
-    with open_run(config) as loaded:
+    with open_run(config.checkpoint, device=config.device, max_damaged=config.max_damaged) as loaded:
         contenders = open_contenders(loaded, config.against, untrained=config.untrained)
         opened = {size: _open(config, loaded.config, size) for size in {contender.size for contender in contenders}}
         judged: dict[str, ForegroundResult] = {}

@@ -12,10 +12,9 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from hardpatch.figures.report import write_report
-from hardpatch.figures.sections import Section
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say
@@ -48,16 +47,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-class Evaluation(Protocol):
-    """What the module of an evaluation has."""
-
-    def run(self, config: Any) -> Result:
-        """Measure."""
-
-    def describe(self, figures: dict[str, Any]) -> Section:
-        """Tables, text and pictures."""
 
 
 def keep(result: Result, config: Any) -> None:

@@ -144,7 +144,10 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         Interrupted: A signal stopped it after it was saved; the same call goes on.
     """
     config = checked(config)
-    with stopped_by_signals(), open_run(config) as loaded:
+    with (
+        stopped_by_signals(),
+        open_run(config.checkpoint, device=config.device, max_damaged=config.max_damaged) as loaded,
+    ):
         out = output_folder(config)
         contenders = open_contenders(loaded, config.against, untrained=config.untrained)
         prepared = [prepare_images(config, loaded.config, contender) for contender in contenders]

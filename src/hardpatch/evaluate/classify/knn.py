@@ -157,7 +157,7 @@ def run(config: KnnConfig) -> KnnResult:
     """
     if config.temperature <= 0:
         raise InputError(f"temperature: must be above 0, got {config.temperature}")
-    with open_run(config) as loaded:
+    with open_run(config.checkpoint, device=config.device, max_damaged=config.max_damaged) as loaded:
         images = open_labelled(config.train, config.val, loaded.config)
         most = len(images.train)
         if not config.k or not all(1 <= k <= most for k in config.k):

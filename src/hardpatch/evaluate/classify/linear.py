@@ -115,7 +115,7 @@ def run(config: LinearConfig) -> LinearResult:
         InputError: A setting breaks a rule, no labels, classes that do not fit, too many damaged, or a bad checkpoint.
     """
     _check(config)
-    with open_run(config) as loaded:
+    with open_run(config.checkpoint, device=config.device, max_damaged=config.max_damaged) as loaded:
         images = open_labelled(config.train, config.val, loaded.config)
         for count in config.labels_per_class:  # before any work: are there so many?
             choose_per_class(images.train.labels or (), count, seed=config.seed)

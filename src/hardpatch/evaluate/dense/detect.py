@@ -156,7 +156,10 @@ def run(config: DetectConfig) -> DetectResult:
         Interrupted: A signal arrived; the same call goes on from what is saved.
     """
     _check(config)
-    with stopped_by_signals(), open_run(config) as loaded:
+    with (
+        stopped_by_signals(),
+        open_run(config.checkpoint, device=config.device, max_damaged=config.max_damaged) as loaded,
+    ):
         contenders = open_contenders(loaded, config.against, untrained=config.untrained)
         data_config = loaded.config.data
         size = config.size or fitting_size(max(data_config.size), check_patch(patch_size(contenders[0].encoder)))

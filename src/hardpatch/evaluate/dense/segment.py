@@ -127,7 +127,10 @@ def run(config: SegmentConfig) -> SegmentResult:
         Interrupted: A signal arrived; the same call goes on from what is saved.
     """
     _check(config)
-    with stopped_by_signals(), open_run(config) as loaded:
+    with (
+        stopped_by_signals(),
+        open_run(config.checkpoint, device=config.device, max_damaged=config.max_damaged) as loaded,
+    ):
         contenders = open_contenders(loaded, config.against, untrained=config.untrained)
         crop = config.crop_size or loaded.config.data.size
         for contender in contenders:
