@@ -40,7 +40,6 @@ def test_help_imports_nothing_slow(words):
     python(f"""
 import sys
 from hardpatch.cli import main
-from places import ROOT
 try:
     main({words.split()})
 except SystemExit as left:

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
-from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import open_source
 from hardpatch.evaluate.classify.accuracy import (
     count_confusions,
@@ -16,8 +15,9 @@ from hardpatch.evaluate.classify.accuracy import (
     per_class_accuracy,
     wilson_interval,
 )
-from hardpatch.evaluate.classify.labelled import Subset, choose_per_class, labelled_fingerprint, open_labelled
+from hardpatch.evaluate.classify.labelled_images import Subset, choose_per_class, labelled_fingerprint, open_labelled
 from hardpatch.runtime.errors import InputError
+from tiny import tiny_config
 
 torch.set_num_threads(1)
 
@@ -91,7 +91,8 @@ def folder_of(path, names, **kinds):
 
 
 def opened(train, val, channels=3):
-    return open_labelled(train, val, decoder=Decoder(channels), image_size=(8, 8))
+    grey = (0.5,) * channels
+    return open_labelled(train, val, tiny_config(channels=channels, mean=grey, std=grey, image_size=(8, 8)))
 
 
 def test_labels_differ_only_where_the_classes_do(tmp_path):

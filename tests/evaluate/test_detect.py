@@ -15,9 +15,9 @@ from hardpatch.config.dense_evaluations import DetectConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.evaluate.dense import detect
 from hardpatch.evaluate.dense.coco import CocoImages, instances_from_masks
+from hardpatch.evaluate.dense.detect_crops import InstanceCrops, clean_target
 from hardpatch.evaluate.dense.detector import adapted_samples, build_detector, check_patch, fitting_size
-from hardpatch.evaluate.dense.encoder import DenseEncoder
-from hardpatch.evaluate.dense.instances import InstanceCrops, clean_target
+from hardpatch.evaluate.dense.feature_maps import DenseEncoder
 from hardpatch.evaluate.dense.pyramid import SCALES, SimplePyramid, rescale
 from hardpatch.method.vit import create_encoder
 from hardpatch.runtime.errors import InputError

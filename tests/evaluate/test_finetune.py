@@ -26,16 +26,16 @@ from hardpatch.config.evaluations import FinetuneConfig
 from hardpatch.data.images.decode import DecodeError, Sample
 from hardpatch.data.loader.loading import Normalise, ordered_batches
 from hardpatch.data.sources import Source, open_source
-from hardpatch.evaluate.classify import finetune, finetune_loop
+from hardpatch.evaluate.classify import finetune, finetune_training
 from hardpatch.evaluate.classify.augment import FinetuneImages, Mixing, RandAugment, posterize, stack
 from hardpatch.evaluate.classify.classifier import build_classifier, layer_groups, load_classifier
-from hardpatch.evaluate.classify.finetune_recipe import (
+from hardpatch.evaluate.classify.finetune_settings import (
     RAND_AUGMENT,
     adapted_batch,
     adapted_crop,
-    resolve_recipe,
+    resolve_settings,
 )
-from hardpatch.evaluate.controls import folder_name
+from hardpatch.evaluate.contenders import folder_name
 from hardpatch.method.schedules import learning_rate
 from hardpatch.runs.build import build_encoder, build_normalise, build_student, timm_arguments
 from hardpatch.runs.checkpoint import CheckpointFolder
@@ -99,7 +99,7 @@ def assert_same(a, b):
 
 
 def resolved(given=GIVEN, *, num_images=1_281_167, size=(224, 224), channels=3, width=768, processes=1):
-    return resolve_recipe(
+    return resolve_settings(
         given, num_images=num_images, size=size, channels=channels, width=width, flip=True, num_processes=processes
     )
 
@@ -147,9 +147,9 @@ def test_short_runs_and_small_images_adapt():
     assert adapted_crop((64, 64)) == adapted_crop((32, 48)) == (0.35, 1.0)
     assert resolved(channels=5).rand_augment == ""
     given = replace(GIVEN, batch_size=96, warmup_epochs=3.0, crop_scale=(0.5, 0.9), flip=False, rand_augment="")
-    recipe = resolved(given, num_images=920)
-    assert (recipe.batch_size, recipe.warmup_epochs, recipe.crop_scale) == (96, 3.0, (0.5, 0.9))
-    assert (recipe.flip, recipe.rand_augment, recipe.steps_per_epoch) == (False, "", 9)
+    settings = resolved(given, num_images=920)
+    assert (settings.batch_size, settings.warmup_epochs, settings.crop_scale) == (96, 3.0, (0.5, 0.9))
+    assert (settings.flip, settings.rand_augment, settings.steps_per_epoch) == (False, "", 9)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +275,12 @@ class Bright(Source):
 
 def training_images(source, **changes):
     given = replace(GIVEN, batch_size=4, **changes)
-    recipe = resolve_recipe(
+    settings = resolve_settings(
         given, num_images=len(source), size=source.size, channels=source.channels, width=32, flip=True
     )
     grey = (0.5,) * source.channels
     return FinetuneImages(
-        source, list("abcd"), size=source.size, normalise=Normalise(grey, grey), mean=grey, recipe=recipe
+        source, list("abcd"), size=source.size, normalise=Normalise(grey, grey), mean=grey, settings=settings
     )
 
 
@@ -472,16 +472,16 @@ def test_other_encoders_by_the_same_recipe_in_one_table(checkpoint, tmp_path):
 @pytest.mark.parametrize("stop_after", [1, 3, 8])
 def test_a_stopped_run_ends_bit_identical(checkpoint, tmp_path, monkeypatch, stop_after):
     """In mid-epoch, between two epochs, before the last step; with EMA, clipping, micro-batches and data workers."""
-    extra = {"ema_decay": 0.9, "gradient_clip": 1.0, "micro_batch_size": 4}
+    extra = {"ema_decay": 0.9, "gradient_clip": 1.0, "micro_batch_size": 4, "drop_path": 0.5}
     whole = finetune.run(config(checkpoint, tmp_path / "whole", **extra))
-    step = finetune_loop._step
+    learn = finetune_training.Finetuning._learn
 
-    def signalled(run, *arguments):
-        step(run, *arguments)
-        if run.state.step + 1 == stop_after:
+    def signalled(training, *arguments):
+        if training.step + 1 == stop_after:
             signal.raise_signal(signal.SIGTERM)
+        return learn(training, *arguments)
 
-    monkeypatch.setattr(finetune_loop, "_step", signalled)
+    monkeypatch.setattr(finetune_training.Finetuning, "_learn", signalled)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=f"SIGTERM and saved at step {stop_after} of 9"):
         finetune.run(config(checkpoint, tmp_path / "stopped", **extra))
@@ -493,6 +493,13 @@ def test_a_stopped_run_ends_bit_identical(checkpoint, tmp_path, monkeypatch, sto
                 for name in ("whole", "stopped")]  # fmt: skip
     assert timeless[0] == timeless[1]
     assert (whole.top1, whole.train_loss) == (again.top1, again.train_loss)
+
+
+def test_stochastic_depth_is_the_same_in_the_first_step_after_a_stop(tmp_path, monkeypatch):
+    """A data loader that starts draws a number of its own: it must not shift those of the step."""
+    values = TINY | {"epochs": 1, "encoder_depth": 3}
+    pretrain(values.pop("data"), tmp_path / "deep", **values)
+    test_a_stopped_run_ends_bit_identical(str(tmp_path / "deep"), tmp_path, monkeypatch, 4)
 
 
 def finetune_in_child(arguments):
@@ -604,7 +611,7 @@ def test_five_channels_not_square(tmp_path):
 
 def test_too_much_damage_stops_it(checkpoint, tmp_path, monkeypatch):
     source = Bright(num_images=24, damaged=(4,), size=(32, 32))
-    monkeypatch.setattr("hardpatch.evaluate.classify.labelled.open_source", lambda *_, **__: source)
+    monkeypatch.setattr("hardpatch.evaluate.classify.labelled_images.open_source", lambda *_, **__: source)
     with pytest.raises(
         InputError, match=r"max_damaged: at most 1\.0% .* 1 of the 24 of train are; .*image 4: scratched"
     ):

@@ -231,7 +231,7 @@ def test_the_same_images_by_other_models(tmp_path):
     assert result.others[against[1]] == alone.measures, "at its own size and normalisation"
     known = {name for name, finding in result.others[against[2]].items() if finding is not None}
     assert known == {"attention"}
-    assert foreground.as_json(result)["others"]["untrained"]["attention"]["auroc"] > 0
+    assert result.figures()["others"]["untrained"]["attention"]["auroc"] > 0
     assert alone.others == {}
 
 

@@ -1,4 +1,4 @@
-"""Linear evaluation and controls: every encoder by its own rules, every label with its image."""
+"""Linear evaluation and its contenders: every encoder by its own rules, every label with its image."""
 
 import json
 import math
@@ -16,10 +16,11 @@ from timm.models import save_for_hf
 from hardpatch.config.evaluations import KnnConfig, LinearConfig
 from hardpatch.data.loader.loading import Cover
 from hardpatch.data.sources import open_source
+from hardpatch.evaluate import contenders
 from hardpatch.evaluate.classify import knn, linear
 from hardpatch.evaluate.classify.knn import knn_votes
-from hardpatch.evaluate.classify.labelled import choose_per_class
-from hardpatch.evaluate.controls import Contender, open_contenders, standings
+from hardpatch.evaluate.classify.labelled_images import choose_per_class
+from hardpatch.evaluate.contenders import Contender, open_contenders, standings
 from hardpatch.evaluate.features import pool, split_features, whole_split
 from hardpatch.runs.load import LoadedRun, load_encoder
 from hardpatch.runtime.errors import InputError
@@ -177,8 +178,8 @@ def test_few_labels_are_those_that_every_evaluation_draws(runs, monkeypatch):
 
 def test_the_encoder_runs_over_every_image_once_whatever_is_asked(runs, monkeypatch):
     calls = []
-    real = linear.split_features
-    monkeypatch.setattr(linear, "split_features", lambda *a, **k: calls.append(a[0]) or real(*a, **k))
+    real = contenders.split_features
+    monkeypatch.setattr(contenders, "split_features", lambda *a, **k: calls.append(a[0]) or real(*a, **k))
     linear.run(setting(runs, labels_per_class=(2,), draws=2, epochs=2))
     assert len(calls) == 2
 
@@ -248,7 +249,7 @@ def test_wrong_input_is_refused_before_the_encoder_runs(runs, monkeypatch, chang
         if not (runs / name).exists() and name in str(changes):
             data = pictures(runs / "pictures", 16) if name == "grey" else "shapes:48"
             train(tiny_config(epochs=1, data=data, **different), runs / name)
-    monkeypatch.setattr(linear, "split_features", None)
+    monkeypatch.setattr(contenders, "split_features", None)
     filled = {
         key: value.format(runs=runs) if isinstance(value, str)
         else tuple(v.format(runs=runs) if isinstance(v, str) else v for v in value) if isinstance(value, tuple)

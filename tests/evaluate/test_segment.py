@@ -1,8 +1,6 @@
 """Segmentation: figures against scikit-learn, windows against the identity, training against a kill."""
 
 import json
-import os
-import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,18 +16,19 @@ from hardpatch.cli import main
 from hardpatch.config.dense_evaluations import SegmentConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import open_source
-from hardpatch.evaluate.controls import open_contenders
+from hardpatch.evaluate.contenders import open_contenders
 from hardpatch.evaluate.dense import segment
 from hardpatch.evaluate.dense.class_masks import IGNORED, MaskedImage, MaskedImages, MaskRules, match_by_stem
-from hardpatch.evaluate.dense.crops import SegmentationCrops, working_size
-from hardpatch.evaluate.dense.encoder import DenseEncoder, choose_depths, parameter_groups
-from hardpatch.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, pixel_loss
-from hardpatch.evaluate.dense.pictures import class_colours, overlay
+from hardpatch.evaluate.dense.comparison import held_back
+from hardpatch.evaluate.dense.feature_maps import DenseEncoder, choose_depths, parameter_groups
+from hardpatch.evaluate.dense.overlays import class_colours, overlay
+from hardpatch.evaluate.dense.segment_crops import SegmentationCrops, working_size
 from hardpatch.evaluate.dense.segment_data import open_data
-from hardpatch.evaluate.dense.training import Plan, Task, held_back, train
+from hardpatch.evaluate.dense.segment_heads import LinearHead, Segmenter, UperNetHead, pixel_loss
 from hardpatch.evaluate.dense.windows import most_likely, slide, window_corners
 from hardpatch.method.vit import create_encoder, encode
-from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)
 
@@ -268,63 +267,6 @@ def test_held_back_images_are_drawn_by_the_seed():
         held_back(2, 0.2, 0)
 
 
-# Training
-
-
-class Numbers(torch.utils.data.Dataset):
-    def __getitem__(self, key):
-        generator = torch.Generator().manual_seed(100 * key[0] + key[1])
-        return torch.randn(4, generator=generator), torch.randn(1, generator=generator)
-
-
-def stack(items):
-    return tuple(torch.stack(part) for part in zip(*items))
-
-
-def trained(folder, *, stop_at=None, identity="same", epochs=3):
-    torch.manual_seed(7)
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-    steps = iter(range(1000))
-
-    def loss(module, batch):
-        if next(steps) == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return (module(batch[0]) - batch[1]).square().mean()
-
-    task = Task(model, [{"params": list(model.parameters())}], Numbers(), 16, stack, loss, "test")
-    plan = Plan(batch_size=4, total_steps=4 * epochs, peak_learning_rate=0.01, seed=0, checkpoint_minutes=5, workers=0)
-    train(task, plan, device=torch.device("cpu"), checkpoints=folder, identity=identity)
-    return model.state_dict(), next(steps)
-
-
-def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
-    whole, taken = trained(tmp_path / "whole")
-    assert taken == 12
-    with pytest.raises(Interrupted, match="saved at step 6 of 12"):
-        trained(tmp_path / "stopped", stop_at=5)
-    state, taken = trained(tmp_path / "stopped")
-    assert taken == 6
-    assert all(torch.equal(state[name], whole[name]) for name in whole)
-    again, taken = trained(tmp_path / "stopped")  # finished: nothing is done again
-    assert taken == 0
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
-
-
-def test_another_training_in_the_same_folder_starts_over(tmp_path, capsys):
-    trained(tmp_path)
-    assert trained(tmp_path, identity="another")[1] == 12
-    assert "starts over" in capsys.readouterr().err
-
-
-def test_a_loss_that_is_not_finite_is_told(tmp_path):
-    model = nn.Linear(4, 1)
-    task = Task(model, [{"params": list(model.parameters())}], Numbers(), 16, stack,
-                lambda module, batch: module(batch[0]).sum() * float("nan"), "test")  # fmt: skip
-    plan = Plan(4, 4, 0.5, 0, 5, 0)
-    with pytest.raises(InputError, match=r"learning_rate: the loss is nan at step 4; choose a lower one than 0.5"):
-        train(task, plan, device=torch.device("cpu"), checkpoints=tmp_path, identity="")
-
-
 # The whole
 
 
@@ -364,7 +306,7 @@ def test_bright_squares_are_found(capsys, run_folder, blobs, more):
     # The same command finds its training finished and says the same.
     code, out, err = call(capsys, *words)
     assert code == 0
-    assert "going on with" in err.replace("\n", " ")
+    assert "holds this training finished" in err.replace("\n", " ")
     assert json.loads(out.splitlines()[-1])["miou"] == result["miou"]
 
 
@@ -379,17 +321,17 @@ def test_the_confusion_matrix_equals_scikit_learns(run_folder, blobs, tmp_path):
         val_images=str(tmp_path / "images"), batch_size=2, epochs=1, out=str(tmp_path / "out"), device="cpu",
     )  # fmt: skip
     data = open_data(config, decoder=Decoder(), size=(32, 32))
-    loaded = segment.LoadedRun(config.checkpoint)
-    bench = segment.Bench(config, data, (32, 32), tmp_path, torch.device("cpu"))
-    model = bench.measure(open_contenders(loaded, [])[0])
+    loaded = LoadedRun(config.checkpoint)
+    segmentation = segment.Segmentation(config, data, (32, 32), tmp_path, torch.device("cpu"))
+    measured = segmentation.measure(open_contenders(loaded, [])[0])
     truth, found = [], []
     for index in range(3):
         image, mask = data.val.read(index)
         counts = (mask != IGNORED).numpy()
         truth.append(mask.numpy()[counts])
-        found.append(bench.predict(model.model, model.contender, image).numpy()[counts])
+        found.append(segmentation.predict(measured.model, measured.contender, image).numpy()[counts])
     expected = confusion_matrix(np.concatenate(truth), np.concatenate(found), labels=[0, 1, 2])
-    np.testing.assert_array_equal(model.confusion.numpy(), expected)
+    np.testing.assert_array_equal(measured.figures.numpy(), expected)
     assert expected.sum() < 3 * 40 * 56
 
 

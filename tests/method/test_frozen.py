@@ -188,7 +188,7 @@ def test_a_frozen_model_is_loaded_once_by_a_run_and_never_by_its_encoder(tmp_pat
 
 
 def test_evaluation_from_a_checkpoint_needs_the_model_only_for_its_loss(tmp_path, saved):
-    from hardpatch.evaluate import controls, foreground
+    from hardpatch.evaluate import contenders, foreground
     from hardpatch.runs.load import LoadedRun
 
     values = TINY | {"target": "timm_features", "target_model": saved("vit"), "epochs": 1}
@@ -196,7 +196,7 @@ def test_evaluation_from_a_checkpoint_needs_the_model_only_for_its_loss(tmp_path
     result = foreground.run(foreground.ForegroundConfig(checkpoint=str(tmp_path / "run"), images="shapes:4"))
     assert np.isfinite(result.measures["reconstruction_error"].auroc)
     state = LoadedRun(tmp_path / "run")
-    before = controls.untrained_encoder(state.config, state.device).state_dict()
+    before = contenders.untrained_encoder(state.config, state.device).state_dict()
     expected = build_student(state.config).encoder.state_dict()
     assert all(torch.equal(before[name], expected[name]) for name in expected)
 

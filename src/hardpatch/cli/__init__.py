@@ -12,6 +12,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 from hardpatch.cli.ablate import ablate
@@ -19,19 +20,13 @@ from hardpatch.cli.benchmark import benchmark_data, benchmark_peers, benchmark_s
 from hardpatch.cli.data import data_check, data_pack, data_stats
 from hardpatch.cli.doctor import doctor
 from hardpatch.cli.embed import embed
-from hardpatch.cli.evaluate import (
-    evaluate_detect,
-    evaluate_finetune,
-    evaluate_foreground,
-    evaluate_knn,
-    evaluate_linear,
-    evaluate_segment,
-)
+from hardpatch.cli.evaluate import evaluate
 from hardpatch.cli.output import complain, say_plainly
 from hardpatch.cli.plan import plan
 from hardpatch.cli.pretrain import demo, pretrain, recipes
 from hardpatch.cli.visualize import visualize
 from hardpatch.cli.weights import convert, export
+from hardpatch.config.evaluations import EVALUATIONS
 from hardpatch.runtime.errors import InputError, Interrupted
 
 
@@ -49,20 +44,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(doctor, "will hardpatch run well here? packages, device, a training step, data processes, disk"),
     "plan": Command(plan, "images, a machine and a time budget -> model, sizes, batch, epochs, hours, memory"),
     "pretrain": Command(pretrain, "learn from images:  hardpatch pretrain --data photos/ --out runs/photos"),
-    "evaluate knn": Command(evaluate_knn, "accuracy of the k nearest neighbours, beside the untrained encoder"),
-    "evaluate linear": Command(
-        evaluate_linear, "linear probe or logistic regression on frozen features, also with few labels"
-    ),
-    "evaluate finetune": Command(
-        evaluate_finetune, "accuracy of the encoder trained on labels, by the published recipe"
-    ),
-    "evaluate foreground": Command(
-        evaluate_foreground, "how well the predicted loss finds objects, beside simple measures"
-    ),
-    "evaluate segment": Command(
-        evaluate_segment, "semantic segmentation: mean IoU of a head on the encoder's feature maps"
-    ),
-    "evaluate detect": Command(evaluate_detect, "detection and instance masks: COCO AP of Mask R-CNN on the encoder"),
+    **{f"evaluate {name}": Command(partial(evaluate, name), row.about) for name, row in EVALUATIONS.items()},
     "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs, compute and time"),
     "data check": Command(data_check, "what is in a source: sizes, channels, depths, damage, duplicates"),
     "data stats": Command(

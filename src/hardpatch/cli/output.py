@@ -7,8 +7,9 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from hardpatch.figures.sections import Picture, Section, Table
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -31,23 +32,19 @@ def print_json(figures: dict[str, Any]) -> None:
     print(json.dumps(plain(figures), allow_nan=False))
 
 
-def save_evaluation(checkpoint: str, name: str, figures: dict[str, Any], out: str = "") -> None:
-    """Keep an evaluation in the run folder and refresh its report; or in another folder, where one is named."""
-    from hardpatch.figures.report import write_report
-    from hardpatch.runs.folder import RunFolder
-    from hardpatch.runtime.files import write_text_atomically
-
-    folder = RunFolder(checkpoint)
-    if out:
-        write_text_atomically(Path(out).expanduser() / f"{name}.json", json.dumps(figures, indent=2) + "\n")
-        return
-    if not folder.config_file.is_file():
-        return
-    try:
-        folder.save_evaluation(name, figures)
-        write_report(folder)
-    except OSError as error:
-        say_plainly(f"could not keep the result in {folder.path}: {error.strerror}")
+def print_section(section: Section) -> None:
+    """Tables and text on standard output, and where pictures are."""
+    for number, block in enumerate(section.blocks):
+        if isinstance(block, Picture):
+            print(f"look:  {block.path}")
+            continue
+        if number:
+            print()
+        if isinstance(block, Table):
+            print_table(block.header, block.rows)
+        else:
+            print(block)
+    print()
 
 
 def say_plainly(message: str) -> None:

@@ -7,9 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from hardpatch.cli.evaluate import print_foreground
 from hardpatch.cli.flags import parse, parse_with_fields
-from hardpatch.cli.output import print_json, print_table
+from hardpatch.cli.output import print_json, print_section, print_table
 from hardpatch.runtime.errors import InputError
 
 
@@ -87,11 +86,11 @@ def demo(arguments: list[str]) -> None:
 
     command, as_json = parse(DemoCommand, "demo", arguments)
 
+    from hardpatch.evaluate import foreground
     from hardpatch.tools.demo import run_demo
 
     result, found = run_demo(Path(command.out), epochs=command.epochs)
-    print_foreground(found)
-    print()
+    print_section(foreground.describe(found.figures()))
     report_run(command.out, result, as_json=as_json)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from hardpatch.config.dense_evaluations import DetectConfig, SegmentConfig
 from hardpatch.config.fields import (
     NotNegative,
     NotNegativeFloat,
@@ -196,3 +197,53 @@ class FinetuneConfig(Settings):
     """Save at least this often, minutes; 0: after every step."""
     max_damaged: Share = 0.01
     """Stop when more than this share of a source's images cannot be decoded."""
+
+
+class Evaluation(NamedTuple):
+    """One evaluation: ``hardpatch evaluate NAME``."""
+
+    config: type[Any]
+    """A dataclass of what it can be told."""
+    module: str
+    """Where it is: a module with ``run(config)`` and ``describe(figures)``, see :mod:`hardpatch.evaluate.result`."""
+    about: str
+    """One line for the list of commands."""
+    kept_as: tuple[str, ...] = ()
+    """Names of the files of its figures, where it has others than its own name."""
+
+
+EVALUATIONS: dict[str, Evaluation] = {
+    "knn": Evaluation(
+        KnnConfig,
+        "hardpatch.evaluate.classify.knn",
+        "accuracy of the k nearest neighbours, beside the untrained encoder",
+        kept_as=("knn", "knn_hardness"),
+    ),
+    "linear": Evaluation(
+        LinearConfig,
+        "hardpatch.evaluate.classify.linear",
+        "linear probe or logistic regression on frozen features, also with few labels",
+        kept_as=("linear", "logistic", "linear_hardness", "logistic_hardness"),
+    ),
+    "finetune": Evaluation(
+        FinetuneConfig,
+        "hardpatch.evaluate.classify.finetune",
+        "accuracy of the encoder trained on labels, by the published recipe",
+    ),
+    "foreground": Evaluation(
+        ForegroundConfig,
+        "hardpatch.evaluate.foreground",
+        "how well the predicted loss finds objects, beside simple measures",
+    ),
+    "segment": Evaluation(
+        SegmentConfig,
+        "hardpatch.evaluate.dense.segment",
+        "semantic segmentation: mean IoU of a head on the encoder's feature maps",
+    ),
+    "detect": Evaluation(
+        DetectConfig,
+        "hardpatch.evaluate.dense.detect",
+        "detection and instance masks: COCO AP of Mask R-CNN on the encoder",
+    ),
+}
+"""Every evaluation by name, in the order of the list of commands and of the report."""

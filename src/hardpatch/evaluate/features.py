@@ -189,13 +189,22 @@ def report_damage(found: Mapping[str, tuple[Sequence[Damage], int]], *, max_dama
     if is_main_of_environment():
         for item in dict.fromkeys(item for damaged, _ in found.values() for item in damaged):
             warn(f"damaged image left out: {item.name}: {item.reason}")
+    refuse_damage(found, max_damaged=max_damaged)
+    return sum(len(damaged) for damaged, _ in found.values())
+
+
+def refuse_damage(found: Mapping[str, tuple[Sequence[Damage], int]], *, max_damaged: float) -> None:
+    """Stop where too many images of a source are damaged.
+
+    Raises:
+        InputError: More than ``max_damaged`` of one.
+    """
     for field, (damaged, num_images) in found.items():
         if len(damaged) > max_damaged * num_images:
             raise InputError(
                 f"max_damaged: at most {max_damaged:.1%} of the images may be damaged, and {len(damaged)} of the "
                 f"{num_images} of {field} are; the first: {damaged[0].name}: {damaged[0].reason}"
             )
-    return sum(len(damaged) for damaged, _ in found.values())
 
 
 def damage_of_split(features: SplitFeatures, split: LabelledSplit, *, max_damaged: float) -> int:

@@ -7,11 +7,11 @@ by masks or by boxes; of several boxes every one counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +29,31 @@ from hardpatch.data.images.decode import EXTENSIONS, DecodeError, decode
 from hardpatch.data.loader.loading import Cover, Damage, Normalise, ordered_batches
 from hardpatch.data.sources import Source, open_source
 from hardpatch.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
-from hardpatch.evaluate.controls import Contender, open_contenders
+from hardpatch.evaluate.contenders import Contender, open_contenders, open_run
 from hardpatch.evaluate.features import none_readable, report_damage
+from hardpatch.evaluate.result import Result, visualize_command
 from hardpatch.figures.hardness import measure_hardness
+from hardpatch.figures.sections import Picture, Section, Table, Tile, decimals
 from hardpatch.method.method import Method
 from hardpatch.method.student import Student, Teacher
 from hardpatch.method.vit import class_attention, grid_size, has_class_attention, patch_size, patchify
 from hardpatch.runs.build import build_decoder, build_downloads, build_student, choose_attention
 from hardpatch.runs.load import LoadedRun
-from hardpatch.runtime.distributed import choose_device, has_bf16
+from hardpatch.runtime.distributed import has_bf16
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked
 from hardpatch.runtime.seeding import Stream, derive_seed
 
-MEASURES = ("predicted_loss", "reconstruction_error", "patch_variance", "edge_density", "attention")
+MEASURES = {
+    "predicted_loss": "predicted loss (teacher, full image)",
+    "reconstruction_error": "reconstruction error (student, 10 masks)",
+    "patch_variance": "patch variance",
+    "edge_density": "edge density",
+    "attention": "class-token attention",
+}
+"""What scores the patches, and what to call it."""
+IMAGE_ALONE = ("patch_variance", "edge_density")
+"""Measures that are the same whatever model looks."""
 
 
 class Finding(NamedTuple):
@@ -59,20 +70,34 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ForegroundResult:
+class ForegroundResult(Result):
     """One finding per measure, over all images and by group."""
 
     measures: dict[str, Finding | None]
     """None for attention where the encoder has no class token, or blocks of another kind than timm's plain one."""
     by_group: dict[str, dict[str, Finding | None]]
+    others: dict[str, dict[str, Finding | None]]
+    """The measures by other models that the run was held against, by their names."""
     whole_image_iou: float
     """Overlap of an object's box with the whole image: what a box is worth that knows nothing."""
     num_images: int
     """Images measured, without the damaged ones and those that have no box."""
     damaged: int
     """Images left out."""
-    others: dict[str, dict[str, Finding | None]] = field(default_factory=dict)
-    """The measures by other models that the run was held against, by their names."""
+
+    @property
+    def name(self) -> str:
+        """There is one kind."""
+        return "foreground"
+
+    def what_next(self, config: ForegroundConfig) -> list[str]:
+        """See what is hard in these images."""
+        return [visualize_command(config.checkpoint, config.images)]
+
+    def figures(self) -> dict[str, Any]:
+        """Every measure by its own name, then the rest."""
+        values = super().figures()
+        return {**values.pop("measures"), **values}
 
 
 def find_in_images(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray, "b n"]) -> Float[np.ndarray, "b 3"]:
@@ -231,6 +256,7 @@ def _judge(
         whole_image_iou=float(np.mean([overlap(whole, found.objects[i]).max() for i in usable] or [np.nan])),
         num_images=len(found.indices),
         damaged=len(found.damaged),
+        others={},
     )
 
 
@@ -305,31 +331,24 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     """
     if config.masks and config.boxes:
         raise InputError("boxes: give masks or boxes, not both")
-    device = choose_device(config.device)
-    loaded = LoadedRun(config.checkpoint, device=device)
-    contenders = open_contenders(loaded, config.against, untrained=config.untrained)
-    opened = {size: _open(config, loaded.config, size) for size in {contender.size for contender in contenders}}
-    judged: dict[str, ForegroundResult] = {}
-    for contender in contenders:
-        source, masks, boxes = opened[contender.size]
-        judged[contender.name] = _judge(
-            _asker(contender, loaded, device), contender.encoder, source, size=contender.size, device=device,
-            masks=masks, boxes=boxes, max_damaged=None if judged else config.max_damaged,
-        )  # fmt: skip
+    with open_run(config.checkpoint, device=config.device) as loaded:
+        contenders = open_contenders(loaded, config.against, untrained=config.untrained)
+        opened = {size: _open(config, loaded.config, size) for size in {contender.size for contender in contenders}}
+        judged: dict[str, ForegroundResult] = {}
+        for contender in contenders:
+            source, masks, boxes = opened[contender.size]
+            judged[contender.name] = _judge(
+                _asker(contender, loaded), contender.encoder, source, size=contender.size, device=loaded.device,
+                masks=masks, boxes=boxes, max_damaged=None if judged else config.max_damaged,
+            )  # fmt: skip
     ours, *others = judged.items()
     return replace(ours[1], others={name: result.measures for name, result in others})
 
 
-class _Objects(NamedTuple):
-    """Images and where the objects in them are."""
-
-    source: Source
-    masks: dict[int, Bool[Tensor, "h w"]] | None
-    boxes: dict[int, Bool[Tensor, "k h w"]] | None
-
-
-def _open(config: ForegroundConfig, run_config: Config, size: tuple[int, int]) -> _Objects:
-    """Everything at the size that an encoder takes.
+def _open(
+    config: ForegroundConfig, run_config: Config, size: tuple[int, int]
+) -> tuple[Source, dict[int, Bool[Tensor, "h w"]] | None, dict[int, Bool[Tensor, "k h w"]] | None]:
+    """Images, and the masks or boxes of the objects in them, at the size that an encoder takes.
 
     Raises:
         InputError: No such images, or masks or boxes that do not fit them.
@@ -340,18 +359,17 @@ def _open(config: ForegroundConfig, run_config: Config, size: tuple[int, int]) -
     )  # fmt: skip
     masks = _read_masks(Path(config.masks).expanduser(), source, size) if config.masks else None
     boxes = read_boxes(Path(config.boxes).expanduser(), source, size) if config.boxes else None
-    return _Objects(source, masks, boxes)
+    return source, masks, boxes
 
 
-def _asker(
-    contender: Contender, loaded: LoadedRun, device: torch.device
-) -> Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]]:
+def _asker(contender: Contender, loaded: LoadedRun) -> Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]]:
     """What gives every measure for one of the contenders: all of a run and of its own start, attention of the others.
 
     Raises:
         InputError: The other is a run, and cannot be read.
     """
-    generator, bf16 = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES)), has_bf16(device)
+    device, generator = loaded.device, torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
+    bf16 = has_bf16(device)
     student, teacher, method = loaded.student, loaded.teacher, loaded.method
     if contender.kind == "untrained":
         student = build_student(loaded.config, target_dim=method.target.dim).to(device).eval()
@@ -409,17 +427,36 @@ def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> dict[int
     return masks
 
 
-def as_json(result: ForegroundResult) -> dict[str, object]:
-    """The result as plain values: a measure's name leads to its figures."""
+def describe(figures: dict[str, Any]) -> Section:
+    """Every measure over all images, by other models, and by level."""
+    header = ("AUROC", "average precision", "pointing game", "best box IoU", "box IoU")
+    keys = ("auroc", "average_precision", "pointing_game", "best_box_iou", "box_iou")
 
-    def plain(findings: dict[str, Finding | None]) -> dict[str, object]:
-        return {name: None if finding is None else finding._asdict() for name, finding in findings.items()}
+    def rows(measures: dict[str, Any], names: Iterable[str]) -> list[tuple[str, ...]]:
+        return [
+            (MEASURES[name], *(decimals(measures[name] and measures[name].get(key), 3) for key in keys))
+            for name in names
+        ]  # fmt: skip
 
-    return {
-        **plain(result.measures),
-        "by_group": {name: plain(findings) for name, findings in result.by_group.items()},
-        "others": {name: plain(findings) for name, findings in result.others.items()},
-        "whole_image_iou": result.whole_image_iou,
-        "num_images": result.num_images,
-        "damaged": result.damaged,
-    }
+    blocks: list[str | Table | Picture] = [
+        "No label or mask was used in training. In every image the patches are ranked by each measure and held against "
+        "the objects. AUROC: 0.5 is chance, 1 is perfect. Best box IoU: overlap of an object's box with the best box "
+        "that the scores give at any threshold; box IoU: at one threshold for all images. The whole image as a box has "
+        f"{figures.get('whole_image_iou', float('nan')):.3f}.",
+        Table((f"{figures['num_images']:,} images", *header), rows(figures, MEASURES)),
+    ]
+    for name, measures in figures.get("others", {}).items():
+        known = [key for key, finding in measures.items() if finding and key not in IMAGE_ALONE]
+        blocks.append(Table((f"by {name}", *header), rows(measures, known)))
+    if groups := figures["by_group"]:
+        by_level = [
+            (MEASURES[name], *(decimals(group[name] and group[name]["auroc"], 3) for group in groups.values()))
+            for name in MEASURES
+        ]
+        blocks.append(Table(("AUROC by level", *groups), by_level))
+    found, plain = figures["predicted_loss"], figures["patch_variance"]
+    tile = found and Tile(
+        decimals(found["auroc"], 3), "foreground AUROC",
+        f"of the predicted loss; patch variance {decimals(plain['auroc'], 3)}, chance 0.5",
+    )  # fmt: skip
+    return Section("Does the predicted loss find the objects?", blocks, tile)

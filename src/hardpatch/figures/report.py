@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from hardpatch.config.evaluations import EVALUATIONS
+from hardpatch.figures.sections import Picture, Section, Table, Tile
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import read_metrics
@@ -30,75 +33,65 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
 )
 """Title, metrics and unit of each plot; a plot without any record is left out."""
 
-_MEANINGS = {
-    "predicted_loss": "predicted loss (teacher, full image)",
-    "reconstruction_error": "reconstruction error (student, 10 masks)",
-    "patch_variance": "patch variance",
-    "edge_density": "edge density",
-    "attention": "class-token attention",
-}
-
-
-_LINEAR = {"linear": "Linear probe", "logistic": "Logistic regression"}
-"""Evaluations of one kind: file, and title on the page."""
-
 
 def write_report(folder: RunFolder) -> None:
     """Write the page from what lies in the run folder: metrics, figures, evaluations, config."""
     records = read_metrics(folder.path)
     hardness = sorted(folder.figures.glob("hardness_*.png"))
-    evaluations = {file.stem: json.loads(file.read_text()) for file in sorted(folder.evaluations.glob("*.json"))}
+    sections = describe_evaluations(folder)
     template = files("hardpatch.figures").joinpath("templates/report.html.j2").read_text()
     page = Environment(autoescape=True).from_string(template).render(
         name=folder.path.name,
-        tiles=_tiles(folder.result() or {}, records, evaluations),
+        tiles=_tiles(folder.result() or {}, records, [section.tile for section in sections if section.tile]),
         curves=[(title, _image(_plot(records, title, lines, unit))) for title, lines, unit in CURVES
                 if any(key in record for record in records for key in lines)],
         first_figure=_file_image(hardness[0]) if hardness else None,
         last_figure=_file_image(hardness[-1]) if hardness else None,
         figures=[(int(path.stem.split("_")[1]), _file_image(path)) for path in hardness],
-        foreground=evaluations.get("foreground"),
-        meanings=_MEANINGS,
-        knn=evaluations.get("knn"),
-        linear=[(title, evaluations[name], _folder_image(folder, name)) for name, title in _LINEAR.items()
-                if name in evaluations],
-        segment=(segment := evaluations.get("segment")),
-        segment_figure=_picture(segment),
-        detect=(detect := evaluations.get("detect")),
-        detect_figure=_picture(detect),
-        finetune=evaluations.get("finetune"),
-        finetune_confusion=_picture_of(evaluations.get("finetune"), "confusion.png"),
+        sections=[(section.title, [_block(folder, block) for block in section.blocks]) for section in sections],
         config=folder.config_file.read_text(),
     )  # fmt: skip
     write_text_atomically(folder.report_file, page)
 
 
-def _tiles(
-    result: dict[str, Any], records: list[dict[str, Any]], evaluations: dict[str, Any]
-) -> list[tuple[str, str, str]]:
-    """The figures at the top: value, name, what to hold it against."""
+def describe_evaluations(folder: RunFolder) -> list[Section]:
+    """What the evaluations say that were kept in a run folder; each describes its own figures."""
+    sections = []
+    for name, evaluation in EVALUATIONS.items():
+        for kept in evaluation.kept_as or (name,):
+            file = folder.evaluations / f"{kept}.json"
+            if file.is_file():  # imported only here: a run without evaluations need not wait for them
+                sections.append(import_module(evaluation.module).describe(json.loads(file.read_text())))
+    return sections
+
+
+def _block(folder: RunFolder, block: str | Table | Picture) -> dict[str, Any]:
+    """What the template needs of a block; a picture that has moved with its run folder is found there."""
+    if isinstance(block, str):
+        return {"text": block}
+    if isinstance(block, Table):
+        return {"table": block}
+    places = (Path(block.path), folder.evaluations / Path(block.path).name)
+    found = next((place for place in places if place.is_file()), None)
+    return {"picture": found and _file_image(found), "title": block.title}
+
+
+def _tiles(result: dict[str, Any], records: list[dict[str, Any]], measured: list[Tile]) -> list[Tile]:
+    """The figures at the top."""
     tiles = []
     losses = [record["reconstruction_loss"] for record in records if "reconstruction_loss" in record]
     if losses:
-        tiles.append((f"{losses[-1]:.3f}", "reconstruction loss", f"from {losses[0]:.3f}"))
+        tiles.append(Tile(f"{losses[-1]:.3f}", "reconstruction loss", f"from {losses[0]:.3f}"))
     correlation = result.get("predictor_rank_correlation")
     if correlation is not None:
-        tiles.append((f"{correlation:+.2f}", "rank correlation", "of predicted and true hardness; 0 = blind"))
-    if foreground := evaluations.get("foreground"):
-        found, plain = foreground["predicted_loss"], foreground["patch_variance"]
-        if found:
-            tiles.append((f"{found['auroc']:.3f}", "foreground AUROC", f"of the predicted loss; "
-                          f"patch variance {plain['auroc']:.3f}, chance 0.5"))  # fmt: skip
+        tiles.append(Tile(f"{correlation:+.2f}", "rank correlation", "of predicted and true hardness; 0 = blind"))
     if "knn_top1" in result:
         against = result["knn_top1_untrained"]
         note = "" if against is None else f"untrained {against:.1f} %"
-        tiles.append((f"{result['knn_top1']:.1f} %", "kNN top-1", note))
-    if tuned := evaluations.get("finetune"):
-        against = tuned["untrained_top1"]
-        note = f"{tuned['num_val']:,} images" if against is None else f"untrained {against:.1f} %"
-        tiles.append((f"{tuned['top1']:.1f} %", "fine-tuned top-1", note))
+        tiles.append(Tile(f"{result['knn_top1']:.1f} %", "kNN top-1", note))
+    tiles += measured
     if result:
-        tiles.append((f"{result['images_per_second']:.0f}", "images/s", f"{result['seconds'] / 60:.1f} minutes"))
+        tiles.append(Tile(f"{result['images_per_second']:.0f}", "images/s", f"{result['seconds'] / 60:.1f} minutes"))
     return tiles
 
 
@@ -132,27 +125,8 @@ def _image(figure: Figure) -> str:
     return _data_uri(buffer.getvalue())
 
 
-def _file_image(path: Any) -> str:
+def _file_image(path: Path) -> str:
     return _data_uri(path.read_bytes())
-
-
-def _folder_image(folder: RunFolder, evaluation: str) -> str | None:
-    """The confusion picture of an evaluation, where there is one."""
-    path = folder.evaluations / f"{evaluation}_confusion.png"
-    return _file_image(path) if path.is_file() else None
-
-
-def _picture(evaluation: dict[str, Any] | None) -> str | None:
-    """The figure that an evaluation names, if it is still there."""
-    if evaluation is None or not evaluation["figure"] or not Path(evaluation["figure"]).is_file():
-        return None
-    return _file_image(Path(evaluation["figure"]))
-
-
-def _picture_of(evaluation: dict[str, Any] | None, name: str) -> str | None:
-    """A picture in an evaluation's own folder, where both are still there."""
-    path = Path(evaluation["folder"]) / name if evaluation else None
-    return _file_image(path) if path is not None and path.is_file() else None
 
 
 def _data_uri(png: bytes) -> str:

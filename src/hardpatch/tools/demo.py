@@ -9,8 +9,7 @@ from hardpatch.config.evaluations import ForegroundConfig
 from hardpatch.config.recipes import recipe
 from hardpatch.config.values import with_fields
 from hardpatch.evaluate import foreground
-from hardpatch.figures.report import write_report
-from hardpatch.runs.folder import RunFolder
+from hardpatch.evaluate.result import keep
 from hardpatch.training.pretrain import train
 
 
@@ -28,8 +27,7 @@ def run_demo(out: Path, *, epochs: int | None = None) -> tuple[dict[str, Any], f
     if epochs is not None:
         config = with_fields(config, {"epochs": epochs})
     result = train(config, out)
-    found = foreground.run(ForegroundConfig(checkpoint=str(out), images=config.run.val))
-    folder = RunFolder(out)
-    folder.save_evaluation("foreground", foreground.as_json(found))
-    write_report(folder)
+    measured = ForegroundConfig(checkpoint=str(out), images=config.run.val)
+    found = foreground.run(measured)
+    keep(found, measured)
     return result, found

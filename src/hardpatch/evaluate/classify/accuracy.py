@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
+
+from hardpatch.figures.sections import Table, decimals
 
 MAX_NAMES = 60
 """With more classes than this, a confusion picture shows no names: they would not be readable."""
@@ -74,6 +76,24 @@ def per_class_accuracy(confusions: Int[np.ndarray, "c c"], classes: Sequence[str
         )
         for i, name in enumerate(classes)
     ]
+
+
+def classes_table(per_class: Sequence[dict[str, Any]], *, most: int = 12) -> Table:
+    """Class by class from the worst to the best; of many classes as many of either end.
+
+    Args:
+        per_class: Fields of :class:`ClassAccuracy`; classes without images are left out.
+        most: Classes that are shown.
+    """
+    measured = sorted((item for item in per_class if item["num_images"]), key=lambda item: item["top1"])
+    rows = [
+        (item["name"], str(item["num_images"]), decimals(item["top1"], 1), decimals(item["precision"], 1),
+         item["mistaken_for"])
+        for item in measured
+    ]  # fmt: skip
+    if len(rows) > most:
+        rows[most // 2 : -(most // 2)] = [("...", "", "", "", "")]
+    return Table(("class", "images", "recognised %", "precision %", "mistaken for"), rows)
 
 
 def draw_confusions(confusions: Int[np.ndarray, "c c"], classes: Sequence[str], path: Path, *, title: str = "") -> None:

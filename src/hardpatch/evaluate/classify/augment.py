@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from hardpatch.data.loader.loading import Cover, Damage, Normalise, read_or_next
 from hardpatch.data.sources import Source, class_indices
-from hardpatch.evaluate.classify.finetune_recipe import Recipe
+from hardpatch.evaluate.classify.finetune_settings import FinetuneSettings
 from hardpatch.runtime.seeding import Stream, derive_seed, generators_seeded
 
 
@@ -91,7 +91,7 @@ class FinetuneImages(Dataset[LabelledImage]):
         size: Height and width.
         normalise: The run's normalisation.
         mean: Channel means, 0..1.
-        recipe: What to do to them.
+        settings: What to do to them.
     """
 
     def __init__(
@@ -102,20 +102,20 @@ class FinetuneImages(Dataset[LabelledImage]):
         size: tuple[int, int],
         normalise: Normalise,
         mean: tuple[float, ...],
-        recipe: Recipe,
+        settings: FinetuneSettings,
     ) -> None:
         self.source = source
         self.labels = class_indices(source.labels or (), classes)
         self.normalise = normalise
-        self.seed = recipe.seed
-        crop = v2.RandomResizedCrop(size, recipe.crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        steps: list[nn.Module] = [Cover(size) if recipe.crop_scale == (1, 1) else crop]
-        if recipe.flip:
+        self.seed = settings.seed
+        crop = v2.RandomResizedCrop(size, settings.crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        steps: list[nn.Module] = [Cover(size) if settings.crop_scale == (1, 1) else crop]
+        if settings.flip:
             steps.append(v2.RandomHorizontalFlip())
-        if recipe.rand_augment:
-            steps.append(RandAugment(recipe.rand_augment, size, mean))
+        if settings.rand_augment:
+            steps.append(RandAugment(settings.rand_augment, size, mean))
         self.augment = nn.Sequential(*steps)
-        self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
+        self.erase = RandomErasing(settings.erasing, mode="pixel", device="cpu")
 
     def __getitem__(self, key: tuple[int, int]) -> LabelledImage:
         epoch, index = key
@@ -139,24 +139,24 @@ class Mixing:
     """timm's Mixup and CutMix of a batch, and the smoothed targets.
 
     Args:
-        recipe: How strong.
+        settings: How strong.
         num_classes: C.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int) -> None:
-        self.recipe = recipe
+    def __init__(self, settings: FinetuneSettings, num_classes: int) -> None:
+        self.settings = settings
         self.num_classes = num_classes
         self.mixup = Mixup(
-            mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, prob=recipe.mixed_share,
-            label_smoothing=recipe.label_smoothing, num_classes=num_classes,
+            mixup_alpha=settings.mixup, cutmix_alpha=settings.cutmix, prob=settings.mixed_share,
+            label_smoothing=settings.label_smoothing, num_classes=num_classes,
         )  # fmt: skip
 
     def __call__(
         self, images: Float[Tensor, "b c h w"], labels: Int[Tensor, " b"], *, place: tuple[int, int, int]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b n"]]:
         """Images (changed in place) and targets; the draw is a function of ``place``: step, process, micro-batch."""
-        if not self.recipe.mixes:
-            return images, mixup_target(labels, self.num_classes, smoothing=self.recipe.label_smoothing)
-        with generators_seeded(derive_seed(self.recipe.seed, Stream.MIXING, *place)):
+        if not self.settings.mixes:
+            return images, mixup_target(labels, self.num_classes, smoothing=self.settings.label_smoothing)
+        with generators_seeded(derive_seed(self.settings.seed, Stream.MIXING, *place)):
             mixed, targets = self.mixup(images, labels)
         return mixed, targets

@@ -19,7 +19,6 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,35 +33,42 @@ from hardpatch.data.sources import class_indices
 from hardpatch.evaluate.classify.accuracy import (
     ClassAccuracy,
     Interval,
+    classes_table,
     count_confusions,
     draw_confusions,
     per_class_accuracy,
     wilson_interval,
 )
 from hardpatch.evaluate.classify.classifier import CLASSIFIER_FILE, save_classifier
-from hardpatch.evaluate.classify.finetune_loop import Classified, Finetuning, classify, train_epochs
-from hardpatch.evaluate.classify.finetune_recipe import Recipe, differences, resolve_recipe
-from hardpatch.evaluate.classify.labelled import (
+from hardpatch.evaluate.classify.finetune_settings import FinetuneSettings, differences, resolve_settings
+from hardpatch.evaluate.classify.finetune_training import Classified, Finetuning
+from hardpatch.evaluate.classify.labelled_images import (
     LabelledImages,
     Subset,
     choose_per_class,
     labelled_fingerprint,
     open_labelled,
 )
-from hardpatch.evaluate.controls import Contender, Standing, folder_name, open_contenders, standings
-from hardpatch.runs.build import build_decoder, build_downloads
-from hardpatch.runs.checkpoint import CheckpointFolder
+from hardpatch.evaluate.contenders import (
+    Contender,
+    Standing,
+    folder_name,
+    open_contenders,
+    open_run,
+    standings,
+    standings_table,
+)
+from hardpatch.evaluate.result import Result
+from hardpatch.figures.sections import Picture, Section, Tile
 from hardpatch.runs.folder import RunFolder, about_this_run
-from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically, write_text_atomically
-from hardpatch.runtime.log import say
-from hardpatch.runtime.signals import StopSignal
+from hardpatch.runtime.signals import stopped_by_signals
 
 
 class Outcome(NamedTuple):
-    """What one fine-tuning came to, after its last epoch."""
+    """What one fine-tuning came to, after its last epoch: its ``result.json``."""
 
     top1: float
     top1_interval: Interval
@@ -70,14 +76,14 @@ class Outcome(NamedTuple):
     num_val: int
     per_class: list[ClassAccuracy]
     train_loss: float
-    """Of the last epoch; with mixing and smoothing it does not go to 0."""
+    """Mean of the last epoch; with mixing and smoothing it does not go to 0."""
     seconds: float
     """Training time without validation, over interruptions."""
     damaged: int
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
+class FinetuneResult(Result):
     """Accuracies in percent, after the last epoch."""
 
     top1: float
@@ -85,7 +91,7 @@ class FinetuneResult:
     """95 %, Wilson: what another draw of validation images could give; another seed is not in it."""
     top5: float
     untrained_top1: float | None
-    """Of the same protocol from the untrained encoder; None where it was not asked for."""
+    """By the same protocol from the untrained encoder; None where it was not asked for."""
     untrained_top1_interval: Interval | None
     untrained_top5: float | None
     num_train: int
@@ -106,6 +112,27 @@ class FinetuneResult:
     classifier: str
     """File for :func:`hardpatch.load_classifier`."""
 
+    @property
+    def name(self) -> str:
+        """There is one kind."""
+        return "finetune"
+
+    def kept_in(self, config: FinetuneConfig) -> str:
+        """In the run's folder, wherever the classifier lies: its own folder has a ``result.json``."""
+        return ""
+
+    def what_next(self, config: FinetuneConfig) -> list[str]:
+        """The control, and how to use the classifier."""
+        untrained = "next:  the same command with --untrained, for what pre-training gave (costs the same again); or "
+        return [
+            f"look:  {self.folder}/per_class.csv",
+            f"{untrained}in Python:" if len(self.standings) == 1 else "next, in Python:",
+            "  import hardpatch, timm",
+            f"  model = hardpatch.load_classifier({self.folder!r})    # a plain timm model",
+            "  transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+            '  names = model.pretrained_cfg["label_names"]; names[model(transform(image)[None]).argmax()]',
+        ]
+
 
 def run(config: FinetuneConfig) -> FinetuneResult:
     """``hardpatch evaluate finetune``: accuracy of a classifier that starts from a run's encoder.
@@ -116,20 +143,19 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         InputError: A field, the images, the labels, the checkpoint or the folder breaks a rule.
         Interrupted: A signal stopped it after it was saved; the same call goes on.
     """
-    device = distributed.choose_device(config.device)
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
-        stack.enter_context(distributed.process_group(device))
+    with (
+        stopped_by_signals(),
+        open_run(config.checkpoint, device=config.device) as loaded,
+    ):
         out = output_folder(config)
-        loaded = LoadedRun(config.checkpoint, device=device)
         contenders = open_contenders(loaded, config.against, untrained=config.untrained)
         prepared = [prepare_images(config, loaded.config, contender) for contender in contenders]
-        ended = []
-        for contender, (images, recipe) in zip(contenders, prepared, strict=True):
+        ended = {}
+        for contender, (images, settings) in zip(contenders, prepared, strict=True):
             place = out if contender.kind == "run" else out / folder_name(contender.name)
-            ended.append(fine_tune(config, recipe, contender, images, place, device, stop))
-    outcome, (images, recipe) = ended[0][0], prepared[0]
-    control = next((found for (found, _), c in zip(ended, contenders, strict=True) if c.kind == "untrained"), None)
+            ended[contender.name] = fine_tune(config, settings, contender, images, place, loaded.device)
+    (outcome, _), (images, settings) = ended["this run"], prepared[0]
+    control, _ = ended.get("untrained", (None, None))
     return FinetuneResult(
         top1=outcome.top1,
         top1_interval=outcome.top1_interval,
@@ -140,17 +166,39 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         num_train=len(images.train),
         num_val=outcome.num_val,
         num_classes=len(images.classes),
-        labels_per_class=recipe.labels_per_class,
-        epochs=recipe.epochs,
-        steps=recipe.total_steps,
-        batch_size=recipe.batch_size,
+        labels_per_class=settings.labels_per_class,
+        epochs=settings.epochs,
+        steps=settings.total_steps,
+        batch_size=settings.batch_size,
         seconds=outcome.seconds,
         train_loss=outcome.train_loss,
         per_class=outcome.per_class,
         damaged=outcome.damaged,
-        standings=_standings(contenders, [classified for _, classified in ended], images),
+        standings=_standings(contenders, [classified for _, classified in ended.values()], images),
         folder=str(out),
         classifier=str(out / CLASSIFIER_FILE),
+    )
+
+
+def describe(figures: dict[str, Any]) -> Section:
+    """Every encoder beside this run, and this run class by class."""
+    few = f", {figures['labels_per_class']} of every class" if figures["labels_per_class"] else ""
+    against = figures["untrained_top1"]
+    return Section(
+        "Fine-tuned",
+        [
+            standings_table(figures["standings"], what="fine-tuned from"),
+            classes_table(figures["per_class"]),
+            f"{figures['num_train']:,} images of {figures['num_classes']} classes{few}, {figures['epochs']} epochs in "
+            f"{figures['seconds'] / 60:.1f} minutes; {figures['num_val']:,} images classified, after the last epoch. "
+            "The interval is what another draw of validation images could give; another seed is not in it.",
+            Picture(f"{figures['folder']}/confusion.png", "confusion: what is taken for what"),
+        ],
+        Tile(
+            f"{figures['top1']:.1f} %",
+            "fine-tuned top-1",
+            f"{figures['num_val']:,} images" if against is None else f"untrained {against:.1f} %",
+        ),
     )
 
 
@@ -180,21 +228,20 @@ def output_folder(config: FinetuneConfig) -> Path:
     return checkpoint / "finetune"
 
 
-def prepare_images(config: FinetuneConfig, run_config: Config, contender: Contender) -> tuple[LabelledImages, Recipe]:
-    """Open and check the images, and fill in the recipe for them and for an encoder.
+def prepare_images(
+    config: FinetuneConfig, run_config: Config, contender: Contender
+) -> tuple[LabelledImages, FinetuneSettings]:
+    """Open and check the images, and fill in the settings for them and for an encoder.
 
     Raises:
         InputError: Names the field, the rule and the value.
     """
     data = run_config.data
-    images = open_labelled(
-        config.train, config.val, decoder=build_decoder(data), image_size=contender.size,
-        downloads=build_downloads(run_config),
-    )  # fmt: skip
+    images = open_labelled(config.train, config.val, run_config, size=contender.size)
     if config.labels_per_class is not None:
         chosen = choose_per_class(images.train.labels or (), config.labels_per_class, seed=config.seed)
         images = images._replace(train=Subset(images.train, chosen))
-    return images, resolve_recipe(
+    return images, resolve_settings(
         config, num_images=len(images.train), size=contender.size, channels=data.channels, deep=bool(data.value_range),
         width=contender.encoder.embed_dim, flip=data.flip, num_processes=distributed.world_size(),
     )  # fmt: skip
@@ -202,12 +249,11 @@ def prepare_images(config: FinetuneConfig, run_config: Config, contender: Conten
 
 def fine_tune(
     config: FinetuneConfig,
-    recipe: Recipe,
+    settings: FinetuneSettings,
     contender: Contender,
     images: LabelledImages,
     out: Path,
     device: torch.device,
-    stop: StopSignal,
 ) -> tuple[Outcome, Classified]:
     """Fine-tune one encoder in a folder of its own: start or go on, train, measure, save.
 
@@ -216,13 +262,13 @@ def fine_tune(
         Interrupted: A signal arrived; the run is saved.
     """
     folder = RunFolder(out)
-    settings = {
-        **json.loads(json.dumps(asdict(recipe))),  # as YAML will give them back: lists for tuples
+    decisive = {
+        **json.loads(json.dumps(asdict(settings))),  # as YAML will give them back: lists for tuples
         "train": labelled_fingerprint(images.train),
         "val": labelled_fingerprint(images.val),
         "encoder": _weights_digest(contender.encoder),
     }
-    check_folder(folder, settings, restart=config.resume == "restart")
+    check_folder(folder, decisive, restart=config.resume == "restart")
     distributed.barrier()  # before any process makes anything there
     try:
         if distributed.is_main():
@@ -231,35 +277,27 @@ def fine_tune(
                 clear(folder)
             if not folder.config_file.is_file():
                 about = {**about_this_run(device), "checkpoint": config.checkpoint}
-                text = yaml.safe_dump({"finetune": settings, "about": about}, sort_keys=False, default_flow_style=None)
+                text = yaml.safe_dump({"finetune": decisive, "about": about}, sort_keys=False, default_flow_style=None)
                 write_text_atomically(folder.config_file, text)
         distributed.barrier()
-        bf16 = distributed.is_bf16(config.precision, device)
-        checkpoints = CheckpointFolder(folder.checkpoints, keep_last=2, holds="model")
-        finetuning = Finetuning.start(
-            recipe, contender, images,
-            folder=folder.path, checkpoints=checkpoints, device=device, bf16=bf16,
-            workers=config.workers, val_epochs=config.val_epochs, checkpoint_minutes=config.checkpoint_minutes,
-            max_damaged=config.max_damaged,
-        )  # fmt: skip
+        training = Finetuning(settings, config, contender, images, folder, device)
+        training.resume()
         try:
-            classified = train_epochs(finetuning, stop)
+            training.run()
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"micro_batch_size: the device's memory is too small for {recipe.micro_batch_size} images at once; "
+                f"micro_batch_size: the device's memory is too small for {settings.micro_batch_size} images at once; "
                 f"give a smaller one ({str(error).splitlines()[0]})"
             ) from None
-        if classified is None:
-            say(f"{folder.path} holds a finished fine-tuning of {recipe.epochs} epochs; it is only measured again")
-            classified = classify(finetuning)
-        return conclude(finetuning, classified, folder), classified
+        classified = training.classified or training.classify()
+        return conclude(training, classified, folder), classified
     finally:
         folder.release()
 
 
-def conclude(finetuning: Finetuning, classified: Classified, folder: RunFolder) -> Outcome:
+def conclude(training: Finetuning, classified: Classified, folder: RunFolder) -> Outcome:
     """Figures after the last epoch, and the files that go with them."""
-    classes, val = finetuning.images.classes, finetuning.images.val
+    classes, val = training.images.classes, training.images.val
     labels = class_indices([(val.labels or ())[i] for i in classified.indices], classes)
     confusions = count_confusions(classified.ranked[:, 0].numpy(), labels, len(classes))
     outcome = Outcome(
@@ -268,12 +306,12 @@ def conclude(finetuning: Finetuning, classified: Classified, folder: RunFolder) 
         top5=classified.top5,
         num_val=len(labels),
         per_class=per_class_accuracy(confusions, classes),
-        train_loss=finetuning.state.last_loss,
-        seconds=finetuning.state.seconds,
-        damaged=len(classified.damaged) + len(finetuning.damaged),
+        train_loss=training.last_loss,
+        seconds=training.seconds,
+        damaged=len(classified.damaged) + len(training.damaged),
     )
     if distributed.is_main():
-        save_classifier(folder.path / CLASSIFIER_FILE, finetuning.measured, finetuning.contender.arguments, classes)
+        save_classifier(folder.path / CLASSIFIER_FILE, training.measured, training.contender.arguments, classes)
         title = f"{folder.path.name}: top-1 {outcome.top1:.1f} % of {outcome.num_val:,} images"
         write_atomically(
             folder.path / "confusion.png", lambda path: draw_confusions(confusions, classes, path, title=title)

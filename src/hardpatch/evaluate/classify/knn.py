@@ -7,6 +7,7 @@ same protocol on the untrained encoder stands beside every result.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +18,23 @@ from torch import Tensor
 from hardpatch.config.evaluations import KnnConfig, Pooling
 from hardpatch.data.loader.loading import Normalise
 from hardpatch.evaluate.classify.accuracy import top_k_accuracy
-from hardpatch.evaluate.classify.labelled import open_labelled
-from hardpatch.evaluate.controls import Standing, open_contenders, standings
-from hardpatch.evaluate.features import (
-    LabelledSplit,
-    SplitFeatures,
-    damage_of_split,
-    split_features,
-    whole_split,
+from hardpatch.evaluate.classify.labelled_images import open_labelled
+from hardpatch.evaluate.contenders import (
+    Standing,
+    features_by_contender,
+    open_contenders,
+    open_run,
+    standings,
+    standings_table,
 )
-from hardpatch.runs.build import build_decoder, build_downloads
-from hardpatch.runs.load import LoadedRun
-from hardpatch.runtime.distributed import choose_device, has_bf16, process_group
+from hardpatch.evaluate.features import LabelledSplit, SplitFeatures, damage_of_split, split_features, whole_split
+from hardpatch.evaluate.result import Result, visualize_command
+from hardpatch.figures.sections import Section, Table, decimals
 from hardpatch.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
-class KnnResult:
+class KnnResult(Result):
     """Accuracies in percent."""
 
     top1: float
@@ -52,6 +53,15 @@ class KnnResult:
     """Images left out, of both."""
     standings: list[Standing]
     """At k: this run, the same encoder untrained, and what it was to be held against."""
+
+    @property
+    def name(self) -> str:
+        """Neighbours by predicted loss are no measure of the features: beside the others, not in their place."""
+        return "knn_hardness" if self.pooling == "hardness" else "knn"
+
+    def what_next(self, config: KnnConfig) -> list[str]:
+        """See what is hard in these images."""
+        return [visualize_command(config.checkpoint, config.val)]
 
 
 def knn_votes(
@@ -145,32 +155,18 @@ def run(config: KnnConfig) -> KnnResult:
     Raises:
         InputError: No labels, classes that do not fit, too few images for k, too many damaged, or a bad checkpoint.
     """
-    device = choose_device(config.device)
-    with process_group(device):
-        return _run(config, device)
-
-
-def _run(config: KnnConfig, device: torch.device) -> KnnResult:
-    loaded = LoadedRun(config.checkpoint, device=device)
-    images = open_labelled(
-        config.train, config.val, decoder=build_decoder(loaded.config.data), image_size=loaded.config.data.size,
-        downloads=build_downloads(loaded.config),
-    )  # fmt: skip
-    if max(config.k) > len(images.train):
-        raise InputError(f"k: must be at most the number of training images ({len(images.train)}), got {config.k}")
-    contenders = open_contenders(loaded, config.against, pooling=config.pooling)
-    split = whole_split(images.train, images.val, images.classes)
-    found = []
-    for contender in contenders:
-        features = split_features(
-            contender.encoder, split, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
-            bf16=has_bf16(device), workers=config.workers, teacher=contender.teacher,
-        )  # fmt: skip
-        if contender.kind == "run":
-            damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
-            num_train, num_val = len(features.train.indices), len(features.val.indices)
-            _, truth = split.labels_of(features)
-        found.append(scores_of_features(features, split, ks=config.k, temperature=config.temperature))
+    with open_run(config.checkpoint, device=config.device) as loaded:
+        images = open_labelled(config.train, config.val, loaded.config)
+        if max(config.k) > len(images.train):
+            raise InputError(f"k: must be at most the number of training images ({len(images.train)}), got {config.k}")
+        contenders = open_contenders(loaded, config.against, pooling=config.pooling)
+        split = whole_split(images.train, images.val, images.classes)
+        found = []
+        for contender, features in features_by_contender(contenders, split, config, loaded.device):
+            if contender.kind == "run":
+                damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
+                labels, truth = split.labels_of(features)
+            found.append(scores_of_features(features, split, ks=config.k, temperature=config.temperature))
     k = config.k[0]
     rows = standings(contenders, [scores[k] for scores in found], truth)
     return KnnResult(
@@ -180,8 +176,20 @@ def _run(config: KnnConfig, device: torch.device) -> KnnResult:
         pooling=config.pooling,
         k=k,
         top1_by_k={key: top_k_accuracy(scores, truth, 1) for key, scores in found[0].items()},
-        num_train=num_train,
-        num_val=num_val,
+        num_train=len(labels),
+        num_val=len(truth),
         damaged=damaged,
         standings=rows,
     )
+
+
+def describe(figures: dict[str, Any]) -> Section:
+    """Accuracy for every k, and every encoder beside this run."""
+    k, title = figures["k"], "k nearest neighbours"
+    return Section(title if figures["pooling"] != "hardness" else f"{title} by predicted loss", [
+        Table(("k", "top-1 %"), [(str(key), decimals(value)) for key, value in figures["top1_by_k"].items()]),
+        f"k = {k}: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %; the same encoder untrained "
+        f"{figures['untrained_top1']:.2f} %   ({figures['num_train']:,} neighbours, {figures['num_val']:,} images "
+        "classified)",
+        standings_table(figures.get("standings", [])),
+    ])  # fmt: skip

@@ -1,8 +1,8 @@
 """Linear classification of frozen features: what most papers quote, beside the untrained encoder.
 
 The encoder runs over every image once. The classifiers then see features only
-(:mod:`hardpatch.evaluate.classify.probe`), so that a sweep over learning rates, few labels and several encoders cost
-seconds.
+(:mod:`hardpatch.evaluate.classify.linear_classifiers`), so that a sweep over learning rates, few labels and several
+encoders cost seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,19 +22,29 @@ from hardpatch.config.evaluations import LinearConfig
 from hardpatch.evaluate.classify.accuracy import (
     ClassAccuracy,
     Interval,
+    classes_table,
     count_confusions,
     draw_confusions,
     per_class_accuracy,
     top_k_accuracy,
 )
-from hardpatch.evaluate.classify.labelled import LabelledImages, choose_per_class, open_labelled
-from hardpatch.evaluate.classify.probe import Probed, logistic, probe
-from hardpatch.evaluate.controls import Contender, Kind, Standing, open_contenders, standings
-from hardpatch.evaluate.features import damage_of_split, split_features, whole_split
-from hardpatch.runs.build import build_decoder, build_downloads
+from hardpatch.evaluate.classify.labelled_images import LabelledImages, choose_per_class, open_labelled
+from hardpatch.evaluate.classify.linear_classifiers import Probed, logistic, probe
+from hardpatch.evaluate.contenders import (
+    Contender,
+    Kind,
+    Standing,
+    features_by_contender,
+    open_contenders,
+    open_run,
+    standings,
+    standings_table,
+)
+from hardpatch.evaluate.features import damage_of_split, whole_split
+from hardpatch.evaluate.result import Result, visualize_command
+from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.runs.folder import RunFolder
-from hardpatch.runs.load import LoadedRun
-from hardpatch.runtime.distributed import choose_device, from_main, has_bf16, is_main, process_group
+from hardpatch.runtime.distributed import from_main, is_main
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import tracked, warn
@@ -56,7 +66,7 @@ class FewLabels(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LinearResult:
+class LinearResult(Result):
     """Accuracies in percent."""
 
     top1: float
@@ -85,12 +95,15 @@ class LinearResult:
     picture: str
     """What is taken for what; empty where no folder is known."""
 
+    @property
+    def name(self) -> str:
+        """One for each way of learning, and others for features that are predicted losses."""
+        name = "linear" if self.mode == "sgd" else "logistic"
+        return f"{name}_hardness" if self.pooling == "hardness" else name
 
-class _Classified(NamedTuple):
-    """What one encoder's features came to."""
-
-    all_labels: Probed
-    few_labels: list[FewLabels]
+    def what_next(self, config: LinearConfig) -> list[str]:
+        """See what is hard in these images."""
+        return [visualize_command(config.checkpoint, config.val)]
 
 
 def run(config: LinearConfig) -> LinearResult:
@@ -102,9 +115,78 @@ def run(config: LinearConfig) -> LinearResult:
         InputError: A setting breaks a rule, no labels, classes that do not fit, too many damaged, or a bad checkpoint.
     """
     _check(config)
-    device = choose_device(config.device)
-    with process_group(device):
-        return _run(config, device)
+    with open_run(config.checkpoint, device=config.device) as loaded:
+        images = open_labelled(config.train, config.val, loaded.config)
+        for count in config.labels_per_class:  # before any work: are there so many?
+            choose_per_class(images.train.labels or (), count, seed=config.seed)
+        contenders = open_contenders(loaded, config.against, pooling=config.pooling)
+        split = whole_split(images.train, images.val, images.classes)
+        fitted: list[Probed] = []
+        few_labels: list[FewLabels] = []
+        for contender, features in features_by_contender(contenders, split, config, loaded.device):
+            if contender.kind == "run":
+                damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
+                labels, truth = split.labels_of(features)
+            if not all(side.values.isfinite().all() for side in features):
+                raise InputError(
+                    f"{contender.name}: the encoder's features are not all finite; its weights are damaged"
+                )
+            train, val = (side.values.to(loaded.device) for side in features)
+            everything, few = from_main(partial(_classify, contender, train, labels, val, truth, images, config))
+            fitted.append(everything)
+            few_labels += few
+        for contender, found in zip(contenders, fitted, strict=True):
+            _warn_of_the_edge(contender, found)
+        rows, ours = standings(contenders, [found.logits for found in fitted], truth), fitted[0]
+        confusions = count_confusions(ours.logits.argmax(dim=1).numpy(), truth.numpy(), len(images.classes))
+        picture = _draw(confusions, images, config, rows[0].top1)
+    return LinearResult(
+        top1=rows[0].top1,
+        top1_interval=rows[0].top1_interval,
+        top5=rows[0].top5,
+        untrained_top1=rows[1].top1,
+        num_train=len(labels),
+        num_val=len(truth),
+        num_classes=len(images.classes),
+        damaged=damaged,
+        mode=config.mode,
+        pooling=config.pooling,
+        chosen={contender.name: found.chosen for contender, found in zip(contenders, fitted, strict=True)},
+        held_out_top1=None if ours.held_out_top1 is None else {f"{key:g}": v for key, v in ours.held_out_top1.items()},
+        standings=rows,
+        few_labels=few_labels,
+        per_class=per_class_accuracy(confusions, images.classes),
+        picture=picture,
+    )
+
+
+def describe(figures: dict[str, Any]) -> Section:
+    """Every encoder beside this run, with all labels and with few, and this run class by class."""
+    sgd = figures["mode"] == "sgd"
+    chosen = ", ".join(f"{name} {value:g}" for name, value in figures["chosen"].items())
+    tables = [standings_table(figures["standings"])]
+    if few := figures["few_labels"]:
+        names, counts = (list(dict.fromkeys(item[key] for item in few)) for key in ("name", "labels_per_class"))
+        found = {(item["labels_per_class"], item["name"]): item for item in few}
+        tables.append(Table(
+            ("labels per class", *(f"{name}, top-1 %" for name in names)),
+            [(str(count), *(_mean_and_spread(found[count, name]) for name in names)) for count in counts],
+        ))  # fmt: skip
+    title = "Linear probe" if sgd else "Logistic regression"
+    return Section(title if figures["pooling"] != "hardness" else f"{title} on predicted losses", [
+        *tables,
+        classes_table(figures["per_class"]),
+        ("The published probe: frozen encoder, BatchNorm without affine parameters, a linear layer, SGD. " if sgd else
+         "scikit-learn's logistic regression on standardised features of the frozen encoder. ") +
+        f"{figures['num_train']:,} images of {figures['num_classes']} classes, {figures['num_val']:,} images "
+        f"classified; {'learning rate' if sgd else 'C'}: {chosen}" +
+        ("" if figures["held_out_top1"] is None else " (chosen on a held-out tenth of train)"),
+        *([Picture(figures["picture"], "what is taken for what")] if figures["picture"] else []),
+    ])  # fmt: skip
+
+
+def _mean_and_spread(item: dict[str, Any]) -> str:
+    return decimals(item["top1"]) + ("" if item["deviation"] is None else f" ± {item['deviation']:.2f}")
 
 
 def _check(config: LinearConfig) -> None:
@@ -125,63 +207,6 @@ def _check(config: LinearConfig) -> None:
         )
 
 
-def _run(config: LinearConfig, device: torch.device) -> LinearResult:
-    loaded = LoadedRun(config.checkpoint, device=device)
-    images = open_labelled(
-        config.train, config.val, decoder=build_decoder(loaded.config.data), image_size=loaded.config.data.size,
-        downloads=build_downloads(loaded.config),
-    )  # fmt: skip
-    for count in config.labels_per_class:  # before any work: are there so many?
-        choose_per_class(images.train.labels or (), count, seed=config.seed)
-    contenders = open_contenders(loaded, config.against, pooling=config.pooling)
-    split = whole_split(images.train, images.val, images.classes)
-    found = []
-    for contender in contenders:
-        features = split_features(
-            contender.encoder, split, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
-            bf16=has_bf16(device), workers=config.workers, teacher=contender.teacher,
-        )  # fmt: skip
-        if contender.kind == "run":
-            damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
-            labels, truth = split.labels_of(features)
-        train, val = (_finite(side.values, contender).to(device) for side in features)
-        found.append(from_main(partial(_classify, contender, train, labels, val, truth, images, config)))
-    rows = standings(contenders, [each.all_labels.logits for each in found], truth)
-    ours = found[0].all_labels
-    for contender, each in zip(contenders, found, strict=True):
-        _warn_of_the_edge(contender, each.all_labels)
-    confusions = count_confusions(ours.logits.argmax(dim=1).numpy(), truth.numpy(), len(images.classes))
-    return LinearResult(
-        top1=rows[0].top1,
-        top1_interval=rows[0].top1_interval,
-        top5=rows[0].top5,
-        untrained_top1=rows[1].top1,
-        num_train=len(labels),
-        num_val=len(truth),
-        num_classes=len(images.classes),
-        damaged=damaged,
-        mode=config.mode,
-        pooling=config.pooling,
-        chosen={contender.name: each.all_labels.chosen for contender, each in zip(contenders, found, strict=True)},
-        held_out_top1=None if ours.held_out_top1 is None else {f"{key:g}": v for key, v in ours.held_out_top1.items()},
-        standings=rows,
-        few_labels=[item for each in found for item in each.few_labels],
-        per_class=per_class_accuracy(confusions, images.classes),
-        picture=_draw(confusions, images, config, rows[0].top1),
-    )
-
-
-def _finite(features: Float[Tensor, "n d"], contender: Contender) -> Float[Tensor, "n d"]:
-    """The features.
-
-    Raises:
-        InputError: Some are not finite: the weights are damaged.
-    """
-    if not features.isfinite().all():
-        raise InputError(f"{contender.name}: the encoder's features are not all finite; its weights are damaged")
-    return features
-
-
 def _classify(
     contender: Contender,
     train: Float[Tensor, "n d"],
@@ -190,7 +215,7 @@ def _classify(
     truth: Int[Tensor, " q"],
     images: LabelledImages,
     config: LinearConfig,
-) -> _Classified:
+) -> tuple[Probed, list[FewLabels]]:
     """Learn from all labels, and from few."""
     all_labels = _fit(train, labels, val, len(images.classes), config, seed=config.seed)
     names = [images.classes[label] for label in labels.tolist()]
@@ -207,7 +232,7 @@ def _classify(
         few.append(
             FewLabels(count, contender.name, contender.kind, statistics.fmean(accuracies), deviation, accuracies)
         )
-    return _Classified(all_labels, few)
+    return all_labels, few
 
 
 def _fit(
@@ -220,6 +245,7 @@ def _fit(
     seed: int,
     bar: bool = True,
 ) -> Probed:
+    """Learn on the first features, and score the second."""
     if config.mode == "logistic":
         return logistic(
             train, labels, val, num_classes=num_classes, inverse_penalties=config.inverse_penalties, seed=seed, bar=bar

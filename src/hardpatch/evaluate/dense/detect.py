@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,32 +24,35 @@ from torchvision.models.detection import FasterRCNN
 from hardpatch.config.config import Config
 from hardpatch.config.dense_evaluations import DetectConfig
 from hardpatch.data.images.decode import Decoder
-from hardpatch.evaluate.controls import Contender, folder_name, open_contenders
+from hardpatch.evaluate.contenders import Contender, open_contenders, open_run
 from hardpatch.evaluate.dense.coco import CocoImages, find_damage, open_instances
-from hardpatch.evaluate.dense.detector import build_detector, check_patch, fitting_size
-from hardpatch.evaluate.dense.encoder import DenseEncoder, parameter_groups
-from hardpatch.evaluate.dense.instances import InstanceCrops, Target, list_pairs
-from hardpatch.evaluate.dense.pictures import Detected, draw_detections
-from hardpatch.evaluate.dense.training import (
-    Task,
+from hardpatch.evaluate.dense.comparison import (
+    Comparison,
+    Lesson,
+    Measured,
     held_back,
-    identity,
-    make_plan,
     mean_values,
-    output_folder,
-    train,
+    open_folder,
+    spread,
 )
+from hardpatch.evaluate.dense.detect_crops import InstanceCrops, Target, list_pairs
+from hardpatch.evaluate.dense.detector import build_detector, check_patch, fitting_size
+from hardpatch.evaluate.dense.feature_maps import DenseEncoder, parameter_groups
+from hardpatch.evaluate.dense.overlays import Detected, draw_detections
 from hardpatch.evaluate.features import none_readable, report_damage
+from hardpatch.evaluate.harness import Examples
+from hardpatch.evaluate.result import Result, visualize_command
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure
+from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.method.vit import patch_size
 from hardpatch.runs.build import build_decoder
-from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install
 from hardpatch.runtime.log import say, tracked
 from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.runtime.signals import stopped_by_signals
 
 SHOWN_SCORE = 0.5
 """Detections of a lower score are not drawn, but for the best of an image that has none above it."""
@@ -65,7 +68,7 @@ class Precision(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DetectResult:
+class DetectResult(Result):
     """Figures in percent."""
 
     ap: float | None
@@ -92,6 +95,17 @@ class DetectResult:
     steps: int
     figure: str | None
     """Pictures of some validation images."""
+
+    @property
+    def name(self) -> str:
+        """There is one kind."""
+        return "detect"
+
+    def what_next(self, config: DetectConfig) -> list[str]:
+        """The control, then what is hard in the images."""
+        if not config.untrained:
+            return ["next:  the same with --untrained    what of this the pre-training gave"]
+        return [visualize_command(config.checkpoint, config.train_images)]
 
 
 class Data(NamedTuple):
@@ -138,52 +152,74 @@ def run(config: DetectConfig) -> DetectResult:
     Raises:
         InputError: Annotations that do not fit together or with the images; values that do not fit; too many damaged
             images; a bad checkpoint.
-        Interrupted: A signal arrived while training; the same call goes on from there.
+        Interrupted: A signal arrived; the same call goes on from what is saved.
     """
-    device = distributed.choose_device(config.device)
-    with distributed.process_group(device):
-        return _run(config, device)
-
-
-def _run(config: DetectConfig, device: torch.device) -> DetectResult:
     _check(config)
-    loaded = LoadedRun(config.checkpoint, device=device)
-    contenders = open_contenders(loaded, config.against, untrained=config.untrained)
-    data_config = loaded.config.data
-    size = config.size or fitting_size(max(data_config.size), check_patch(patch_size(contenders[0].encoder)))
-    for contender in contenders:
-        patch = check_patch(patch_size(contender.encoder))
-        if size < 1 or size != fitting_size(size, patch):
-            raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
-    folder = output_folder(config, "detect" + ("-frozen" if config.freeze else ""))
-    data = open_data(config, decoder=build_decoder(data_config), image_size=data_config.size)
-    bench = Bench(config, data, size, folder, device)
-    measured = [bench.measure(contender) for contender in contenders]
-    found = measured[0]
-    untrained = next((m for m in measured if m.contender.kind == "untrained"), None)
-    models = {m.contender.name: m.model for m in measured}
-    figure = bench.draw(models, folder / "detections.png", loaded.config) if config.num_pictures else None
+    with (
+        stopped_by_signals(),
+        open_run(config.checkpoint, device=config.device) as loaded,
+    ):
+        contenders = open_contenders(loaded, config.against, untrained=config.untrained)
+        data_config = loaded.config.data
+        size = config.size or fitting_size(max(data_config.size), check_patch(patch_size(contenders[0].encoder)))
+        for contender in contenders:
+            patch = check_patch(patch_size(contender.encoder))
+            if size < 1 or size != fitting_size(size, patch):
+                raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
+        folder = open_folder(config, "detect" + ("-frozen" if config.freeze else ""))
+        data = open_data(config, decoder=build_decoder(data_config), image_size=data_config.size)
+        detection = Detection(config, data, size, folder, loaded.device)
+        measured = [detection.measure(contender) for contender in contenders]
+        figure = detection.draw(measured, loaded.config) if config.num_pictures else None
+    boxes, masks = measured[0].figures
+    none = Precision(None, None, None)
+    untrained = next((m.figures for m in measured if m.contender.kind == "untrained"), (none, none))
     instances = [item for item in data.val.content["annotations"] if not item.get("iscrowd")]
     return DetectResult(
-        ap=found.boxes.ap,
-        ap50=found.boxes.ap50,
-        ap75=found.boxes.ap75,
-        mask_ap=found.masks.ap,
-        mask_ap50=found.masks.ap50,
-        untrained_ap=untrained.boxes.ap if untrained else None,
-        untrained_ap50=untrained.boxes.ap50 if untrained else None,
-        untrained_mask_ap=untrained.masks.ap if untrained else None,
-        untrained_mask_ap50=untrained.masks.ap50 if untrained else None,
-        against={m.contender.name: m.boxes.ap for m in measured if m.contender.kind == "against"},
+        ap=boxes.ap,
+        ap50=boxes.ap50,
+        ap75=boxes.ap75,
+        mask_ap=masks.ap,
+        mask_ap50=masks.ap50,
+        untrained_ap=untrained[0].ap,
+        untrained_ap50=untrained[0].ap50,
+        untrained_mask_ap=untrained[1].ap,
+        untrained_mask_ap50=untrained[1].ap50,
+        against={m.contender.name: m.figures[0].ap for m in measured if m.contender.kind == "against"},
         classes=[str(category["name"]) for category in data.train.categories],
         frozen=config.freeze,
         num_train=len(data.train),
         num_val=len(data.val),
         num_val_instances=len(instances),
         damaged=data.damaged,
-        steps=bench.plan.total_steps,
+        steps=measured[0].steps,
         figure=str(figure.absolute()) if figure else None,
     )
+
+
+def describe(figures: dict[str, Any]) -> Section:
+    """COCO's average precision beside the untrained encoder, and pictures."""
+    blocks: list[str | Table | Picture] = [
+        Table(
+            ("COCO AP %", "encoder", "untrained"),
+            [
+                (what, decimals(figures[key]), decimals(figures[f"untrained_{key}"]))
+                for what, key in (
+                    ("boxes, IoU 0.5 to 0.95", "ap"),
+                    ("boxes, IoU 0.5", "ap50"),
+                    ("masks, IoU 0.5 to 0.95", "mask_ap"),
+                    ("masks, IoU 0.5", "mask_ap50"),
+                )
+            ],
+        ),
+        f"Mask R-CNN on the {'frozen' if figures['frozen'] else 'fine-tuned'} encoder: {figures['num_train']:,} "
+        f"training images, {figures['num_val']:,} validation images with {figures['num_val_instances']:,} instances, "
+        f"{figures['steps']:,} steps",
+        *(f"{name}: AP of boxes {decimals(ap)} %" for name, ap in figures["against"].items()),
+    ]
+    if figures["figure"]:
+        blocks.append(Picture(figures["figure"], "detections"))
+    return Section("Detection", blocks)
 
 
 def _check(config: DetectConfig) -> None:
@@ -241,45 +277,47 @@ def open_data(config: DetectConfig, *, decoder: Decoder, image_size: tuple[int, 
     return Data(train_side.only(readable[0]), val.only(readable[1]), left_out)
 
 
-class Measured(NamedTuple):
-    """A trained detector and what it is worth."""
-
-    contender: Contender
-    model: FasterRCNN
-    boxes: Precision
-    masks: Precision
-
-
-class Bench:
-    """The same training and the same look at the validation images, for one encoder after the other.
+class Detection(Comparison[FasterRCNN, tuple[Precision, Precision]]):
+    """The same detector on one encoder after the other; its figures are the precision of boxes and of masks.
 
     Args:
         config: How.
         data: The images.
         size: Side of the square.
-        folder: For checkpoints.
+        folder: For checkpoints and pictures.
         device: Where to run.
     """
 
-    def __init__(self, config: DetectConfig, data: Data, size: int, folder: Path, device: torch.device) -> None:
-        self.config = config
-        self.data = data
-        self.size = size
-        self.folder = folder
-        self.device = device
-        self.has_masks = data.train.has_masks and data.val.has_masks
-        self.plan = make_plan(config, epochs=config.epochs, num_images=len(data.train), trained=not config.freeze)
+    indifferent = frozenset({"train_images", "train_annotations", "val_annotations"})
 
-    def measure(self, contender: Contender) -> Measured:
-        """Train a detector on an encoder and look at the validation images."""
-        model, name = self._build(contender), contender.name
-        decisive = {key: value for key, value in asdict(self.config).items() if key not in _INDIFFERENT}
-        known = decisive | {"content": self.data.train.content, "processes": distributed.world_size()}
-        train(
-            self._task(model, contender), self.plan, device=self.device, checkpoints=self.folder / folder_name(name),
-            identity=identity(known, model),
+    def __init__(self, config: DetectConfig, data: Data, size: int, folder: Path, device: torch.device) -> None:
+        super().__init__(config, folder, device, epochs=config.epochs, trained=not config.freeze)
+        self.config, self.data, self.size = config, data, size
+        self.has_masks = data.train.has_masks and data.val.has_masks
+        self.plan(len(data.train))  # refuses what cannot be, before any work
+
+    def known_images(self) -> dict[str, Any]:
+        """Their annotations."""
+        return self.data.train.content
+
+    def prepare(self, contender: Contender) -> Lesson[FasterRCNN]:
+        """A detector on the encoder, and jittered crops."""
+        config, model = self.config, self._build(contender)
+        rest = nn.ModuleList([model.backbone.pyramid, model.rpn, model.roi_heads])
+        groups = parameter_groups(
+            model.backbone.encoder, rest, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+        )
+        crops = InstanceCrops(
+            self.data.train, size=self.size, scale=config.scale, flip=config.flip,
+            fill=mean_values(contender.normalise), seed=config.seed,
         )  # fmt: skip
-        return Measured(contender, model, *self.evaluate(model, name))
+
+        def loss(module: nn.Module, batch: tuple[list[Tensor], list[Target]]) -> Tensor:
+            images = [image.to(self.device).float() / 255 for image in batch[0]]
+            targets = [{name: value.to(self.device) for name, value in target.items()} for target in batch[1]]
+            return torch.stack(list(module(images, targets).values())).sum()
+
+        return Lesson(model, model, groups, Examples(crops, len(self.data.train), list_pairs), loss)
 
     def _build(self, contender: Contender) -> FasterRCNN:
         vit = contender.encoder
@@ -298,33 +336,8 @@ class Bench:
             )  # fmt: skip
         return model.to(self.device)
 
-    def _task(self, model: FasterRCNN, contender: Contender) -> Task:
-        config = self.config
-        encoder = model.backbone.encoder
-        rest = nn.ModuleList([model.backbone.pyramid, model.rpn, model.roi_heads])
-
-        def loss(module: nn.Module, batch: tuple[list[Tensor], list[Target]]) -> Tensor:
-            images = [image.to(self.device).float() / 255 for image in batch[0]]
-            targets = [{name: value.to(self.device) for name, value in target.items()} for target in batch[1]]
-            return torch.stack(list(module(images, targets).values())).sum()
-
-        return Task(
-            model=model,
-            groups=parameter_groups(
-                encoder, rest, weight_decay=config.weight_decay, layer_decay=config.layer_decay
-            ),
-            images=InstanceCrops(
-                self.data.train, size=self.size, scale=config.scale, flip=config.flip,
-                fill=mean_values(contender.normalise), seed=config.seed,
-            ),
-            num_images=len(self.data.train),
-            collate=list_pairs,
-            loss=loss,
-            name=contender.name,
-        )  # fmt: skip
-
     @torch.no_grad()
-    def evaluate(self, model: FasterRCNN, name: str) -> tuple[Precision, Precision]:
+    def evaluate(self, model: FasterRCNN, contender: Contender) -> tuple[Precision, Precision]:
         """Average precision of boxes and of masks; every process looks at a part, all get the whole."""
         from pycocotools import mask as coco_mask
 
@@ -332,7 +345,7 @@ class Bench:
         ids = [category["id"] for category in self.data.train.categories]
         boxes, masks = [], []
         mine = range(distributed.rank(), len(self.data.val), distributed.world_size())
-        for index in tracked(mine, f"validation, {name}"):
+        for index in tracked(mine, f"validation, {contender.name}"):
             found = self.predict(model, index)
             about = [
                 {"image_id": self.data.val.images[index]["id"], "category_id": ids[label - 1], "score": score}
@@ -359,18 +372,18 @@ class Bench:
         image = self.data.val.read(index).image.to(self.device).float() / 255
         return {name: value.cpu() for name, value in model([image])[0].items()}
 
-    def draw(self, models: dict[str, FasterRCNN], path: Path, run_config: Config) -> Path:
+    def draw(self, measured: list[Measured[FasterRCNN, tuple[Precision, Precision]]], run_config: Config) -> Path:
         """Pictures of some validation images; the main process alone writes."""
+        path = self.folder / "detections.png"
         if distributed.is_main():
             names = [str(category["name"]) for category in self.data.train.categories]
-            count = min(self.config.num_pictures, len(self.data.val))
             rows = []
-            for index in torch.linspace(0, len(self.data.val) - 1, count).long().tolist():
+            for index in spread(len(self.data.val), self.config.num_pictures):
                 image, boxes, labels, masks = self.data.val.read(index)
                 told = [names[label - 1] if len(names) > 1 else "" for label in labels.tolist()]
                 columns = {"truth": Detected(boxes.numpy(), told, None if masks is None else masks.numpy())}
-                for title, model in models.items():
-                    columns[title] = self._drawable(model, index, names)
+                for found in measured:
+                    columns[found.contender.name] = self._drawable(found.model, index, names)
                 rows.append((image, columns))
             display = build_display(run_config, [image for image, _ in rows])
             about = f"detection, scores above {SHOWN_SCORE:g}, else the best"
@@ -395,11 +408,3 @@ def worth_drawing(scores: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
     if len(scores) and not above.any():
         above[scores.argmax()] = True
     return above
-
-
-_INDIFFERENT = frozenset({
-    "checkpoint", "against", "out", "train_images", "train_annotations", "val_images", "val_annotations",
-    "num_pictures",
-    "checkpoint_minutes", "device", "workers", "untrained", "max_damaged",
-})  # fmt: skip
-"""Fields that cannot change a training: the encoder counts by its weights, images by their annotations."""

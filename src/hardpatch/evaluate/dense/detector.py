@@ -15,8 +15,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from hardpatch.evaluate.dense.encoder import DenseEncoder
-from hardpatch.evaluate.dense.precision import Bf16
+from hardpatch.evaluate.dense.feature_maps import Bf16, DenseEncoder
 from hardpatch.evaluate.dense.pyramid import SCALES, SimplePyramid
 from hardpatch.method.vit import patch_size
 from hardpatch.runtime.errors import InputError

@@ -7,9 +7,9 @@ Held-back images are looked at in sliding windows; figures count every pixel of 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,32 +19,34 @@ from torch import Tensor, nn
 
 from hardpatch.config.config import Config
 from hardpatch.config.dense_evaluations import SegmentConfig
-from hardpatch.evaluate.controls import Contender, folder_name, open_contenders
+from hardpatch.evaluate.contenders import Contender, open_contenders, open_run
 from hardpatch.evaluate.dense.class_masks import IGNORED
-from hardpatch.evaluate.dense.crops import FeatureCache, SegmentationCrops, resize, stack_pairs, working_size
-from hardpatch.evaluate.dense.encoder import DenseEncoder, check_size, choose_depths, parameter_groups
-from hardpatch.evaluate.dense.heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
-from hardpatch.evaluate.dense.pictures import Segmented, draw_segmentations
-from hardpatch.evaluate.dense.precision import Bf16
-from hardpatch.evaluate.dense.segment_data import Data, open_data
-from hardpatch.evaluate.dense.training import (
-    Task,
-    identity,
-    make_plan,
+from hardpatch.evaluate.dense.comparison import (
+    Comparison,
+    Lesson,
+    Measured,
     mean_values,
-    output_folder,
-    train,
+    open_folder,
+    spread,
 )
+from hardpatch.evaluate.dense.feature_maps import Bf16, DenseEncoder, check_size, choose_depths, parameter_groups
+from hardpatch.evaluate.dense.overlays import Segmented, draw_segmentations
+from hardpatch.evaluate.dense.segment_crops import FeatureCache, SegmentationCrops, resize, stack_pairs, working_size
+from hardpatch.evaluate.dense.segment_data import Data, open_data
+from hardpatch.evaluate.dense.segment_heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
 from hardpatch.evaluate.dense.windows import most_likely, slide
+from hardpatch.evaluate.harness import Examples
+from hardpatch.evaluate.result import Result, visualize_command
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure
+from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.runs.build import build_decoder
-from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install
 from hardpatch.runtime.log import tracked
 from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.runtime.signals import stopped_by_signals
 
 
 class ClassFigures(NamedTuple):
@@ -58,7 +60,7 @@ class ClassFigures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SegmentResult:
+class SegmentResult(Result):
     """Figures in percent."""
 
     miou: float
@@ -79,6 +81,17 @@ class SegmentResult:
     steps: int
     figure: str | None
     """Pictures of some validation images."""
+
+    @property
+    def name(self) -> str:
+        """There is one kind."""
+        return "segment"
+
+    def what_next(self, config: SegmentConfig) -> list[str]:
+        """After the frozen encoder what it can be trained to, then what is hard in the images."""
+        if self.head == "linear":
+            return ["next:  the same with --head upernet --finetune    what the encoder can be trained to"]
+        return [visualize_command(config.checkpoint, config.images)]
 
 
 class Scores(NamedTuple):
@@ -110,37 +123,34 @@ def run(config: SegmentConfig) -> SegmentResult:
     Raises:
         InputError: A mask is missing, damaged or of another size; a class out of range or missing in the training
             masks; values that do not fit; too many damaged images; a bad checkpoint.
-        Interrupted: A signal arrived while training; the same call goes on from there.
+        Interrupted: A signal arrived; the same call goes on from what is saved.
     """
-    device = distributed.choose_device(config.device)
-    with distributed.process_group(device):
-        return _run(config, device)
-
-
-def _run(config: SegmentConfig, device: torch.device) -> SegmentResult:
     _check(config)
-    loaded = LoadedRun(config.checkpoint, device=device)
-    contenders = open_contenders(loaded, config.against, untrained=config.untrained)
-    crop = config.crop_size or loaded.config.data.size
-    for contender in contenders:
-        check_size(crop, contender.encoder, field="crop_size")
-        choose_depths(config.depths, len(contender.encoder.blocks))
-    folder = output_folder(config, _name(config))
-    data = open_data(config, decoder=build_decoder(loaded.config.data), size=loaded.config.data.size)
-    bench = Bench(config, data, crop, folder, device)
-    measured = [bench.measure(contender) for contender in contenders]
-    scores, confusion = measured[0].scores, measured[0].confusion
-    untrained = next((found for found in measured if found.contender.kind == "untrained"), None)
-    figure = bench.draw(measured, folder / "segmentations.png", loaded.config) if config.num_pictures else None
-    others = untrained.scores.iou if untrained else [None] * len(data.names)
+    with (
+        stopped_by_signals(),
+        open_run(config.checkpoint, device=config.device) as loaded,
+    ):
+        contenders = open_contenders(loaded, config.against, untrained=config.untrained)
+        crop = config.crop_size or loaded.config.data.size
+        for contender in contenders:
+            check_size(crop, contender.encoder, field="crop_size")
+            choose_depths(config.depths, len(contender.encoder.blocks))
+        folder = open_folder(config, f"segment-{config.head}" + ("-finetuned" if config.finetune else ""))
+        data = open_data(config, decoder=build_decoder(loaded.config.data), size=loaded.config.data.size)
+        segmentation = Segmentation(config, data, crop, folder, loaded.device)
+        measured = [segmentation.measure(contender) for contender in contenders]
+        figure = segmentation.draw(measured, loaded.config) if config.num_pictures else None
+    scores, confusion = scores_of(measured[0].figures), measured[0].figures
+    untrained = next((scores_of(m.figures) for m in measured if m.contender.kind == "untrained"), None)
+    others = untrained.iou if untrained else [None] * len(data.names)
     return SegmentResult(
         miou=100 * scores.miou,
         pixel_accuracy=100 * scores.pixel_accuracy,
-        untrained_miou=100 * untrained.scores.miou if untrained else None,
-        untrained_pixel_accuracy=100 * untrained.scores.pixel_accuracy if untrained else None,
-        against={m.contender.name: 100 * m.scores.miou for m in measured if m.contender.kind == "against"},
+        untrained_miou=100 * untrained.miou if untrained else None,
+        untrained_pixel_accuracy=100 * untrained.pixel_accuracy if untrained else None,
+        against={m.contender.name: 100 * scores_of(m.figures).miou for m in measured if m.contender.kind == "against"},
         per_class=[
-            ClassFigures(name, _percent(own), _percent(other), int(pixels))
+            ClassFigures(name, own and 100 * own, other and 100 * other, int(pixels))
             for name, own, other, pixels in zip(data.names, scores.iou, others, confusion.sum(1))
         ],
         head=config.head,
@@ -153,12 +163,29 @@ def _run(config: SegmentConfig, device: torch.device) -> SegmentResult:
     )
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _name(config: SegmentConfig) -> str:
-    return f"segment-{config.head}" + ("-finetuned" if config.finetune else "")
+def describe(figures: dict[str, Any]) -> Section:
+    """Every class beside the untrained encoder, the means, and pictures."""
+    total = max(1, sum(item["pixels"] for item in figures["per_class"]))
+    blocks: list[str | Table | Picture] = [
+        Table(
+            ("class", "IoU %", "untrained", "pixels %"),
+            [
+                (item["name"], decimals(item["iou"]), decimals(item["untrained_iou"]),
+                 decimals(100 * item["pixels"] / total))
+                for item in figures["per_class"]
+            ],
+            folded="by class",
+        ),
+        f"{figures['head']} head on the {'fine-tuned' if figures['finetuned'] else 'frozen'} encoder: mean IoU "
+        f"{figures['miou']:.2f} %, pixel accuracy {figures['pixel_accuracy']:.2f} %; the same encoder untrained "
+        f"{decimals(figures['untrained_miou'])} %, {decimals(figures['untrained_pixel_accuracy'])} %   "
+        f"({figures['num_train']:,} training images, {figures['num_val']:,} validation images, "
+        f"{figures['steps']:,} steps)",
+        *(f"{name}: mean IoU {miou:.2f} %" for name, miou in figures["against"].items()),
+    ]  # fmt: skip
+    if figures["figure"]:
+        blocks.append(Picture(figures["figure"], "segmentations"))
+    return Section("Semantic segmentation", blocks)
 
 
 def _check(config: SegmentConfig) -> None:
@@ -183,63 +210,57 @@ def _check(config: SegmentConfig) -> None:
         raise InputError("reduce_zero_label: binary masks have no such label")
 
 
-class Measured(NamedTuple):
-    """A trained model and what it is worth."""
-
-    contender: Contender
-    model: Segmenter
-    scores: Scores
-    confusion: Int64[Tensor, "k k"]
-    steps: int
-
-
-class Bench:
-    """The same training and the same look at held-back images, for one encoder after the other.
+class Segmentation(Comparison[Segmenter, Int64[Tensor, "k k"]]):
+    """The same head on one encoder after the other; its figures are confusion matrices.
 
     Args:
         config: How.
         data: The images.
         crop: Height and width of crops and windows.
-        folder: For checkpoints.
+        folder: For checkpoints and pictures.
         device: Where to run.
     """
 
-    def __init__(
-        self,
-        config: SegmentConfig,
-        data: Data,
-        crop: tuple[int, int],
-        folder: Path,
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.data = data
-        self.crop = crop
-        self.folder = folder
-        self.device = device
-        self.short_side = min(crop) if config.short_side is None else config.short_side
-        self.plan = make_plan(config, epochs=config.epochs, num_images=len(data.train), trained=config.finetune)
+    indifferent = frozenset({"val_masks", "window_overlap", "cache_gb", "class_names"})
 
-    def measure(self, contender: Contender) -> Measured:
-        """Train a head on an encoder and look at the validation images."""
-        config, name = self.config, contender.name
-        model = self._build(contender.encoder)
-        make_task = self._cached_task if config.cache else self._task
-        task = make_task(model, contender)
-        plan = self.plan if not config.cache else make_plan(
-            config, epochs=config.epochs, num_images=task.num_images, trained=False
+    def __init__(
+        self, config: SegmentConfig, data: Data, crop: tuple[int, int], folder: Path, device: torch.device
+    ) -> None:
+        super().__init__(config, folder, device, epochs=config.epochs, trained=config.finetune)
+        self.config, self.data, self.crop = config, data, crop
+        self.short_side = min(crop) if config.short_side is None else config.short_side
+        self.plan(len(data.train))  # refuses what cannot be, before any work
+
+    def known_images(self) -> list[str]:
+        """Their names."""
+        return [self.data.train.name(i) for i in range(len(self.data.train))]
+
+    def prepare(self, contender: Contender) -> Lesson[Segmenter]:
+        """A head on the encoder, and random crops; or, where features are cached, the head alone and those."""
+        config, model = self.config, self._build(contender.encoder)
+        encoder = model.encoder
+        layer_decay = 1.0 if config.cache else config.layer_decay
+        groups = parameter_groups(encoder, model.head, weight_decay=config.weight_decay, layer_decay=layer_decay)
+        if config.cache:
+            cache = FeatureCache(
+                encoder, self.data.train, contender.normalise, window=self.crop, short_side=self.short_side,
+                flip=config.flip, limit_gb=config.cache_gb, description=f"features, {contender.name}",
+            )  # fmt: skip
+            return Lesson(model, model.head, groups, Examples(cache, len(cache), stack_pairs), self._loss_of_features)
+        crops = SegmentationCrops(
+            self.data.train, crop=self.crop, short_side=self.short_side, scale=config.scale, flip=config.flip,
+            fill=mean_values(contender.normalise), seed=config.seed,
         )  # fmt: skip
-        decisive = {key: value for key, value in asdict(config).items() if key not in _INDIFFERENT}
-        train(
-            task, plan, device=self.device, checkpoints=self.folder / folder_name(name),
-            identity=identity(
-                decisive | {"images": [self.data.train.name(i) for i in range(len(self.data.train))],
-                            "processes": distributed.world_size()},
-                model,
-            ),
-        )  # fmt: skip
-        confusion = self.evaluate(model, contender)
-        return Measured(contender, model, scores_of(confusion), confusion, plan.total_steps)
+
+        def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            images, masks = (part.to(self.device, non_blocking=True) for part in batch)
+            return pixel_loss(module(contender.normalise(images)), masks)
+
+        return Lesson(model, model, groups, Examples(crops, len(self.data.train), stack_pairs), loss)
+
+    def _loss_of_features(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        features, masks = (part.to(self.device, non_blocking=True) for part in batch)
+        return pixel_loss(enlarge(module([features]), self.crop), masks)
 
     def _build(self, vit: VisionTransformer) -> Segmenter:
         config = self.config
@@ -256,42 +277,6 @@ class Bench:
                 decoder = UperNetHead(encoder.dim, num_classes=len(self.data.names), width=config.width)
                 head = Bf16(decoder, enabled=encoder.bf16)
         return Segmenter(encoder, head).to(self.device)
-
-    def _task(self, model: Segmenter, contender: Contender) -> Task:
-        config = self.config
-
-        def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            images, masks = (part.to(self.device, non_blocking=True) for part in batch)
-            return pixel_loss(module(contender.normalise(images)), masks)
-
-        return Task(
-            model=model,
-            groups=parameter_groups(
-                model.encoder, model.head, weight_decay=config.weight_decay, layer_decay=config.layer_decay
-            ),
-            images=SegmentationCrops(
-                self.data.train, crop=self.crop, short_side=self.short_side, scale=config.scale, flip=config.flip,
-                fill=mean_values(contender.normalise), seed=config.seed,
-            ),
-            num_images=len(self.data.train),
-            collate=stack_pairs,
-            loss=loss,
-            name=contender.name,
-        )  # fmt: skip
-
-    def _cached_task(self, model: Segmenter, contender: Contender) -> Task:
-        config = self.config
-        cache = FeatureCache(
-            model.encoder, self.data.train, contender.normalise, window=self.crop, short_side=self.short_side,
-            flip=config.flip, limit_gb=config.cache_gb, description=f"features, {contender.name}",
-        )  # fmt: skip
-
-        def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            features, masks = (part.to(self.device, non_blocking=True) for part in batch)
-            return pixel_loss(enlarge(module([features]), self.crop), masks)
-
-        groups = parameter_groups(model.encoder, model.head, weight_decay=config.weight_decay, layer_decay=1.0)
-        return Task(model.head, groups, cache, len(cache), stack_pairs, loss, contender.name)
 
     @torch.no_grad()
     def evaluate(self, model: Segmenter, contender: Contender) -> Int64[Tensor, "k k"]:
@@ -318,12 +303,12 @@ class Bench:
         )
         return most_likely(logits, (height, width))
 
-    def draw(self, measured: list[Measured], path: Path, run_config: Config) -> Path:
+    def draw(self, measured: list[Measured[Segmenter, Int64[Tensor, "k k"]]], run_config: Config) -> Path:
         """Overlays of some validation images; the main process alone writes."""
+        path = self.folder / "segmentations.png"
         if distributed.is_main():
-            count = min(self.config.num_pictures, len(self.data.val))
             rows = []
-            for position in torch.linspace(0, len(self.data.val) - 1, count).long().tolist():
+            for position in spread(len(self.data.val), self.config.num_pictures):
                 image, mask = self.data.val.read(position)
                 found = {m.contender.name: self.predict(m.model, m.contender, image).cpu().numpy() for m in measured}
                 rows.append(Segmented(image, np.asarray(mask.numpy()), found))
@@ -331,11 +316,3 @@ class Bench:
             display = build_display(run_config, [row.image for row in rows])
             save_figure(draw_segmentations(rows, self.data.names, display, title), path)
         return path
-
-
-_INDIFFERENT = frozenset({
-    "checkpoint", "against", "out", "val_images", "val_masks", "num_pictures", "checkpoint_minutes", "device",
-    "workers",
-    "window_overlap", "untrained", "cache_gb", "class_names", "max_damaged",
-})  # fmt: skip
-"""Fields that cannot change a training: the encoder counts by its weights, images by their names."""

@@ -9,7 +9,7 @@ from hardpatch.config.dense_evaluations import SegmentConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import ShapesSource, open_source
 from hardpatch.evaluate.dense.class_masks import MaskedImages, MaskRules, Survey, match_by_stem, survey
-from hardpatch.evaluate.dense.training import held_back
+from hardpatch.evaluate.dense.comparison import held_back
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say

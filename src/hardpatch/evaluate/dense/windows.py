@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
-from hardpatch.evaluate.dense.heads import enlarge
+from hardpatch.evaluate.dense.segment_heads import enlarge
 
 CLASSES_AT_ONCE = 8
 """Classes whose logits are held at an image's own size at one time."""

@@ -12,9 +12,9 @@ from hardpatch.config.config import Config
 from hardpatch.data.loader.loading import default_workers
 from hardpatch.data.sources import Source, class_indices, fingerprint, open_source
 from hardpatch.evaluate.classify.knn import accuracy_of_features
-from hardpatch.evaluate.classify.labelled import labelled_fingerprint
-from hardpatch.evaluate.classify.probe import linear_accuracy
-from hardpatch.evaluate.controls import untrained_encoder
+from hardpatch.evaluate.classify.labelled_images import labelled_fingerprint
+from hardpatch.evaluate.classify.linear_classifiers import linear_accuracy
+from hardpatch.evaluate.contenders import untrained_encoder
 from hardpatch.evaluate.features import split_features, whole_split
 from hardpatch.evaluate.foreground import predicted_loss_auroc
 from hardpatch.figures.hardness import measure_hardness, spread_images
@@ -36,7 +36,7 @@ class Accuracies(NamedTuple):
 
     knn_top1: float
     linear_top1: float
-    """Of the published probe at one learning rate (see :func:`hardpatch.evaluate.classify.probe.linear_accuracy`)."""
+    """Accuracy of the published probe at one learning rate: ``linear_classifiers.linear_accuracy``."""
 
 
 class Images(NamedTuple):

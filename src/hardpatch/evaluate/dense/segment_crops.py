@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from hardpatch.data.loader.loading import Normalise
 from hardpatch.evaluate.dense.class_masks import IGNORED, MaskedImage, MaskedImages
-from hardpatch.evaluate.dense.encoder import DenseEncoder
+from hardpatch.evaluate.dense.feature_maps import DenseEncoder
 from hardpatch.evaluate.dense.windows import cut, window_corners
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked

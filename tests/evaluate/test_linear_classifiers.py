@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from hardpatch.evaluate.classify import probe as module
+from hardpatch.evaluate.classify import linear_classifiers as module
 from hardpatch.evaluate.classify.accuracy import top_k_accuracy
-from hardpatch.evaluate.classify.probe import held_out, linear_accuracy, logistic, probe, train_probes
+from hardpatch.evaluate.classify.linear_classifiers import held_out, linear_accuracy, logistic, probe, train_probes
 from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)

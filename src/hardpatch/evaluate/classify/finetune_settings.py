@@ -38,7 +38,7 @@ LARGEST_ADAPTED_CROP = 0.35
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FinetuneSettings:
     """All that decides what a fine-tuning learns, with nothing left open; what a run can only go on with."""
 
     epochs: int
@@ -108,7 +108,7 @@ def adapted_crop(size: tuple[int, int]) -> tuple[float, float]:
     return round(min(LARGEST_ADAPTED_CROP, max(PUBLISHED_CROP, share)), 4), 1.0
 
 
-def resolve_recipe(
+def resolve_settings(
     config: FinetuneConfig,
     *,
     num_images: int,
@@ -118,7 +118,7 @@ def resolve_recipe(
     width: int,
     flip: bool,
     num_processes: int = 1,
-) -> Recipe:
+) -> FinetuneSettings:
     """Fill in what is adapted and check the rules between fields.
 
     Args:
@@ -162,8 +162,12 @@ def resolve_recipe(
             f"min_learning_rate: must be at most the peak, base_learning_rate * batch_size / 256 = "
             f"{base * batch / 256:.3g}, got {config.min_learning_rate:g}"
         )
-    given = {name: value for name, value in asdict(config).items() if name in {item.name for item in fields(Recipe)}}
-    return Recipe(**{
+    given = {
+        name: value
+        for name, value in asdict(config).items()
+        if name in {item.name for item in fields(FinetuneSettings)}
+    }
+    return FinetuneSettings(**{
         **given,
         "epochs": epochs,
         "batch_size": batch,

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int16
 from torch import Tensor, nn
 
 from hardpatch.evaluate.dense.class_masks import IGNORED
-from hardpatch.evaluate.dense.encoder import DenseEncoder
+from hardpatch.evaluate.dense.feature_maps import DenseEncoder
 from hardpatch.evaluate.dense.pyramid import SCALES, rescale
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install

@@ -1,14 +1,15 @@
 """Is the pre-training worth it? The same protocol on other encoders: untrained, timm's weights, another run.
 
-An evaluation asks :func:`open_contenders` for the encoders, does with each whatever it does, and puts the scores it got
-for the same images into one table with :func:`standings`. Every encoder keeps the image size and the normalisation
-that it was trained with.
+An evaluation opens its run with :func:`open_run` and asks :func:`open_contenders` for the encoders, does with each
+whatever it does, and puts the scores it got for the same images into one table with :func:`standings`. Every encoder
+keeps the image size and the normalisation that it was trained with.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,17 +20,35 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from hardpatch.config.config import Config
-from hardpatch.config.evaluations import Pooling
+from hardpatch.config.evaluations import KnnConfig, LinearConfig, Pooling
 from hardpatch.data.loader.loading import Normalise
 from hardpatch.evaluate.classify.accuracy import Interval, top_k_accuracy, wilson_interval
+from hardpatch.evaluate.features import LabelledSplit, SplitFeatures, split_features
+from hardpatch.figures.sections import Table, decimals
 from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
 from hardpatch.runs.load import LoadedRun, arguments_of_encoder, load_encoder
-from hardpatch.runtime.distributed import has_bf16
+from hardpatch.runtime.distributed import choose_device, has_bf16, process_group
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.read import load_timm
 
 Kind = Literal["run", "untrained", "against"]
+
+
+@contextmanager
+def open_run(checkpoint: str, *, device: Literal["auto", "cpu", "cuda", "mps"]) -> Iterator[LoadedRun]:
+    """The run that is evaluated, on its device and in a process group.
+
+    Args:
+        checkpoint: Run folder or checkpoint file.
+        device: Where to run.
+
+    Raises:
+        InputError: The device is not there, or the checkpoint cannot be read.
+    """
+    chosen = choose_device(device)
+    with process_group(chosen):
+        yield LoadedRun(checkpoint, device=chosen)
 
 
 class Contender(NamedTuple):
@@ -93,6 +112,17 @@ def open_contenders(
             whose = "this encoder" if contender.kind == "run" else contender.name
             raise InputError(f"pooling: {pooling!r} needs a class token, and {whose} has none; use mean")
     return found
+
+
+def features_by_contender(
+    contenders: Sequence[Contender], split: LabelledSplit, config: KnnConfig | LinearConfig, device: torch.device
+) -> Iterator[tuple[Contender, SplitFeatures]]:
+    """Features of both sides of a split by one encoder after the other, so that those of one are held at a time."""
+    for contender in contenders:
+        yield contender, split_features(
+            contender.encoder, split, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
+            bf16=has_bf16(device), workers=config.workers, teacher=contender.teacher,
+        )  # fmt: skip
 
 
 def _teacher(contender: Contender, loaded: LoadedRun) -> Teacher:
@@ -200,3 +230,19 @@ def standings(
             )
         )
     return rows
+
+
+def standings_table(rows: Sequence[dict[str, Any]], *, what: str = "encoder") -> Table:
+    """Every encoder by the same protocol, and by how much this run is ahead of it."""
+
+    def lead(row: dict[str, Any]) -> str:
+        if row["lead"] is None:
+            return ""
+        return "{:+.2f} ({low:+.1f} to {high:+.1f})".format(row["lead"], **row["lead_interval"])
+
+    header = (what, "top-1 %", "95 % interval", "top-5 %", "this run is ahead by")
+    return Table(header, [
+        (row["name"], decimals(row["top1"]), "{low:.1f} to {high:.1f}".format(**row["top1_interval"]),
+         decimals(row["top5"]), lead(row))
+        for row in rows
+    ])  # fmt: skip

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from hardpatch.data.images.decode import DecodeError, Decoder, Sample
-from hardpatch.data.sources import Downloads, Source, class_indices, fingerprint, open_source
+from hardpatch.config.config import Config
+from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.sources import Source, class_indices, fingerprint, open_source
+from hardpatch.runs.build import build_decoder, build_downloads
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import Stream, derive_seed
 
@@ -63,25 +65,24 @@ class LabelledImages(NamedTuple):
     """Those of the training images, sorted."""
 
 
-def open_labelled(
-    train: str, val: str, *, decoder: Decoder, image_size: tuple[int, int], downloads: Downloads | None = None
-) -> LabelledImages:
+def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | None = None) -> LabelledImages:
     """Open both sources and check them before any work.
 
     Args:
         train: Source of the training images.
         val: Source of the validation images.
-        decoder: How the checkpoint's images are read.
-        image_size: Its height and width.
-        downloads: Where files from far away are kept; None: the default folder.
+        run: Config of the checkpoint, by which images are read.
+        size: Height and width at which shapes are made; None: the run's.
 
     Raises:
         InputError: No labels, fewer than two classes, a validation class that is not among the training classes, or
             images that cannot be read as so many channels.
     """
-    sources = []
+    decoder, sources = build_decoder(run.data), []
     for field, spec in (("train", train), ("val", val)):
-        source = open_source(spec, decoder=decoder, image_size=image_size, field=field, downloads=downloads)
+        source = open_source(
+            spec, decoder=decoder, image_size=size or run.data.size, field=field, downloads=build_downloads(run)
+        )
         if source.labels is None:
             raise InputError(f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)")
         _check_readable(source, field=field, channels=decoder.channels)

@@ -1,0 +1,76 @@
+"""What every evaluation returns, and how it is kept.
+
+An evaluation is a module, named in :data:`hardpatch.config.evaluations.EVALUATIONS`, with two functions:
+
+    run(config) -> Result          measure; the result is a frozen dataclass of figures, derived from Result
+    describe(figures) -> Section   tables, text and pictures, from the figures as they stand in the JSON file
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+from hardpatch.figures.report import write_report
+from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import say
+
+
+class Result(ABC):
+    """Figures of an evaluation; a subclass is a frozen dataclass of them."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Under which the figures are kept: ``evaluate/NAME.json``."""
+
+    @abstractmethod
+    def what_next(self, config: Any) -> list[str]:
+        """Lines to end with, for a call with this config."""
+
+    def kept_in(self, config: Any) -> str:
+        """Folder for the figures; empty: the run's own."""
+        return str(getattr(config, "out", ""))
+
+    def figures(self) -> dict[str, Any]:
+        """All fields as plain values: named tuples as objects, too."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(cast(Any, self))}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def keep(result: Result, config: Any) -> None:
+    """Write the figures into the run folder and refresh its report; or into another folder, where one is named.
+
+    A checkpoint that is a file has no folder: nothing is kept.
+
+    Args:
+        result: What was measured.
+        config: By what it was measured.
+    """
+    run, out = RunFolder(config.checkpoint), result.kept_in(config)
+    folder = Path(out).expanduser() if out else run.evaluations
+    if not out and not run.config_file.is_file():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / f"{result.name}.json", json.dumps(result.figures(), indent=2) + "\n")
+        if not out:
+            write_report(run)
+    except OSError as error:
+        say(f"could not keep the result in {folder}: {error.strerror}")
+
+
+def visualize_command(checkpoint: str, images: str) -> str:
+    """What to look at after an evaluation on some images."""
+    return f"next:  hardpatch visualize --checkpoint {checkpoint} --images {images!r} --out hard.png"
