@@ -8,6 +8,7 @@ encoders cost seconds.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -220,16 +221,16 @@ def _classify(
     config: LinearConfig,
 ) -> tuple[Probed, list[FewLabels]]:
     """Learn from all labels, and from few."""
-    all_labels = _fit(train, labels, val, len(images.classes), config, seed=config.seed)
+    fit = _method(config, len(images.classes))
+    all_labels = fit(train, labels.to(train.device), val, seed=config.seed)
     names = [images.classes[label] for label in labels.tolist()]
     few = []
     for count in config.labels_per_class:
         accuracies = []
         for draw in tracked(range(config.draws), f"{contender.name}, {count} labels"):
             seed = config.seed + draw
-            chosen = torch.tensor(choose_per_class(names, count, seed=seed))
-            few_images = train[chosen.to(train.device)]
-            fitted = _fit(few_images, labels[chosen], val, len(images.classes), config, seed=seed, bar=False)
+            chosen = torch.tensor(choose_per_class(names, count, seed=seed)).to(train.device)
+            fitted = fit(train[chosen], labels.to(train.device)[chosen], val, seed=seed, bar=False)
             accuracies.append(top_k_accuracy(fitted.logits, truth, 1))
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else None
         few.append(
@@ -238,25 +239,13 @@ def _classify(
     return all_labels, few
 
 
-def _fit(
-    train: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    val: Float[Tensor, "q d"],
-    num_classes: int,
-    config: LinearConfig,
-    *,
-    seed: int,
-    bar: bool = True,
-) -> Probed:
-    """Learn on the first features, and score the second."""
+def _method(config: LinearConfig, num_classes: int) -> Callable[..., Probed]:
+    """What learns on features and labels, and scores others."""
     if config.mode == "logistic":
-        return logistic(
-            train, labels, val, num_classes=num_classes, inverse_penalties=config.inverse_penalties, seed=seed, bar=bar
-        )
-    return probe(
-        train, labels.to(train.device), val, num_classes=num_classes, rates=config.learning_rates, epochs=config.epochs,
-        batch_size=config.batch_size, seed=seed, bar=bar,
-    )  # fmt: skip
+        return partial(logistic, num_classes=num_classes, inverse_penalties=config.inverse_penalties)
+    return partial(
+        probe, num_classes=num_classes, rates=config.learning_rates, epochs=config.epochs, batch_size=config.batch_size
+    )
 
 
 def _warn_of_the_edge(contender: Contender, probed: Probed) -> None:
