@@ -357,7 +357,7 @@ def _asker(contender: Contender, loaded: LoadedRun) -> Ask:
 
 @torch.no_grad()
 def _attention_alone(contender: Contender, images: Tensor) -> dict[str, Float[np.ndarray, "b n"] | None]:
-    """Of an encoder without decoders; the measures of the image itself are in every table already."""
+    """What an encoder without decoders gives; the measures of the image itself are in every table already."""
     vit = contender.encoder
     value = class_attention(vit, contender.normalise(images)) if has_class_attention(vit) else None
     return {"attention": None if value is None else value.float().cpu().numpy()}

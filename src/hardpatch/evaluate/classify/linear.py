@@ -56,7 +56,7 @@ class FewLabels(NamedTuple):
 
     labels_per_class: int
     name: str
-    """Of the encoder."""
+    """What the encoder is called."""
     kind: Kind
     top1: float
     """Mean over the draws."""
@@ -87,12 +87,12 @@ class LinearResult(Result):
     chosen: dict[str, float]
     """Learning rate or C, by encoder."""
     held_out_top1: dict[str, float] | None
-    """Of this run on the held-out training images, by learning rate or C; None where there was no choice."""
+    """This run's on the held-out training images, by learning rate or C; None where there was no choice."""
     standings: list[Standing]
     """This run, the same encoder untrained, and what it was to be held against."""
     few_labels: list[FewLabels]
     per_class: list[ClassAccuracy]
-    """Of this run."""
+    """Class by class, for this run."""
     picture: str
     """What is taken for what; empty where no folder is known."""
 

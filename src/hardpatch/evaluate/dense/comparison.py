@@ -222,7 +222,7 @@ def check_training(config: DenseConfig) -> None:
 
 
 def open_folder(config: DenseConfig, name: str) -> Path:
-    """Where pictures and checkpoints go.
+    """The folder of pictures and checkpoints.
 
     Raises:
         InputError: No folder is named and the checkpoint is a file, or it cannot be made.
