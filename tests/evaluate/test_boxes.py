@@ -215,9 +215,9 @@ def test_masks_and_the_boxes_around_them_name_the_same_objects(tmp_path):
     np.save(tmp_path / "boxes.npy", expected - [0, 0, 1, 1])
     boxes = read_boxes(tmp_path / "boxes.npy", source, (32, 32))
     for known in (None, boxes):
-        found = foreground._measure_images(
+        found = foreground.measure_images(
             lambda images: {"patch_variance": np.zeros((len(images), 16)), "attention": None},
-            source, size=(32, 32), patch=(8, 8), device=torch.device("cpu"), masks=None, boxes=known,
+            foreground.Objects(source, (32, 32), boxes=known), patch=(8, 8), device=torch.device("cpu"),
         )  # fmt: skip
         assert found.indices == list(range(24))
         assert found.scores.keys() == {"patch_variance"}

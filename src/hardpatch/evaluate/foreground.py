@@ -7,7 +7,7 @@ by masks or by boxes; of several boxes every one counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,12 @@ from torch import Tensor
 
 from hardpatch.config.config import Config
 from hardpatch.config.evaluations import ForegroundConfig
-from hardpatch.data.images.decode import EXTENSIONS, DecodeError, decode
+from hardpatch.data.images.decode import DecodeError, decode
 from hardpatch.data.loader.loading import Cover, Damage, Normalise, ordered_batches
 from hardpatch.data.sources import Source, open_source
 from hardpatch.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
 from hardpatch.evaluate.contenders import Contender, open_contenders, open_run
+from hardpatch.evaluate.dense.class_masks import match_by_stem
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.evaluate.result import Result, visualize_command
 from hardpatch.figures.hardness import measure_hardness
@@ -179,7 +180,22 @@ def measure_patches(
     return {name: None if value is None else value.float().cpu().numpy() for name, value in values.items()}
 
 
-class _Measured(NamedTuple):
+Ask = Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]]
+"""Gives every measure of every patch of some uint8 images; None or nothing where there is no such measure."""
+
+
+class Objects(NamedTuple):
+    """Images and where the objects in them are, at the size that an encoder takes."""
+
+    source: Source
+    size: tuple[int, int]
+    masks: dict[int, Bool[Tensor, "h w"]] | None = None
+    """By the image's number; without masks and boxes the source knows its own masks."""
+    boxes: dict[int, Bool[Tensor, "k h w"]] | None = None
+    """Each as a mask; images without a box are left out."""
+
+
+class Measured(NamedTuple):
     """Every patch of the images that were measured."""
 
     scores: dict[str, Float[np.ndarray, "b n"]]
@@ -191,45 +207,12 @@ class _Measured(NamedTuple):
     damaged: list[Damage]
 
 
-def evaluate_foreground(
-    student: Student,
-    teacher: Teacher,
-    method: Method,
-    normalise: Normalise,
-    source: Source,
-    *,
-    size: tuple[int, int],
-    device: torch.device,
-    bf16: bool,
-    masks: Mapping[int, Bool[Tensor, "h w"]] | None = None,
-    boxes: Mapping[int, Bool[Tensor, "k h w"]] | None = None,
-    max_damaged: float = 0.01,
-) -> ForegroundResult:
-    """Measure all images of a source that knows its masks, or is given masks or boxes by the images' numbers.
-
-    Raises:
-        InputError: Neither the source nor the caller knows masks, or too many images are damaged.
-    """
-    generator = torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
-    ask = partial(measure_patches, student, teacher, method, normalise, generator=generator, bf16=bf16)
-    return _judge(
-        ask, student.encoder, source, size=size, device=device, masks=masks, boxes=boxes, max_damaged=max_damaged
-    )
-
-
 def _judge(
-    ask: Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]],
-    vit: VisionTransformer,
-    source: Source,
-    *,
-    size: tuple[int, int],
-    device: torch.device,
-    masks: Mapping[int, Bool[Tensor, "h w"]] | None,
-    boxes: Mapping[int, Bool[Tensor, "k h w"]] | None,
-    max_damaged: float | None,
+    ask: Ask, vit: VisionTransformer, there: Objects, *, device: torch.device, max_damaged: float | None
 ) -> ForegroundResult:
     """Hold what ``ask`` says of every patch of a ViT against the objects; ``max_damaged`` None: damage is known."""
-    found = _measure_images(ask, source, size=size, patch=patch_size(vit), device=device, masks=masks, boxes=boxes)
+    source = there.source
+    found = measure_images(ask, there, patch=patch_size(vit), device=device)
     if max_damaged is not None:
         report_damage({"images": (found.damaged, len(source))}, max_damaged=max_damaged)
     figures = {
@@ -249,7 +232,7 @@ def _judge(
     groups = source.groups()
     names = np.array([] if groups is None else [groups[i] for i in found.indices])
     usable = np.flatnonzero(found.foreground.any(axis=1) & ~found.foreground.all(axis=1))
-    whole = np.array([[0, 0, size[1], size[0]]])
+    whole = np.array([[0, 0, there.size[1], there.size[0]]])
     return ForegroundResult(
         measures=findings(np.ones(len(found.indices), dtype=bool)),
         by_group={str(name): findings(names == name) for name in dict.fromkeys(names.tolist())},
@@ -260,21 +243,13 @@ def _judge(
     )
 
 
-def _measure_images(
-    ask: Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]],
-    source: Source,
-    *,
-    size: tuple[int, int],
-    patch: tuple[int, int],
-    device: torch.device,
-    masks: Mapping[int, Bool[Tensor, "h w"]] | None,
-    boxes: Mapping[int, Bool[Tensor, "k h w"]] | None,
-) -> _Measured:
+def measure_images(ask: Ask, there: Objects, *, patch: tuple[int, int], device: torch.device) -> Measured:
     """Ask for every measure of the images that have a mask or a box.
 
     Raises:
         InputError: Nobody knows masks, or no image can be read.
     """
+    source, size, masks, boxes = there
     scores: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in MEASURES}
     foreground, objects, indices, damaged = [], [], [], []
     for batch in tracked(ordered_batches(source, size=size), "foreground", total=-(-len(source) // 128)):
@@ -300,7 +275,7 @@ def _measure_images(
     if not indices:
         raise none_readable(damaged)
     joined = {name: np.concatenate(parts) for name, parts in scores.items() if parts}
-    return _Measured(joined, np.concatenate(foreground), objects, indices, damaged)
+    return Measured(joined, np.concatenate(foreground), objects, indices, damaged)
 
 
 @torch.no_grad()
@@ -336,18 +311,15 @@ def run(config: ForegroundConfig) -> ForegroundResult:
         opened = {size: _open(config, loaded.config, size) for size in {contender.size for contender in contenders}}
         judged: dict[str, ForegroundResult] = {}
         for contender in contenders:
-            source, masks, boxes = opened[contender.size]
             judged[contender.name] = _judge(
-                _asker(contender, loaded), contender.encoder, source, size=contender.size, device=loaded.device,
-                masks=masks, boxes=boxes, max_damaged=None if judged else config.max_damaged,
+                _asker(contender, loaded), contender.encoder, opened[contender.size], device=loaded.device,
+                max_damaged=None if judged else config.max_damaged,
             )  # fmt: skip
     ours, *others = judged.items()
     return replace(ours[1], others={name: result.measures for name, result in others})
 
 
-def _open(
-    config: ForegroundConfig, run_config: Config, size: tuple[int, int]
-) -> tuple[Source, dict[int, Bool[Tensor, "h w"]] | None, dict[int, Bool[Tensor, "k h w"]] | None]:
+def _open(config: ForegroundConfig, run_config: Config, size: tuple[int, int]) -> Objects:
     """Images, and the masks or boxes of the objects in them, at the size that an encoder takes.
 
     Raises:
@@ -359,10 +331,10 @@ def _open(
     )  # fmt: skip
     masks = _read_masks(Path(config.masks).expanduser(), source, size) if config.masks else None
     boxes = read_boxes(Path(config.boxes).expanduser(), source, size) if config.boxes else None
-    return source, masks, boxes
+    return Objects(source, size, masks, boxes)
 
 
-def _asker(contender: Contender, loaded: LoadedRun) -> Callable[[Tensor], dict[str, Float[np.ndarray, "b n"] | None]]:
+def _asker(contender: Contender, loaded: LoadedRun) -> Ask:
     """What gives every measure for one of the contenders: all of a run and of its own start, attention of the others.
 
     Raises:
@@ -386,7 +358,7 @@ def _asker(contender: Contender, loaded: LoadedRun) -> Callable[[Tensor], dict[s
 
 @torch.no_grad()
 def _attention_alone(contender: Contender, images: Tensor) -> dict[str, Float[np.ndarray, "b n"] | None]:
-    """Of an encoder without decoders; the measures of the image itself are in every table already."""
+    """What an encoder without decoders gives; the measures of the image itself are in every table already."""
     vit = contender.encoder
     value = class_attention(vit, contender.normalise(images)) if has_class_attention(vit) else None
     return {"attention": None if value is None else value.float().cpu().numpy()}
@@ -398,29 +370,19 @@ def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> dict[int
     Raises:
         InputError: A mask is missing, damaged, or of another size than its image.
     """
-    if not folder.is_dir():
-        raise InputError(f"masks: must be a folder, got {str(folder)!r}")
-    by_stem = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in EXTENSIONS}
-    stems = [Path(source.name(index).rpartition(":")[2]).stem for index in range(len(source))]
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise InputError(f"masks: are matched by name, and several images are named {twice!r}; rename them")
     cover, masks = Cover(size), {}
-    for index in range(len(source)):
-        stem = stems[index]
-        if stem not in by_stem:
-            raise InputError(f"masks: {str(folder)!r} has no mask for the image {source.name(index)}")
+    for index, file in enumerate(match_by_stem(source, folder, field="masks")):
         try:
-            mask = decode(by_stem[stem].read_bytes(), 1)[0] > 127
+            mask = decode(file.read_bytes(), 1)[0] > 127
         except (DecodeError, OSError) as error:
-            raise InputError(f"masks: cannot read {by_stem[stem]}: {error}") from error
+            raise InputError(f"masks: cannot read {file}: {error}") from error
         try:
             shape = source.read(index).image.shape[-2:]
         except (DecodeError, OSError):  # a damaged image is left out, and reported where the others are measured
             continue
         if mask.shape != shape:
             raise InputError(
-                f"masks: {by_stem[stem]} is {tuple(mask.shape)} pixels and its image {tuple(shape)}; "
+                f"masks: {file} is {tuple(mask.shape)} pixels and its image {tuple(shape)}; "
                 "they must be of the same size"
             )
         masks[index] = cover(mask[None])[0]

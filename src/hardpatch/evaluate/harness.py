@@ -62,7 +62,7 @@ class Examples(NamedTuple):
     collate: Callable[[list[Any]], Any]
     """Makes a micro-batch."""
     source: Source | None = None
-    """Where the images come from, if it has blocks that are to be fetched ahead."""
+    """Set where it has blocks that are to be fetched ahead."""
 
 
 class Training(ABC):

@@ -215,7 +215,7 @@ def _standings(
 
 
 def output_folder(config: FinetuneConfig) -> Path:
-    """Where the results go.
+    """The folder of the results.
 
     Raises:
         InputError: No folder is given, and the checkpoint is no run folder in which one could be made.

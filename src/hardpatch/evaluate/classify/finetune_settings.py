@@ -79,7 +79,7 @@ class FinetuneSettings:
 
     @property
     def peak_learning_rate(self) -> float:
-        """Of the last layer."""
+        """The highest rate of the last layer."""
         return self.base_learning_rate * self.batch_size / 256
 
     @property
@@ -134,20 +134,7 @@ def resolve_settings(
     Raises:
         InputError: Names the field, the rule and the value.
     """
-    batch = config.batch_size if config.batch_size is not None else adapted_batch(num_images)
-    if batch > num_images:
-        raise InputError(f"batch_size: must be at most the number of training images ({num_images}), got {batch}")
-    if batch % num_processes:
-        raise InputError(f"batch_size: must be divisible by the number of processes ({num_processes}), got {batch}")
-    share = batch // num_processes
-    micro = config.micro_batch_size or share
-    if micro > share or share % micro:
-        raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
-    if micro % 2 and (config.mixup or config.cutmix) and config.mixed_share != 0:
-        raise InputError(
-            f"{'micro_batch_size' if config.micro_batch_size else 'batch_size'}: mixup and cutmix mix pairs and need "
-            f"an even number of images per process and forward pass, got {micro}"
-        )
+    batch, micro = _split_batch(config, num_images, num_processes)
     published_epochs = 50 if width >= LARGE_WIDTH else 100
     epochs = published_epochs if config.epochs is None else config.epochs
     warmup = config.warmup_epochs
@@ -180,6 +167,29 @@ def resolve_settings(
         "rand_augment": _rand_augment(config.rand_augment, channels, deep=deep),
         "steps_per_epoch": num_images // batch,
     })  # fmt: skip
+
+
+def _split_batch(config: FinetuneConfig, num_images: int, num_processes: int) -> tuple[int, int]:
+    """Images per step, and per process and forward pass.
+
+    Raises:
+        InputError: They do not divide, or cannot be mixed in pairs.
+    """
+    batch = config.batch_size if config.batch_size is not None else adapted_batch(num_images)
+    if batch > num_images:
+        raise InputError(f"batch_size: must be at most the number of training images ({num_images}), got {batch}")
+    if batch % num_processes:
+        raise InputError(f"batch_size: must be divisible by the number of processes ({num_processes}), got {batch}")
+    share = batch // num_processes
+    micro = config.micro_batch_size or share
+    if micro > share or share % micro:
+        raise InputError(f"micro_batch_size: must divide the {share} images per process and step, got {micro}")
+    if micro % 2 and (config.mixup or config.cutmix) and config.mixed_share != 0:
+        raise InputError(
+            f"{'micro_batch_size' if config.micro_batch_size else 'batch_size'}: mixup and cutmix mix pairs and need "
+            f"an even number of images per process and forward pass, got {micro}"
+        )
+    return batch, micro
 
 
 def _rand_augment(given: str | None, channels: int, *, deep: bool) -> str:

@@ -8,6 +8,7 @@ encoders cost seconds.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,7 @@ class FewLabels(NamedTuple):
 
     labels_per_class: int
     name: str
-    """Of the encoder."""
+    """What the encoder is called."""
     kind: Kind
     top1: float
     """Mean over the draws."""
@@ -86,12 +87,12 @@ class LinearResult(Result):
     chosen: dict[str, float]
     """Learning rate or C, by encoder."""
     held_out_top1: dict[str, float] | None
-    """Of this run on the held-out training images, by learning rate or C; None where there was no choice."""
+    """This run's on the held-out training images, by learning rate or C; None where there was no choice."""
     standings: list[Standing]
     """This run, the same encoder untrained, and what it was to be held against."""
     few_labels: list[FewLabels]
     per_class: list[ClassAccuracy]
-    """Of this run."""
+    """Class by class, for this run."""
     picture: str
     """What is taken for what; empty where no folder is known."""
 
@@ -217,16 +218,16 @@ def _classify(
     config: LinearConfig,
 ) -> tuple[Probed, list[FewLabels]]:
     """Learn from all labels, and from few."""
-    all_labels = _fit(train, labels, val, len(images.classes), config, seed=config.seed)
+    fit = _method(config, len(images.classes))
+    all_labels = fit(train, labels.to(train.device), val, seed=config.seed)
     names = [images.classes[label] for label in labels.tolist()]
     few = []
     for count in config.labels_per_class:
         accuracies = []
         for draw in tracked(range(config.draws), f"{contender.name}, {count} labels"):
             seed = config.seed + draw
-            chosen = torch.tensor(choose_per_class(names, count, seed=seed))
-            few_images = train[chosen.to(train.device)]
-            fitted = _fit(few_images, labels[chosen], val, len(images.classes), config, seed=seed, bar=False)
+            chosen = torch.tensor(choose_per_class(names, count, seed=seed)).to(train.device)
+            fitted = fit(train[chosen], labels.to(train.device)[chosen], val, seed=seed, bar=False)
             accuracies.append(top_k_accuracy(fitted.logits, truth, 1))
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else None
         few.append(
@@ -235,25 +236,13 @@ def _classify(
     return all_labels, few
 
 
-def _fit(
-    train: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    val: Float[Tensor, "q d"],
-    num_classes: int,
-    config: LinearConfig,
-    *,
-    seed: int,
-    bar: bool = True,
-) -> Probed:
-    """Learn on the first features, and score the second."""
+def _method(config: LinearConfig, num_classes: int) -> Callable[..., Probed]:
+    """What learns on features and labels, and scores others."""
     if config.mode == "logistic":
-        return logistic(
-            train, labels, val, num_classes=num_classes, inverse_penalties=config.inverse_penalties, seed=seed, bar=bar
-        )
-    return probe(
-        train, labels.to(train.device), val, num_classes=num_classes, rates=config.learning_rates, epochs=config.epochs,
-        batch_size=config.batch_size, seed=seed, bar=bar,
-    )  # fmt: skip
+        return partial(logistic, num_classes=num_classes, inverse_penalties=config.inverse_penalties)
+    return partial(
+        probe, num_classes=num_classes, rates=config.learning_rates, epochs=config.epochs, batch_size=config.batch_size
+    )
 
 
 def _warn_of_the_edge(contender: Contender, probed: Probed) -> None:

@@ -201,7 +201,7 @@ def identity(values: Mapping[str, Any], model: nn.Module) -> str:
 
 
 def open_folder(config: DenseConfig, name: str) -> Path:
-    """Where pictures and checkpoints go.
+    """The folder of pictures and checkpoints.
 
     Raises:
         InputError: No folder is named and the checkpoint is a file, or it cannot be made.

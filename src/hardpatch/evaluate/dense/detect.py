@@ -72,7 +72,7 @@ class DetectResult(Result):
     """Figures in percent."""
 
     ap: float | None
-    """Of boxes."""
+    """By boxes."""
     ap50: float | None
     ap75: float | None
     mask_ap: float | None

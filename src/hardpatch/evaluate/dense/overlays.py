@@ -17,7 +17,7 @@ from hardpatch.evaluate.dense.class_masks import IGNORED
 from hardpatch.figures.display import Display
 
 STRENGTH = 0.55
-"""Of a colour over the image."""
+"""Share of a colour over the image."""
 MOST_NAMES = 20
 """Classes that a legend can hold."""
 

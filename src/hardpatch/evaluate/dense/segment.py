@@ -56,7 +56,7 @@ class ClassFigures(NamedTuple):
     iou: float | None
     untrained_iou: float | None
     pixels: int
-    """Of the class in the validation masks."""
+    """How many the class has in the validation masks."""
 
 
 @dataclass(frozen=True)

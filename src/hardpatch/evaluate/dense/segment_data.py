@@ -21,7 +21,7 @@ class Data(NamedTuple):
     train: MaskedImages
     val: MaskedImages
     names: list[str]
-    """Of the classes."""
+    """What the classes are called."""
     damaged: int
 
 
