@@ -63,7 +63,7 @@ if ! knows_version; then
 fi
 
 # Better now than in every stage.
-"$PYTHON" -c "import hardpatch.cli, hardpatch.training.loop, hardpatch.tools.benchmark.step, hardpatch.tools.ablate.ablate" || exit 1
+"$PYTHON" -c "import hardpatch.cli, hardpatch.training.pretrain, hardpatch.tools.benchmark.step, hardpatch.tools.ablate.ablate" || exit 1
 
 # --- Stages --------------------------------------------------------------------------------------------------------
 

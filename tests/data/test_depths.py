@@ -13,7 +13,7 @@ from hardpatch.embed import embed
 from hardpatch.runs.build import open_images
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.loop import train
+from hardpatch.training.pretrain import train
 from tiny import tiny_config
 
 NOTHING = -999

@@ -26,7 +26,7 @@ from hardpatch.tools.ablate.runs_to_do import choose_rows, plan
 from hardpatch.tools.ablate.step_times import seconds_of
 from hardpatch.tools.ablate.suites import SUITES, AblateConfig
 from hardpatch.tools.ablate.table import Outcome, Table, View, cells, mean_and_spread
-from hardpatch.training.loop import train
+from hardpatch.training.pretrain import train
 from tiny import TINY, flags
 
 torch.set_num_threads(1)
