@@ -26,7 +26,7 @@ from hardpatch.runs.schedule import resolve_schedule
 from hardpatch.runtime.distributed import any_process, gather_objects, mean_over_processes
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from hardpatch.training.meter import Meter
 from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags, in_child, stop_after
@@ -62,6 +62,15 @@ def test_a_bf16_residual_without_bf16_is_told(tmp_path, capsys):
     assert "residual_precision bf16 is ignored" in capsys.readouterr().err
     run(tmp_path / "other", epochs=1, residual_precision="bf16", precision="bf16")
     assert "residual_precision" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("precision", "hardware", "times"), [("bf16", False, 1), ("bf16", True, 0), ("auto", False, 0)]
+)
+def test_bf16_that_the_processor_emulates_is_told_once(tmp_path, capsys, monkeypatch, precision, hardware, times):
+    monkeypatch.setattr("hardpatch.runtime.distributed.has_bf16", lambda _: hardware)
+    run(tmp_path / "run", epochs=1, precision=precision)
+    assert capsys.readouterr().err.count("this processor has no bf16 and emulates it") == times
 
 
 def test_a_run_learns_and_leaves_what_the_interface_promises(tmp_path):

@@ -18,6 +18,11 @@ from hardpatch.runtime.errors import InputError, suggest
 RESULT_SECTIONS = ("data", "model", "method", "optimisation")
 """Sections that decide what is learnt: a run can only be resumed with the same values here."""
 
+RETIRED: dict[str, Any] = {
+    "residual_precision": "float32", "steps_per_batch": 1, "teacher_budget": None, "progressive_start": 1.0,
+}  # fmt: skip
+"""Fields of version 0.1 that are no more, with the value at which they did nothing: runs that had it still load."""
+
 
 def section_of() -> dict[str, str]:
     """Name of every field -> name of its section."""
@@ -36,7 +41,7 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     """
     sections = section_of()
     nested: dict[str, dict[str, Any]] = dataclasses.asdict(config)
-    for name, value in values.items():
+    for name, value in without_retired(values).items():
         if name not in sections:
             known = [*sections, *(item.name for item in dataclasses.fields(Config))]
             raise InputError(f"{name}: no such field{suggest(name, known)}")
@@ -52,13 +57,31 @@ def validated(nested: Mapping[str, Any]) -> Config:
     Raises:
         InputError: Names each field, its rule and the value.
     """
+    known_now = {
+        name: without_retired(value) if isinstance(value, Mapping) else value for name, value in nested.items()
+    }
     try:
-        config = TypeAdapter(Config).validate_python(nested)
+        config = TypeAdapter(Config).validate_python(known_now)
     except ValidationError as error:
         known = [*section_of(), *(item.name for item in dataclasses.fields(Config))]
         raise refusal(error, known=known) from None
     check_together(config)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=config.data.size))
+
+
+def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by name, without those of version 0.1 that are no more.
+
+    Raises:
+        InputError: One of them has another value than the one at which it did nothing.
+    """
+    for name, default in RETIRED.items():
+        if values.get(name, default) != default:
+            raise InputError(
+                f"{name}: was removed after version 0.1, whose configs and checkpoints can only be read where it is "
+                f"{default!r}; got {values[name]!r}"
+            )
+    return {name: value for name, value in values.items() if name not in RETIRED}
 
 
 def load_config(path: Path) -> Config:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
 
 Item = TypeVar("Item")
 
@@ -162,6 +163,16 @@ def release_memory(device: torch.device) -> None:
 def is_bf16(precision: str, device: torch.device) -> bool:
     """Does a run with this ``precision`` (auto, bf16, float32) compute under bf16 autocast there?"""
     return precision == "bf16" or (precision == "auto" and has_bf16(device))
+
+
+def warn_of_emulated_bf16(precision: str, device: torch.device) -> None:
+    """Tell the user, once and from the main process, that the bf16 that was asked for makes the run slower."""
+    if precision == "bf16" and device.type in ("cpu", "cuda") and not has_bf16(device) and is_main():
+        what = "processor" if device.type == "cpu" else "GPU"
+        warn(
+            f"precision: this {what} has no bf16 and emulates it, which is many times slower than float32 and saves "
+            "nothing here; --precision auto (default) takes float32"
+        )
 
 
 def is_compiled(compile: str, device: torch.device) -> bool:

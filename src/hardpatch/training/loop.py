@@ -145,6 +145,7 @@ def _announce(run: Run) -> None:
         f"{run.method.num_hidden} hidden; {run.device.type}, {'bf16' if run.bf16 else 'float32'}, "
         f"{run.position.world_size} process(es), {run.position.num_micro_batches} micro-batch(es)"
     )
+    distributed.warn_of_emulated_bf16(config.run.precision, run.device)
     if schedule.ramp_steps > schedule.total_steps:
         warn(
             f"this run ends before its schedules do (schedule_epochs {config.optimisation.schedule_epochs}): with a "

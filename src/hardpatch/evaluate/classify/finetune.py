@@ -280,6 +280,7 @@ def fine_tune(
                 text = yaml.safe_dump({"finetune": decisive, "about": about}, sort_keys=False, default_flow_style=None)
                 write_text_atomically(folder.config_file, text)
         distributed.barrier()
+        distributed.warn_of_emulated_bf16(config.precision, device)
         training = Finetuning(settings, config, contender, images, folder, device)
         training.resume()
         try:

@@ -165,6 +165,7 @@ def run(config: StepConfig) -> dict[str, Any]:
         source = open_source(config.data, image_size=first.data.size, field="data")
         if len(source) < batch_size:
             raise InputError(f"data: needs at least batch_size ({batch_size}) images, got {len(source)}")
+    distributed.warn_of_emulated_bf16(config.precision, device)
     bf16, compiled = distributed.is_bf16(config.precision, device), distributed.is_compiled(config.compile, device)
     steppers: dict[str, Callable[[], Stepper]] = {
         name: partial(ReferenceStep, chosen, device=device)
