@@ -78,7 +78,7 @@ def flags(values: dict) -> list[str]:
 def in_child(target, *arguments) -> multiprocessing.Process:
     """Start ``target`` in a process of its own that has imported hardpatch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hardpatch.cli", "hardpatch.training.loop", "tiny"])
+    context.set_forkserver_preload(["hardpatch.cli", "hardpatch.training.pretrain", "tiny"])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process

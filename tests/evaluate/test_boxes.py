@@ -13,7 +13,7 @@ from hardpatch.evaluate import foreground
 from hardpatch.evaluate.boxes import QUANTILES, box_overlaps, extents, largest_parts, overlap, read_boxes
 from hardpatch.evaluate.foreground import mean_finding
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.loop import train
+from hardpatch.training.pretrain import train
 from places import SHARED
 from tiny import tiny_config
 

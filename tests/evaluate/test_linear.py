@@ -23,7 +23,7 @@ from hardpatch.evaluate.controls import Contender, open_contenders, standings
 from hardpatch.evaluate.features import pool, split_features, whole_split
 from hardpatch.runs.load import LoadedRun, load_encoder
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.loop import train
+from hardpatch.training.pretrain import train
 from tiny import tiny_config
 
 torch.set_num_threads(1)

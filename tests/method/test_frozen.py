@@ -20,7 +20,7 @@ from hardpatch.method.targets.timm_features import FrozenModel, TimmFeatureTarge
 from hardpatch.runs.build import build_optimizer, build_student, build_target
 from hardpatch.runs.load import load_encoder
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from tiny import TINY
 
 torch.set_num_threads(1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hardpatch.method.losses import rank_correlation, relative_loss
-from hardpatch.method.masks import hide_hard
 from hardpatch.method.vit import patchify
+from hiding import hide
 from places import ROOT
 
 DOCUMENT = ROOT / "docs" / "minimal.md"

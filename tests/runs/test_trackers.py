@@ -11,7 +11,7 @@ from hardpatch.runs.trackers import TRACKERS, Trackers, check_trackers, start_tr
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
 from hardpatch.runtime.signals import StopSignal
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
 from tiny import TINY
 
