@@ -7,14 +7,14 @@ import torch
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
-from hardpatch.method.masks import MASKS
+from hardpatch.method.choices import MASKS, TARGETS
 from hardpatch.method.student import Teacher
-from hardpatch.runs.build import build_method, build_optimizer, build_student, build_target, embedded_codebook
+from hardpatch.method.targets.target import FittedTarget
+from hardpatch.runs.build import build_method, build_optimizer, build_student, build_target
 from hardpatch.runtime.errors import InputError
 from tiny import TINY
 
 torch.set_num_threads(1)
-TARGETS = ("pixels", "norm_pix", "hog", "ema_features", "timm_features", "tokens")
 LOSSES = ("none", "absolute", "relative")
 BATCH, NUM_PATCHES = 4, 16
 
@@ -45,8 +45,8 @@ def test_every_combination_trains_or_is_refused(fields, target):
         Config(), {**values, "target": target, "target_model": model if target == "timm_features" else ""}
     )
     reconstructed = build_target(base)
-    if codebook := embedded_codebook(reconstructed):
-        codebook.adopt(torch.randn(codebook.vocabulary, codebook.pixels.dim))
+    if isinstance(reconstructed, FittedTarget):
+        reconstructed.adopt({name: torch.randn(t.shape) for name, t in reconstructed.fitted_state().items()})
     images = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     noise = torch.rand(BATCH, NUM_PATCHES, generator=torch.Generator().manual_seed(1))
     for mask, predicted_loss in product(MASKS, LOSSES):
@@ -80,7 +80,7 @@ def test_every_combination_trains_or_is_refused(fields, target):
         ({"mask": "random", "predicted_loss": "none", "predictor_detached": True}, "no gradient to cut"),
         ({"predictor_view": "full", "predictor_detached": True}, "no gradient to cut"),
         ({"mask": "random", "mining_threshold": 0.5}, "never guided"),
-        ({"target": "timm_features"}, "target_model: goes with target 'timm_features'"),
+        ({"target": "timm_features"}, "target_model: must be given with target 'timm_features'"),
         ({"target": "hog", "target_model": "resnet18"}, "target_model: goes with target 'timm_features'"),
         ({"target": "hog", "tokenizer": "a:b"}, "tokenizer: goes with target 'tokens'"),
     ],

@@ -26,9 +26,7 @@ def really_kept(config, views, *, bf16):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            # Tensors without content take mean and deviation of a bf16 norm for bf16; they are float32.
-            statistics = bf16 and config.run.residual_precision == "bf16" and tensor.shape[-1:] == (1,)
-            kept[storage.data_ptr()] = storage.nbytes() // 2 if statistics else storage.nbytes()
+            kept[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
@@ -45,7 +43,6 @@ def really_kept(config, views, *, bf16):
 @pytest.mark.parametrize("changes", [
     {},
     {"activation_checkpointing": True, "predictor_view": "both"},
-    {"residual_precision": "bf16"},
     {"decoder": "cross", "masks_per_image": 2, "decoded_share": 0.5, "activation_checkpointing": True},
 ])  # fmt: skip
 @pytest.mark.parametrize("bf16", [False, True])
@@ -71,15 +68,14 @@ def test_parameters_are_counted_and_divided():
     assert (accumulating.gradients, accumulating.views) == (alone.gradients, 2), "exchanged after the last micro-batch"
 
 
-@pytest.mark.parametrize(("residual_precision", "width"), [("bf16", 2), ("float32", 4)])
-def test_bytes_that_a_block_keeps_per_token_and_channel(residual_precision, width):
-    """bf16: two residuals, inputs of the linear layers (2 + 2 + 2 + 8), query, key, value (6), GELU (8)."""
-    config = with_fields(recipe("hpm"), {"residual_precision": residual_precision})
-    memory, of_a_block = step_memory(config), 2 * width + 28
+def test_bytes_that_a_block_keeps_per_token_and_channel():
+    """bf16: two float32 residuals (8), inputs of the linear layers (2 + 2 + 2 + 8), query, key, value (6), GELU (8)."""
+    config = recipe("hpm")
+    memory, of_a_block = step_memory(config), 8 + 28
     assert memory.gradients == 4 * 137_269_760, "85.6 M of ViT-B/16 without its fixed positions, and two decoders"
     formula = of_a_block * (12 * 50 * 768 + 16 * 197 * 512)
     assert formula == pytest.approx(memory.activations_per_view, rel=0.05)
     recomputed = step_memory(with_fields(config, {"activation_checkpointing": True}))
-    inputs = width * (12 * 50 * 768 + 16 * 197 * 512)
+    inputs = 4 * (12 * 50 * 768 + 16 * 197 * 512)
     assert inputs < recomputed.activations_per_view < 2 * inputs
     assert recomputed.recomputed_per_view == pytest.approx(of_a_block * 197 * 512, rel=0.05)  # a decoder's

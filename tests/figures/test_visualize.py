@@ -12,11 +12,12 @@ from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import open_source
 from hardpatch.figures.display import Display, hatched
 from hardpatch.figures.hardness import draw_hardness, measure_hardness, spread_images
+from hardpatch.method.choices import MASKS
 from hardpatch.method.losses import rank_correlation
-from hardpatch.method.masks import MASKS
 from hardpatch.method.student import Teacher
 from hardpatch.method.vit import class_attention
 from hardpatch.runs.build import build_method, build_normalise, build_student
+from hiding import hide
 from tiny import TINY
 
 
@@ -30,10 +31,10 @@ def test_the_figure_shows_a_mask_of_the_runs_own_kind(mask, predicted_loss):
     teacher, method, seen = Teacher(student), build_method(config, student), []
     images = torch.randn(2, 3, 32, 32)
 
-    def remember(scores, noise, **numbers):
-        seen.append((scores, noise))
-        assert numbers["valid"] is None
-        return method.mask_policy(scores, noise, **numbers)
+    def remember(given):
+        seen.append((given.scores, given.noise))
+        assert given.valid is None
+        return method.mask_policy(given)
 
     hardness = measure_hardness(
         student, teacher, replace(method, mask_policy=remember), images, share=0.5,
@@ -43,7 +44,7 @@ def test_the_figure_shows_a_mask_of_the_runs_own_kind(mask, predicted_loss):
     expected = {"predicted_loss": teacher.predict_loss, "attention": lambda i: class_attention(student.encoder, i)}
     if method.guide is not None:
         assert torch.equal(guide, expected[method.guide](images))
-    hidden = hide(mask, GRID=(4, 4), guide, noise, num_hidden=12, num_hard=6)
+    hidden = hide(mask, guide, noise, num_hidden=12, num_hard=6, grid=(4, 4))
     assert torch.equal(hardness.hidden, hidden)
     assert (hardness.predicted_loss is None) == (predicted_loss == "none")
 

@@ -9,7 +9,6 @@ import copy
 
 import pytest
 import torch
-from hardpatch.training.feeding import Feed
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,20 +17,17 @@ from torch.utils._pytree import tree_leaves
 from hardpatch.config.config import Config
 from hardpatch.config.recipes import METHODS
 from hardpatch.config.values import with_fields
-from hardpatch.data.loader.loading import Batch
 from hardpatch.evaluate.features import pool
 from hardpatch.method.student import Teacher
-from hardpatch.method.vit import class_attention, encode, patch_size
+from hardpatch.method.targets.target import FittedTarget
+from hardpatch.method.vit import class_attention, encode, whole_patches
 from hardpatch.runs.build import (
-    blocks,
     build_method,
     build_normalise,
     build_optimizer,
-    build_stages,
     build_student,
     build_target,
     choose_attention,
-    embedded_codebook,
 )
 from hardpatch.training.gate import MiningGate
 from tiny import TINY
@@ -92,8 +88,8 @@ def pretended(monkeypatch):
 def built(config, pretended):
     """Student, teacher and method of a run, there."""
     target = build_target(config)
-    if codebook := embedded_codebook(target):
-        codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
+    if isinstance(target, FittedTarget):
+        target.adopt({name: torch.zeros_like(tensor) for name, tensor in target.fitted_state().items()})
     student = build_student(config, target_dim=target.dim)
     choose_attention(student, CUDA, bf16=True)
     teacher = Teacher(student)
@@ -135,52 +131,26 @@ def test_a_step_on_every_target(target, bf16, pretended):
     check_step(on_cuda(with_fields(Config(), TINY | fields)), pretended, bf16=bf16)
 
 
-@pytest.mark.parametrize(("residual_precision", "expected"), [("bf16", torch.bfloat16), ("float32", torch.float32)])
-def test_what_blocks_add_to(residual_precision, expected, pretended):
-    """Norms give float32 there under autocast, and bf16 on a CPU: neither may leak into what is added to."""
-    config = on_cuda(with_fields(Config(), TINY | {"predictor_view": "both", "residual_precision": residual_precision}))
-    student, teacher, method = built(config, pretended)
-    seen = set()
-    for block in (*blocks(student), *blocks(teacher.model)):
-        block.register_forward_hook(lambda _, tokens, out: seen.update([tokens[0].dtype, out.dtype]))
-    images, noise = pretended.images(), pretended.noise()
-    with pretended.mode, torch.autocast("cuda", torch.bfloat16):
-        method.step(student, teacher, images, noise, num_hard=2)
-    assert seen == {expected}
-
-
 @PRECISIONS
-def test_what_is_fed_and_when_mining_opens(bf16, pretended):
-    """Progressive resolution, pixels without data, a batch that is kept, and a gate: nothing goes to the host."""
-    fields = {"progressive_start": 0.5, "steps_per_batch": 2, "predictor_view": "both"}
-    config = on_cuda(with_fields(Config(), TINY | fields))
-    student, teacher, _ = built(config, pretended)
+def test_no_data_weights_and_the_gate(bf16, pretended):
+    """Pixels without data, the weights of a micro-batch, and a gate: nothing goes to the host."""
+    config = on_cuda(with_fields(Config(), TINY | {"predictor_view": "both"}))
+    student, teacher, method = built(config, pretended)
     normalise = build_normalise(config)
     pretended.move(normalise)
+    noise = pretended.noise()
     with pretended.mode:
         pixels = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device=CUDA)
         valid = torch.empty(4, 32, 32, dtype=torch.bool, device=CUDA)
         gate = MiningGate(0.3, CUDA)
-    grids = set()
-    for stage in build_stages(config, student, build_target(config)):
-        feed = Feed(
-            lambda stage, images: stage.method.ask(teacher, images), normalise,
-            patch=patch_size(student.encoder), steps_per_batch=2, num_micro_batches=1,
-        )  # fmt: skip
-        with pretended.mode:
-            noise = torch.empty(4, stage.grid[0] * stage.grid[1], device=CUDA)
-        for step in (0, 1):
-            with pretended.mode, Transfers() as transfers, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-                (meal,) = feed.meals(step, stage, lambda: Batch(pixels, [], valid))
-                losses = stage.method.step(
-                    student, teacher, meal.images, noise, num_hard=gate.admit(2), answers=meal.answers,
-                    valid=meal.valid,
-                )  # fmt: skip
-                gate.update(losses.rank_correlation)
-            assert transfers.seen == []
-            assert losses.total.device == gate.correlation.device == CUDA
-        grids.add(stage.grid)
-    assert len(grids) > 1
+    with pretended.mode, Transfers() as transfers, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        whole = whole_patches(valid, (32, 32), (8, 8))
+        batch = method.mask(teacher, normalise(pixels), noise, num_hard=gate.admit(2), valid=whole)
+        counts = method.num_counted(batch)
+        losses = method.learn(student, batch, counts / counts.clamp(min=1))
+        gate.update(losses.rank_correlation)
+    assert transfers.seen == []
+    assert losses.total.device == gate.correlation.device == CUDA
 
 
 def test_clipping_optimizer_and_average(pretended):

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from hardpatch.method import masks
 from hardpatch.method.losses import PREDICTED_LOSSES
-from hardpatch.method.masks import hide_random, split_patches
-from hardpatch.method.method import Method
+from hardpatch.method.masks import split_patches
+from hardpatch.method.method import MaskedBatch, Method, TeacherOutput
 from hardpatch.method.student import Student, Teacher
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.targets.target import feature_loss
@@ -81,7 +82,7 @@ class Case:
                 weight *= 1 + 2**-23 * torch.randint(-1, 2, weight.shape, generator=generator)
         self.teacher = Teacher(self.student)
         self.method = Method(
-            target=target, mask_policy=hide_random, num_hidden=int(self.masks[0, 0].sum()),
+            target=target, mask_policy=masks.random, grid=self.student.geometry.grid, num_hidden=int(self.masks[0, 0].sum()),
             predicted_loss=PREDICTED_LOSSES["relative" if self.json["relative"] else "absolute"],
         )  # fmt: skip
 
@@ -138,7 +139,9 @@ def train(case) -> Trajectory:
         for hidden in case.masks:
             scores = case.teacher.predict_loss(case.images)
             output = case.student(case.images, hidden, num_hidden=case.method.num_hidden)
-            losses = case.method.losses(output, case.images, case.method.choose_decoded(hidden, hidden.float()), scores)
+            said = TeacherOutput(case.teacher.encode(case.images), scores, scores)
+            decoded = case.method.choose_decoded(hidden, hidden.float())
+            losses = case.method.losses(output, MaskedBatch(case.images, hidden, decoded, None, said))
             losses.total.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in case.student.parameters() if p.grad is not None])
             optimizer.step()

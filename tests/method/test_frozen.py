@@ -12,15 +12,15 @@ from timm.models import save_for_hf
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
+from hardpatch.method import masks
 from hardpatch.method.losses import relative_loss
-from hardpatch.method.masks import hide_hard
 from hardpatch.method.method import Method
 from hardpatch.method.student import Teacher
 from hardpatch.method.targets.timm_features import FrozenModel, TimmFeatureTarget, load_frozen, resample
 from hardpatch.runs.build import build_optimizer, build_student, build_target
 from hardpatch.runs.load import load_encoder
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from tiny import TINY
 
 torch.set_num_threads(1)
@@ -163,7 +163,7 @@ def test_nothing_of_the_frozen_model_is_trained(saved):
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     assert not any(module.training for module in target.model.modules())
     assert not any(parameter.requires_grad for parameter in target.model.parameters())
-    method = Method(target, hide_hard, 48, relative_loss)
+    method = Method(target, masks.hard, (8, 8), 48, relative_loss)
     images = some_images(2, 3, 64, 64).requires_grad_()
     losses = method.step(student, Teacher(student), images, torch.rand(2, 64), num_hard=3)
     losses.total.backward()

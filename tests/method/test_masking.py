@@ -9,18 +9,10 @@ import torch
 from scipy.stats import chisquare
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hardpatch.method.masks import (
-    MASKS,
-    NUM_RECTANGLES,
-    MaskPolicy,
-    hide_easy,
-    hide_hard,
-    hide_proportional,
-    hide_random,
-    num_hidden_patches,
-    split_patches,
-)
+from hardpatch.method.choices import MASKS, resolve
+from hardpatch.method.masks import NUM_RECTANGLES, MaskInput, num_hidden_patches, split_patches
 from hardpatch.runtime.seeding import more_noise
+from hiding import hide
 
 torch.set_num_threads(1)
 GRIDS = [(2, 2), (1, 7), (3, 5), (8, 8), (14, 14), (7, 31)]
@@ -36,7 +28,7 @@ def draw(num_patches, *, batch=4, seed=0):
     return scores - num_patches / 2, torch.rand(batch, num_patches, generator=generator)
 
 
-def slow_hide("hard", scores, noise, num_hidden, num_hard):
+def slow_hide_hard(scores, noise, num_hidden, num_hard):
     hidden = np.zeros(scores.shape, dtype=bool)
     for b in range(len(scores)):
         easy_to_hard = np.argsort(scores[b])
@@ -71,7 +63,7 @@ def test_exactly_m_patches_are_hidden(mask, grid, ratio):
     num_hidden = min(num_hidden_patches(num_patches, ratio), num_patches - 1)
     scores, noise = draw(num_patches)
     for num_hard in {0, 1, num_hidden // 2, num_hidden}:
-        hidden = hide(mask, GRID=grid, scores, noise, num_hidden=num_hidden, num_hard=num_hard)
+        hidden = hide(mask, scores, noise, num_hidden=num_hidden, num_hard=num_hard, grid=grid)
         assert hidden.dtype == torch.bool
         assert hidden.sum(dim=1).tolist() == [num_hidden] * len(noise)
 
@@ -80,11 +72,11 @@ def test_exactly_m_patches_are_hidden(mask, grid, ratio):
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exactly_m_patches_are_hidden_whatever_the_scores(mask, value, dtype):
-    policy, (scores, noise) = MASKS[mask].policy((4, 5)), draw(20, batch=3)
+    scores, noise = draw(20, batch=3)
     everywhere = torch.full((3, 20), value)
     somewhere = torch.where(torch.arange(20) % 3 == 0, value, scores)
     for broken in (everywhere, somewhere):
-        hidden = policy(broken.to(dtype), noise, num_hidden=15, num_hard=7)
+        hidden = hide(mask, broken.to(dtype), noise, num_hidden=15, num_hard=7, grid=(4, 5))
         assert hidden.sum(dim=1).tolist() == [15] * 3
 
 
@@ -94,9 +86,8 @@ def test_exactly_m_patches_are_hidden_whatever_the_noise(mask, extreme):
     """Also where a filter is given nothing but one value."""
     for grid in GRIDS:
         num_patches = grid[0] * grid[1]
-        hidden = hide(mask, GRID=grid, 
-            torch.zeros(2, num_patches), torch.full((2, num_patches), extreme), num_hidden=num_patches // 2, num_hard=1
-        )
+        scores, noise = torch.zeros(2, num_patches), torch.full((2, num_patches), extreme)
+        hidden = hide(mask, scores, noise, num_hidden=num_patches // 2, num_hard=1, grid=grid)
         assert hidden.sum(dim=1).tolist() == [num_patches // 2] * 2
 
 
@@ -106,25 +97,25 @@ def test_one_extreme_noise_value_does_not_decide_the_whole_mask(mask, extreme):
     """Now and then one value is exactly 0: an infinite normal deviate would fill the whole row."""
     scores, noise = draw(64, batch=8)
     noise[:, 5] = extreme
-    hidden = hide(mask, GRID=(8, 8), scores, noise, num_hidden=48, num_hard=10)
+    hidden = hide(mask, scores, noise, num_hidden=48, num_hard=10, grid=(8, 8))
     assert len(torch.unique(hidden, dim=0)) == 8
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("grid", GRIDS)
-def test_hide_hard_equals_a_loop_over_images(grid, seed):
+def test_hard_masks_equal_a_loop_over_images(grid, seed):
     num_patches = grid[0] * grid[1]
     scores, noise = draw(num_patches, seed=seed)
     num_hidden = int(np.random.default_rng(seed).integers(1, num_patches))
     for num_hard in {0, 1, num_hidden // 3, num_hidden}:
         hidden = hide("hard", scores, noise, num_hidden=num_hidden, num_hard=num_hard)
-        assert np.array_equal(hidden.numpy(), slow_hide("hard", scores.numpy(), noise.numpy(), num_hidden, num_hard))
+        assert np.array_equal(hidden.numpy(), slow_hide_hard(scores.numpy(), noise.numpy(), num_hidden, num_hard))
 
 
 @pytest.mark.parametrize(("mask", "largest"), [("hard", True), ("attention", True), ("easy", False)])
 def test_the_guided_share_is_always_hidden(mask, largest):
     scores, noise = draw(30, batch=500)
-    hidden = hide(mask, GRID=(5, 6), scores, noise, num_hidden=20, num_hard=8)
+    hidden = hide(mask, scores, noise, num_hidden=20, num_hard=8, grid=(5, 6))
     assert hidden.gather(1, scores.topk(8, largest=largest).indices).all()
     assert not hidden.gather(1, scores.topk(8, largest=not largest).indices).all()
 
@@ -136,7 +127,7 @@ def test_the_rest_is_uniform(mask, num_hard):
     num_patches, batch = 6 + num_hard, 40_000
     _, noise = draw(num_patches, batch=batch)
     scores = torch.arange(num_patches).roll(3).float().expand(batch, -1)
-    hidden = hide(mask, GRID=(2, num_patches // 2), scores, noise, num_hidden=3 + num_hard, num_hard=num_hard)
+    hidden = hide(mask, scores, noise, num_hidden=3 + num_hard, num_hard=num_hard, grid=(2, num_patches // 2))
     others = hidden[:, scores[0] >= num_hard if mask == "easy" else scores[0] < 6].long()
     codes = (others << torch.arange(6)).sum(dim=1)
     subsets = [sum(1 << i for i in chosen) for chosen in combinations(range(6), 3)]
@@ -163,10 +154,8 @@ def test_proportional_masks_are_a_luce_draw_and_a_uniform_rest(num_hard, seed):
     """Every set of three of six patches as often as a sum over all orders says: so the rest is independent too."""
     batch, scores = 40_000, [0.0, 1.0, -1.5, 0.5, 2.0, -0.3]
     generator = torch.Generator().manual_seed(seed)
-    hidden = hide("proportional", 
-        torch.tensor(scores).expand(batch, -1), torch.rand(batch, 6, generator=generator),
-        num_hidden=3, num_hard=num_hard,
-    )  # fmt: skip
+    noise = torch.rand(batch, 6, generator=generator)
+    hidden = hide("proportional", torch.tensor(scores).expand(batch, -1), noise, num_hidden=3, num_hard=num_hard)
     codes = (hidden.long() << torch.arange(6)).sum(dim=1)
     counts, expected = [], []
     for subset in combinations(range(6), 3):
@@ -187,7 +176,7 @@ def test_proportional_masks_hide_what_is_much_harder():
 @pytest.mark.parametrize("mask", GUIDED)
 def test_without_hard_patches_the_mask_is_the_random_one(mask):
     scores, noise = draw(64)
-    guided = hide(mask, GRID=(8, 8), scores, noise, num_hidden=48, num_hard=0)
+    guided = hide(mask, scores, noise, num_hidden=48, num_hard=0, grid=(8, 8))
     assert torch.equal(guided, hide("random", None, noise, num_hidden=48, num_hard=0))
 
 
@@ -199,26 +188,29 @@ def test_easy_masks_are_hard_ones_of_the_opposite_scores():
 
 @pytest.mark.parametrize("mask", [name for name in MASKS if name not in GUIDED])
 def test_masks_without_a_guide_ignore_scores_and_share(mask):
-    policy, (scores, noise) = MASKS[mask].policy((8, 8)), draw(64)
-    masks = [policy(s, noise, num_hidden=48, num_hard=n) for s, n in ((None, 0), (scores, 48))]
+    scores, noise = draw(64)
+    masks = [hide(mask, s, noise, num_hidden=48, num_hard=n, grid=(8, 8)) for s, n in ((None, 0), (scores, 48))]
     assert torch.equal(*masks)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_number_of_hard_patches_may_be_a_tensor(mask):
-    policy, (scores, noise) = MASKS[mask].policy((8, 8)), draw(64)
+    scores, noise = draw(64)
     for num_hard in (0, 1, 17, 48):
-        by_tensor = policy(scores, noise, num_hidden=48, num_hard=torch.tensor(num_hard))
-        assert torch.equal(by_tensor, policy(scores, noise, num_hidden=48, num_hard=num_hard))
+        by_tensor = hide(mask, scores, noise, num_hidden=48, num_hard=torch.tensor(num_hard), grid=(8, 8))
+        assert torch.equal(by_tensor, hide(mask, scores, noise, num_hidden=48, num_hard=num_hard, grid=(8, 8)))
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_depend_on_nothing_but_their_own_row(mask):
-    policy, (scores, noise) = MASKS[mask].policy((8, 8)), draw(64, batch=8)
+    scores, noise = draw(64, batch=8)
     before = scores.clone(), noise.clone()
-    whole = policy(scores, noise, num_hidden=48, num_hard=10)
+    whole = hide(mask, scores, noise, num_hidden=48, num_hard=10, grid=(8, 8))
     torch.rand(5)  # the global random state does not matter
-    parts = [policy(scores[i : i + 2], noise[i : i + 2], num_hidden=48, num_hard=10) for i in range(0, 8, 2)]
+    parts = [
+        hide(mask, scores[i : i + 2], noise[i : i + 2], num_hidden=48, num_hard=10, grid=(8, 8))
+        for i in range(0, 8, 2)
+    ]
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(scores, before[0])
     assert torch.equal(noise, before[1])
@@ -237,11 +229,17 @@ def test_split_patches_lists_both_parts_in_image_order(num_hidden):
 @pytest.mark.parametrize("mask", GUIDED)
 def test_a_guided_mask_without_scores_is_an_error(mask):
     with pytest.raises(ValueError, match="scores=None"):
-        hide(mask, GRID=(2, 4), None, draw(8)[1], num_hidden=4, num_hard=0)
+        hide(mask, None, draw(8)[1], num_hidden=4, num_hard=0, grid=(2, 4))
 
 
-def test_every_policy_has_the_one_signature():
-    assert all(isinstance(mask.policy((8, 8)), MaskPolicy) for mask in MASKS.values())
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_policy_gives_every_patch_a_number(mask):
+    """The M highest are hidden, whatever their scale; so every one has to be finite."""
+    scores, noise = draw(64)
+    priorities = resolve(MASKS[mask].policy)(MaskInput(scores, noise, (8, 8), 48, 10))
+    assert priorities.shape == (4, 64)
+    assert priorities.is_floating_point()
+    assert priorities.isfinite().all()
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -250,8 +248,7 @@ def test_masks_need_no_value_on_the_host(mask, as_tensor):
     """Reading a value (``.item()``, ``nonzero``, boolean indexing) is an error on fake tensors."""
     with FakeTensorMode():
         num_hard = torch.ones((), dtype=torch.int64) * 3 if as_tensor else 3
-        policy = MASKS[mask].policy((8, 8))
-        hidden = policy(torch.rand(4, 64), torch.rand(4, 64), num_hidden=48, num_hard=num_hard)
+        hidden = hide(mask, torch.rand(4, 64), torch.rand(4, 64), num_hidden=48, num_hard=num_hard, grid=(8, 8))
         visible_index, hidden_index = split_patches(hidden, 48)
     assert (visible_index.shape, hidden_index.shape) == ((4, 16), (4, 48))
 
@@ -292,16 +289,16 @@ def test_block_masks_equal_a_loop_over_images_and_rectangles(grid, ratio):
     num_hidden = min(num_hidden_patches(num_patches, ratio), num_patches - 1)
     noise = draw(num_patches, batch=30)[1]
     for mask, num_covered in (("block", num_hidden), ("inverse_block", num_patches - num_hidden)):
-        hidden = hide(mask, GRID=grid, None, noise, num_hidden=num_hidden, num_hard=0).numpy()
+        hidden = hide(mask, None, noise, num_hidden=num_hidden, num_hard=0, grid=grid).numpy()
         covered = hidden if mask == "block" else ~hidden
         assert np.array_equal(covered, slow_hide_blocks(noise, grid, num_covered))
 
 
-def hide(mask, grid, *, batch, ratio=0.75, seed=0):
+def drawn(mask, grid, *, batch, ratio=0.75, seed=0):
     """Masks as 0 and 1, (B, rows, columns)."""
     scores, noise = draw(grid[0] * grid[1], batch=batch, seed=seed)
     num_hidden = num_hidden_patches(grid[0] * grid[1], ratio)
-    hidden = hide(mask, GRID=grid, scores, noise, num_hidden=num_hidden, num_hard=num_hidden // 2)
+    hidden = hide(mask, scores, noise, num_hidden=num_hidden, num_hard=num_hidden // 2, grid=grid)
     return hidden.unflatten(1, grid).float()
 
 
@@ -309,7 +306,7 @@ def hide(mask, grid, *, batch, ratio=0.75, seed=0):
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75, 0.9])
 def test_uniform_grid_hides_the_same_share_of_every_cell(grid, ratio):
     """To less than one patch: there is a share t with floor(n t) or ceil(n t) hidden in every cell of n."""
-    for hidden in hide("uniform_grid", grid, batch=50, ratio=ratio):
+    for hidden in drawn("uniform_grid", grid, batch=50, ratio=ratio):
         cells = [
             hidden[row : row + 2, column : column + 2]
             for row in range(0, grid[0], 2)
@@ -326,12 +323,12 @@ def test_uniform_grid_survives_the_largest_and_smallest_offsets(monkeypatch):
     monkeypatch.setattr(
         "hardpatch.method.masks.more_noise", lambda noise, count: extremes[:, :count].expand(len(noise), -1)
     )
-    visible = 1 - hide("uniform_grid", (8, 8), batch=20)
+    visible = 1 - drawn("uniform_grid", (8, 8), batch=20)
     assert (visible.unflatten(1, (4, 2)).unflatten(3, (4, 2)).sum(dim=(2, 4)) == 1).all()
 
 
 def test_uniform_grid_shows_every_place_of_a_cell_alike_and_cells_independently():
-    visible = 1 - hide("uniform_grid", (2, 4), batch=40_000)
+    visible = 1 - drawn("uniform_grid", (2, 4), batch=40_000)
     place = visible.unflatten(2, (2, 2)).permute(0, 2, 1, 3).flatten(2).argmax(dim=2)  # (B, 2 cells)
     counts = torch.bincount(place[:, 0] * 4 + place[:, 1], minlength=16)
     assert chisquare(counts.numpy()).pvalue > 0.001
@@ -342,7 +339,7 @@ def test_uniform_grid_shows_every_place_of_a_cell_alike_and_cells_independently(
 @pytest.mark.parametrize("ratio", [0.4, 0.75])
 def test_every_patch_is_hidden_equally_often(mask, grid, ratio):
     """Not so for blocks, see below, and on odd grids not quite for the uniform grid."""
-    hidden = hide(mask, grid, batch=4000, ratio=ratio)
+    hidden = drawn(mask, grid, batch=4000, ratio=ratio)
     share = num_hidden_patches(grid[0] * grid[1], ratio) / (grid[0] * grid[1])
     deviation = (hidden.mean(dim=0) - share) / math.sqrt(share * (1 - share) / 4000)
     assert deviation.abs().max() < 4.6  # of 196 or 96 normal deviates: exceeded once in a thousand
@@ -352,7 +349,7 @@ def test_every_patch_is_hidden_equally_often(mask, grid, ratio):
 @pytest.mark.parametrize("mask", COLOURED)
 @pytest.mark.parametrize("grid", [(1, 7), (3, 5), (7, 31), (2, 2), (1, 2)])
 def test_coloured_noise_hides_every_patch_equally_often_on_odd_and_tiny_grids(mask, grid):
-    hidden = hide(mask, grid, batch=4000, ratio=0.5)
+    hidden = drawn(mask, grid, batch=4000, ratio=0.5)
     share = hidden[0].mean().item()
     deviation = (hidden.mean(dim=0) - share) / math.sqrt(share * (1 - share) / 4000)
     assert deviation.abs().max() < 4.6
@@ -360,7 +357,7 @@ def test_coloured_noise_hides_every_patch_equally_often_on_odd_and_tiny_grids(ma
 
 def test_blocks_lie_on_the_border_less_often_than_in_the_middle():
     for mask, covered in (("block", 1), ("inverse_block", 0)):
-        share = (hide(mask, (14, 14), batch=2000) == covered).float().mean(dim=0)
+        share = (drawn(mask, (14, 14), batch=2000) == covered).float().mean(dim=0)
         assert share[0, 0] < share[0, 7] < share[7, 7]
         assert share[0, 0] < share[7, 0] < share[7, 7]
         torch.testing.assert_close(share, share.flip(0), atol=0.06, rtol=0)
@@ -370,7 +367,7 @@ def test_blocks_lie_on_the_border_less_often_than_in_the_middle():
 
 def agreement(mask, grid):
     """Chance that two patches side by side are both hidden or both visible."""
-    hidden = hide(mask, grid, batch=500)
+    hidden = drawn(mask, grid, batch=500)
     pairs = (hidden[:, 1:] == hidden[:, :-1]).flatten(), (hidden[:, :, 1:] == hidden[:, :, :-1]).flatten()
     return torch.cat(pairs).float().mean().item()
 
@@ -387,7 +384,7 @@ def test_masks_are_as_coarse_as_their_names_say(grid):
 
 def power(mask):
     """Mean power of the masks at low, middle and high frequencies; 1 is that of independent patches."""
-    hidden = hide(mask, (16, 16), batch=1000)
+    hidden = drawn(mask, (16, 16), batch=1000)
     spectrum = torch.fft.fft2(hidden - 0.75).abs().square().mean(dim=0) / (0.75 * 0.25 * 256)
     along = torch.fft.fftfreq(16)
     frequency = (along.square() + along.square().unsqueeze(1)).sqrt()  # cycles per patch

@@ -7,6 +7,7 @@ import torch
 
 from hardpatch.method.losses import rank_correlation, relative_loss
 from hardpatch.method.vit import patchify
+from hiding import hide
 from places import ROOT
 
 DOCUMENT = ROOT / "docs" / "minimal.md"

@@ -9,7 +9,7 @@ from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.runtime.errors import InputError
 from hardpatch.training.gate import MEMORY, THRESHOLD_AFTER_LOADING, MiningGate, mining_threshold
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from tiny import TINY, assert_same_state, final_state
 
 torch.set_num_threads(1)

@@ -1,10 +1,8 @@
 """What makes a step slow without changing a number: compilations during a run, and the host waiting for the device."""
 
-import importlib
 import time
 import traceback
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,14 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hardpatch.runs.build import compile_blocks
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from hardpatch.training.meter import Meter
 from tiny import TINY, assert_same_state, final_state, tiny_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by dynamo itself
 torch.set_num_threads(1)
 FIELDS = {name: value for name, value in TINY.items() if name != "data"}
-LOOP = importlib.import_module("hardpatch.training.loop")  # the package has a function of that name
 
 
 @pytest.fixture
@@ -28,7 +25,7 @@ def graphs(monkeypatch):
     """Compiled graphs after every step; compiled for no backend, which takes no compiler and changes no number."""
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(LOOP, "compile_blocks", partial(compile_blocks, backend="eager"))
+    monkeypatch.setattr("hardpatch.training.preparation.compile_blocks", partial(compile_blocks, backend="eager"))
     seen = []
     end_step = Meter.end_step
 
@@ -45,7 +42,7 @@ def graphs(monkeypatch):
     {},
     {"hard_share_start": 0.5, "hard_share_end": 0.0, "mask": "proportional", "predictor_view": "both"},
     {"mining_threshold": 0.01},  # the gate opens and closes
-    {"masks_per_image": 2, "decoded_share": 0.5, "predictor_view": "both", "steps_per_batch": 2},
+    {"masks_per_image": 2, "decoded_share": 0.5, "predictor_view": "both"},
     {"micro_batch_size": 4, "figures": True},  # looks at other batch sizes in between
 ], ids=["exact", "falling share", "gate", "fast", "looking"])  # fmt: skip
 def test_nothing_is_compiled_again_while_the_hard_share_changes(tmp_path, graphs, changes):
@@ -53,13 +50,6 @@ def test_nothing_is_compiled_again_while_the_hard_share_changes(tmp_path, graphs
     assert len(graphs) == 12
     assert graphs[0] > 0, "nothing was compiled"
     assert len(set(graphs)) == 1, f"compiled graphs after each step: {graphs}"
-
-
-def test_a_stage_of_another_image_size_is_compiled_once(tmp_path, graphs):
-    pretrain("shapes:48", tmp_path / "run", compile="on", **FIELDS | {"progressive_start": 0.5, "image_size": 64})
-    steps_of_stage = 3
-    changes = [number for number, (a, b) in enumerate(pairwise(graphs), 1) if a != b]
-    assert changes == [steps_of_stage, 2 * steps_of_stage, 3 * steps_of_stage]
 
 
 def test_more_shapes_than_dynamo_allows_by_itself_are_compiled():
@@ -132,8 +122,8 @@ class Waits(TorchDispatchMode):
     {"mask": "green_noise", "predictor_view": "full"},
     {"mask": "attention", "predictor_view": "both", "target": "ema_features"},
     {"masks_per_image": 2, "decoded_share": 0.5, "decoder": "cross", "teacher_reduction": 2, "predictor_view": "both"},
-    {"progressive_start": 0.5, "steps_per_batch": 2, "micro_batch_size": 4},
-], ids=["exact", "mae", "gate", "noise", "attention", "fast", "progressive"])  # fmt: skip
+    {"micro_batch_size": 4},
+], ids=["exact", "mae", "gate", "noise", "attention", "fast", "micro-batches"])  # fmt: skip
 def test_the_host_never_waits_between_two_records(tmp_path, changes):
     """One data process: what it does is not the step's, and is not counted."""
     with Waits() as waits:

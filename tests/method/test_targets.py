@@ -17,13 +17,13 @@ from hardpatch.figures.hardness import draw_hardness, measure_hardness, visualiz
 from hardpatch.method.student import Teacher
 from hardpatch.method.targets.hog import HogTarget, cell_histograms
 from hardpatch.method.targets.pixels import PixelTarget
-from hardpatch.method.targets.target import Target, feature_loss
+from hardpatch.method.targets.target import FittedTarget, Target, feature_loss
 from hardpatch.method.targets.teacher import EmaFeatureTarget
 from hardpatch.method.vit import create_encoder, patchify
-from hardpatch.runs.build import build_method, build_student, build_target, embedded_codebook
+from hardpatch.runs.build import build_method, build_student, build_target
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from tiny import TINY, final_state
 
 torch.set_num_threads(1)
@@ -140,7 +140,7 @@ OBLONG = {"image_size": (32, 48), "encoder_depth": 1}
 
 @pytest.fixture
 def _few_crops(monkeypatch):
-    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 48)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.CodebookTarget.num_crops", 48)
 
 
 def run(out, **changes):
@@ -164,8 +164,9 @@ def some_method(name, frozen, **changes):
     """Student and method of a tiny oblong run, a codebook drawn instead of fitted."""
     config = with_fields(Config(), TINY | OBLONG | target_fields(name, frozen) | changes)
     target = build_target(config)
-    if codebook := embedded_codebook(target):
-        codebook.adopt(torch.randn(codebook.codebook.shape, generator=torch.Generator().manual_seed(2)))
+    if isinstance(target, FittedTarget):
+        generator = torch.Generator().manual_seed(2)
+        target.adopt({name: torch.randn(t.shape, generator=generator) for name, t in target.fitted_state().items()})
     student = build_student(config, target_dim=target.dim)
     return student, build_method(config, student, target)
 

@@ -20,7 +20,7 @@ from hardpatch.runs.codebook import fit_codebook, load_tokenizer, sample_patches
 from hardpatch.runs.load import LoadedRun, load_encoder, load_teacher
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags
 

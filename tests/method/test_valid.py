@@ -4,16 +4,14 @@ import math
 
 import pytest
 import torch
-from hardpatch.training.feeding import Feed
 from scipy import stats
-from test_method import NUM_HIDDEN, NUM_PATCHES, PATCH, SIZE, some_images, some_noise, tiny_method, tiny_student
+from test_method import GRID, NUM_HIDDEN, NUM_PATCHES, some_images, some_noise, tiny_method, tiny_student
 
-from hardpatch.data.loader.loading import Batch, Normalise
+from hardpatch.method.choices import MASKS
 from hardpatch.method.losses import absolute_loss, mean_over, rank_correlation, relative_loss
-from hardpatch.method.masks import MASKS, hide_easy, hide_hard, hide_proportional
 from hardpatch.method.student import Teacher
 from hardpatch.method.vit import whole_patches
-from hardpatch.runs.build import Stage
+from hiding import hide
 
 HALF = torch.arange(NUM_PATCHES) < NUM_PATCHES // 2
 
@@ -27,21 +25,21 @@ def some_valid(rows=3):
 # Masks
 
 
-@pytest.mark.parametrize("policy", [hide_hard, hide_easy, hide_proportional])
+@pytest.mark.parametrize("policy", ["hard", "easy", "proportional"])
 @pytest.mark.parametrize("num_hard", [0, 3, NUM_HIDDEN])
 def test_masks_of_images_that_are_all_data_are_the_same(policy, num_hard):
     scores, noise = torch.randn(3, NUM_PATCHES), some_noise()
     valid = torch.ones(3, NUM_PATCHES, dtype=torch.bool)
-    plain = policy(scores, noise, num_hidden=NUM_HIDDEN, num_hard=num_hard)
-    assert torch.equal(plain, policy(scores, noise, num_hidden=NUM_HIDDEN, num_hard=num_hard, valid=valid))
+    plain = hide(policy, scores, noise, num_hidden=NUM_HIDDEN, num_hard=num_hard)
+    assert torch.equal(plain, hide(policy, scores, noise, num_hidden=NUM_HIDDEN, num_hard=num_hard, valid=valid))
 
 
-@pytest.mark.parametrize(("policy", "sign"), [(hide_hard, 1.0), (hide_easy, -1.0)])
+@pytest.mark.parametrize(("policy", "sign"), [("hard", 1.0), ("easy", -1.0)])
 def test_no_data_is_never_chosen_by_score(policy, sign):
     scores = torch.arange(NUM_PATCHES).float().expand(200, -1) * sign  # the half without data scores highest
     noise = torch.rand(200, NUM_PATCHES, generator=torch.Generator().manual_seed(0))
     valid = HALF.expand(200, -1)
-    hidden = policy(scores, noise, num_hidden=NUM_HIDDEN, num_hard=NUM_HIDDEN, valid=valid)
+    hidden = hide(policy, scores, noise, num_hidden=NUM_HIDDEN, num_hard=NUM_HIDDEN, valid=valid)
     assert (hidden.sum(1) == NUM_HIDDEN).all()
     hard = NUM_HIDDEN // 2  # half of the data, half of the hardest
     assert hidden[:, NUM_PATCHES // 2 - hard : NUM_PATCHES // 2].all(), "the hardest with data"
@@ -51,11 +49,9 @@ def test_no_data_is_never_chosen_by_score(policy, sign):
 
 
 def test_every_policy_takes_valid():
-    grid = (SIZE[0] // PATCH[0], SIZE[1] // PATCH[1])
-    for mask in MASKS.values():
-        hidden = mask.policy(grid)(
-            torch.randn(3, NUM_PATCHES), some_noise(), num_hidden=NUM_HIDDEN, num_hard=3, valid=some_valid()
-        )
+    scores, noise = torch.randn(3, NUM_PATCHES), some_noise()
+    for mask in MASKS:
+        hidden = hide(mask, scores, noise, num_hidden=NUM_HIDDEN, num_hard=3, valid=some_valid(), grid=GRID)
         assert (hidden.sum(1) == NUM_HIDDEN).all()
 
 
@@ -149,8 +145,8 @@ def test_the_mask_and_the_rank_correlation_of_a_step_leave_out_what_has_no_data(
 
     losses = method.step(spy, teacher, images, noise, num_hard=NUM_HIDDEN, valid=valid)
     scores = teacher.predict_loss(images)
-    expected = method.mask_policy(scores, noise, num_hidden=NUM_HIDDEN, num_hard=NUM_HIDDEN, valid=valid)
-    blind = method.mask_policy(scores, noise, num_hidden=NUM_HIDDEN, num_hard=NUM_HIDDEN)
+    expected = method.hide(scores, noise, num_hard=NUM_HIDDEN, valid=valid)
+    blind = method.hide(scores, noise, num_hard=NUM_HIDDEN)
     assert not torch.equal(expected, blind), "the case tells nothing"
     assert torch.equal(seen["hidden"], expected)
     target, found = method.target(images), []
@@ -188,12 +184,3 @@ def test_a_patch_counts_if_all_its_pixels_are_data():
     assert shrunk[:2].all()
     assert shrunk[:, :2].all()
     assert not shrunk[2, 3:].any(), "what borders on it is a mixture"
-
-
-def test_the_feed_hands_valid_patches_on():
-    valid = torch.ones(2, 32, 32, dtype=torch.bool)
-    valid[1, :8, :8] = False
-    batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [], valid)
-    feed = Feed(None, Normalise((0.0,) * 3, (1.0,) * 3), patch=(8, 8), steps_per_batch=1, num_micro_batches=1)
-    (meal,) = feed.meals(0, Stage((4, 4), tiny_method()), lambda: batch)
-    assert meal.valid.sum(1).tolist() == [16, 15]

@@ -15,7 +15,7 @@ from hardpatch.runs.checkpoint import CheckpointFolder, CheckpointWarning
 from hardpatch.runs.schedule import branching_step, resolve_schedule
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags, stop_after
 

@@ -13,7 +13,7 @@ import hardpatch
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags, in_child
 

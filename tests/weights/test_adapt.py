@@ -13,7 +13,7 @@ from hardpatch.method.vit import encode, patchify, unpatchify
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
 from hardpatch.weights.adapt import fit, inflate_channels, resample_pixel_head, start_from
 from hardpatch.weights.names import to_published

@@ -18,7 +18,7 @@ from hardpatch.method.masks import split_patches
 from hardpatch.method.student import Teacher
 from hardpatch.method.vit import encode, sincos_positions
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.loop import pretrain
+from hardpatch.training.pretrain import pretrain
 from hardpatch.weights.adapt import start_from
 from hardpatch.weights.names import from_hugging_face, from_published, to_published
 from hardpatch.weights.read import read_pickle, read_weights, table_grid

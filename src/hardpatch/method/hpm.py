@@ -210,7 +210,8 @@ def make_method(
             f"compare, got {decoded_share}"
         )
     if kind.guide == "attention" and not has_class_attention(encoder):
-        raise InputError(f"mask: {mask!r} needs an encoder with a class token and plain attention blocks")
+        name = (getattr(encoder, "pretrained_cfg", None) or {}).get("architecture", type(encoder).__name__)
+        raise InputError(f"mask: {mask!r} needs an encoder with a class token and plain attention blocks, got {name!r}")
     if any(side % hardness_block for side in patch):
         raise InputError(f"hardness_block: must divide a patch of {patch[0]}x{patch[1]} pixels, got {hardness_block}")
     if patch == (hardness_block, hardness_block) and isinstance(target, PixelTarget) and target.normalise:
