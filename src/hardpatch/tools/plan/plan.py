@@ -12,7 +12,7 @@ from typing import Any
 
 from hardpatch.config.config import Config
 from hardpatch.config.plan import PlanConfig, duration, parse_budget
-from hardpatch.config.recipes import METHODS, TARGETS, recipe
+from hardpatch.config.recipes import recipe, without_scale
 from hardpatch.config.values import check_fields, to_yaml, with_fields
 from hardpatch.cost.flops import training_flops
 from hardpatch.runs.folder import versions
@@ -123,11 +123,10 @@ def _recipe(method: str) -> Config:
     Raises:
         InputError: There is none of that name, or it has a scale, which is what a plan chooses.
     """
-    known = ["-".join(filter(None, (m, t))) for m in METHODS for t in ("", *TARGETS)]
-    if method not in known:
+    if method not in without_scale():
         raise InputError(
             f"method: must be METHOD[-TARGET] as hardpatch recipes lists them, without a scale, got {method!r}"
-            f"{suggest(method, known)}"
+            f"{suggest(method, without_scale())}"
         )
     return recipe(method)
 
