@@ -10,7 +10,6 @@ from pydantic import Field
 from hardpatch.config.config import NotNegative, Positive, PositiveFloat, Share
 
 
-
 class Variant(NamedTuple):
     """A training step that can be measured."""
 
@@ -41,9 +40,7 @@ VARIANTS: dict[str, Variant] = {
     "exact+third": Variant("exact, a third of the hidden patches decoded", EXACT, {"decoded_share": 1 / 3}),
     "exact+cross": Variant("exact with cross-attention decoders", EXACT, {"decoder": "cross"}),
     "exact+shallow": Variant("exact with a loss predictor of one block", EXACT, {"predictor_depth": 1}),
-    "exact+half-teacher": Variant(
-        "exact with a teacher on images of half the side", EXACT, {"teacher_reduction": 2}
-    ),
+    "exact+half-teacher": Variant("exact with a teacher on images of half the side", EXACT, {"teacher_reduction": 2}),
     "exact+4-masks": Variant("exact with one pass of the teacher for four masks", EXACT, {"masks_per_image": 4}),
 }
 """What ``hardpatch benchmark step`` can measure, in the order of the table."""

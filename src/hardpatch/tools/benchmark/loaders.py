@@ -127,7 +127,8 @@ def torchvision_crops(config: LoadingConfig) -> tuple[Callable[[Path], Tensor], 
         content = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torchvision hands its decoders over to torchcodec
-            return decode_jpeg(content, ImageReadMode.RGB)
+            pixels: Tensor = decode_jpeg(content, ImageReadMode.RGB)
+        return pixels
 
     return read, v2.Compose([
         v2.RandomResizedCrop(

@@ -55,7 +55,9 @@ def with_spread(result: Mapping[str, Any], key: str, name: str, digits: int) -> 
 
 def step_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the table of steps, header first."""
-    rows = [("", "images/s", "of reference", "of MAE", "GFLOP/image", "of peak", "memory GB", "what")]
+    rows: list[tuple[str, ...]] = [
+        ("", "images/s", "of reference", "of MAE", "GFLOP/image", "of peak", "memory GB", "what")
+    ]
     for name, memory in result["peak_memory_bytes"].items():
         rows.append((
             name,
@@ -73,7 +75,9 @@ def step_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def loader_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the table of loaders, header first."""
     step = result["step"]
-    rows = [("", "images/s per core", "of plain", *(["cores for the step"] if step else []), "what")]
+    rows: list[tuple[str, ...]] = [
+        ("", "images/s per core", "of plain", *(["cores for the step"] if step else []), "what")
+    ]
     for name, rate in result["images_per_second_per_core"].items():
         rows.append((
             name,

@@ -10,21 +10,18 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hardpatch.config.benchmark import BenchmarkConfig, StepConfig
+from hardpatch.config.benchmark import VARIANTS, BenchmarkConfig, StepConfig
 from hardpatch.config.config import Config
 from hardpatch.config.recipes import recipe
 from hardpatch.config.values import with_fields
 from hardpatch.cost.flops import training_flops
-from hardpatch.data.loader.loading import Batch
 from hardpatch.data.sources import open_source
-from hardpatch.method.method import Answers, Teacher
-from hardpatch.method.vit import patch_size
+from hardpatch.method.method import Teacher
+from hardpatch.method.vit import grid_size
 from hardpatch.runs.build import (
-    Stage,
     build_method,
     build_normalise,
     build_optimizer,
-    build_stages,
     build_student,
     build_target,
     choose_attention,
@@ -32,43 +29,15 @@ from hardpatch.runs.build import (
     embedded_codebook,
     recompute_blocks,
 )
-from hardpatch.runs.folder import versions
-from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import mask_noise
 from hardpatch.tools.benchmark.plain import PlainStep
-from hardpatch.tools.benchmark.timing import Stepper, measure, ratios_to
-from hardpatch.training.feeding import Feed
+from hardpatch.tools.benchmark.timing import Conditions, Stepper, measure
 
 EMA_DECAY = 0.999
 HARD_SHARE = 0.25
 """The mean of a run from 0 to 0.5; the time of a step does not depend on it."""
 NUM_FLOP_IMAGES = 2
-
-RECIPES = {
-    "mae": "mae-norm-pix",
-    "random+lpred": "random+lpred-norm-pix",
-    "mae-third": "mae-third-norm-pix",
-    "crossmae": "crossmae",
-    "fast": "hpm-fast-norm-pix",
-    "fast-in-pixels": "hpm-fast-in-pixels",
-    "random+lpred-fast": "random+lpred-fast-norm-pix",
-    "shared": "hpm-shared-norm-pix",
-    "cross": "hpm-cross-norm-pix",
-}
-"""The recipe that each variant is a step of; without one, the published method on norm_pix."""
-
-MEANS: dict[str, dict[str, Any]] = {
-    "exact+third": {"decoded_share": 1 / 3},
-    "exact+cross": {"decoder": "cross"},
-    "exact+shallow": {"predictor_depth": 1},
-    "exact+half-teacher": {"teacher_reduction": 2},
-    "exact+4-masks": {"masks_per_image": 4},
-    "exact+4-steps": {"steps_per_batch": 4},
-    "exact+progressive": {"progressive_start": 0.5},
-    "exact+bf16-residual": {"residual_precision": "bf16"},
-}
-"""Fields that a variant sets beside its recipe."""
 
 
 class OurStep:
@@ -82,18 +51,16 @@ class OurStep:
     """
 
     def __init__(self, config: Config, *, device: torch.device, bf16: bool, compiled: bool) -> None:
-        self.config = config
-        self.batch_size, self.device, self.bf16 = config.optimisation.batch_size, device, bf16
-        self.masks_per_image = config.method.masks_per_image
-        self.images_per_step = self.batch_size // self.masks_per_image
+        self.config, self.device, self.bf16 = config, device, bf16
+        self.batch_size = config.optimisation.batch_size
+        self.images_per_step = self.batch_size // config.method.masks_per_image
         target = build_target(config)
         if codebook := embedded_codebook(target):  # any entries will do: what they are does not change the time
             codebook.adopt(torch.zeros(codebook.vocabulary, codebook.pixels.dim))
         if isinstance(target, torch.nn.Module):
             target.to(device)
         self.student = build_student(config, target_dim=target.dim).to(device)
-        self.stages = build_stages(config, self.student, target)
-        self.method = self.stages[-1].method
+        self.method = build_method(config, self.student, target)
         choose_attention(self.student, device, bf16=bf16)
         self.teacher = Teacher(self.student)
         if config.run.activation_checkpointing:
@@ -102,49 +69,34 @@ class OurStep:
             compile_blocks(self.student, self.teacher)
         self.optimizer = build_optimizer(config.optimisation, self.student)
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
-        self.clip = config.optimisation.gradient_clip or math.inf
-        self.kept = config.method.steps_per_batch
-        self.cycle = self.kept * len(self.stages)
-        self.feed = Feed(
-            self._ask if self.method.needs_teacher else None,
-            build_normalise(config).to(device),
-            patch=patch_size(self.student.encoder),
-            steps_per_batch=self.kept,
-            num_micro_batches=1,
-        )
+        self.normalise = build_normalise(config).to(device)
+        self.num_patches = math.prod(grid_size(self.student.encoder))
         self.steps_done = 0
 
     def step(self, fetch: Callable[[], torch.Tensor]) -> None:
-        """One training step, without a wait for the device; stages of a progressive run take turns."""
+        """One training step, without a wait for the device."""
         self.learn(fetch)
         self.finish()
 
     def learn(self, fetch: Callable[[], torch.Tensor]) -> None:
         """Forward and backward, teacher included: what every micro-batch costs."""
-        stage = self.stages[self.steps_done // self.kept % len(self.stages)]
         noise = mask_noise(
-            0, self.steps_done, batch_size=self.batch_size, num_patches=math.prod(stage.grid), device=self.device
+            0, self.steps_done, batch_size=self.batch_size, num_patches=self.num_patches, device=self.device
         )
-        num_hard = int(stage.method.num_hidden * HARD_SHARE)
+        teacher = self.teacher if self.method.needs_teacher else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            (meal,) = self.feed.meals(self.steps_done, stage, lambda: Batch(fetch(), []))
-            teacher = self.teacher if self.method.needs_teacher else None
-            losses = stage.method.step(
-                self.student, teacher, meal.images, noise, num_hard=num_hard, answers=meal.answers
-            )
+            num_hard = int(self.method.num_hidden * HARD_SHARE)
+            losses = self.method.step(self.student, teacher, self.normalise(fetch()), noise, num_hard=num_hard)
         losses.total.backward()
 
     def finish(self) -> None:
         """Clipping, optimizer and EMA: what a step costs once."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimisation.gradient_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.method.needs_teacher or self.student.predictor is not None:
             self.teacher.update(self.student, EMA_DECAY)
         self.steps_done += 1
-
-    def _ask(self, stage: Stage, images: torch.Tensor) -> Answers:
-        return stage.method.ask(self.teacher, images)
 
     def flops_per_view(self, images: torch.Tensor) -> float:
         """As :func:`hardpatch.cost.flops.training_flops`."""
@@ -158,8 +110,6 @@ class ReferenceStep:
         config: Of the run.
         device: Where.
     """
-
-    cycle = 1
 
     def __init__(self, config: Config, *, device: torch.device) -> None:
         student = build_student(config).to(device)
@@ -177,9 +127,14 @@ class ReferenceStep:
 
     def flops_per_view(self, images: torch.Tensor) -> float:
         """Counted over a whole step of a few images."""
-        with FlopCounterMode(display=False) as counter:
-            self.step(lambda: images[:NUM_FLOP_IMAGES])
-        return float(counter.get_total_flops() / len(images[:NUM_FLOP_IMAGES]))
+        return counted_flops(self, images)
+
+
+def counted_flops(stepper: Stepper, images: torch.Tensor) -> float:
+    """Floating-point operations per image, counted over a whole step of a few images."""
+    with FlopCounterMode(display=False) as counter:
+        stepper.step(lambda: images[:NUM_FLOP_IMAGES])
+    return float(counter.get_total_flops() / len(images[:NUM_FLOP_IMAGES]))
 
 
 def run(config: StepConfig) -> dict[str, Any]:
@@ -190,8 +145,8 @@ def run(config: StepConfig) -> dict[str, Any]:
     """
     if len(set(config.variants)) < len(config.variants) or not config.variants:
         raise InputError(f"variants: must be different, at least one, got {', '.join(config.variants) or 'none'}")
-    device = distributed.choose_device(config.device)
-    batch_size = config.batch_size or (256 if device.type == "cuda" else 16)
+    conditions = Conditions.of(config)
+    device, batch_size = conditions.device, conditions.batch_size
     configs = {name: variant_config(name, config, batch_size) for name in config.variants}
     source = None
     if config.data:
@@ -199,27 +154,16 @@ def run(config: StepConfig) -> dict[str, Any]:
         source = open_source(config.data, image_size=first.data.size, field="data")
         if len(source) < batch_size:
             raise InputError(f"data: needs at least batch_size ({batch_size}) images, got {len(source)}")
-    bf16, compiled = distributed.is_bf16(config.precision, device), distributed.is_compiled(config.compile, device)
     steppers: dict[str, Callable[[], Stepper]] = {
         name: partial(ReferenceStep, chosen, device=device)
         if name == "reference"
-        else partial(OurStep, chosen, device=device, bf16=bf16, compiled=compiled)
+        else partial(OurStep, chosen, device=device, bf16=conditions.bf16, compiled=conditions.compiled)
         for name, chosen in configs.items()
     }
-    figures = measure(steppers, config, batch_size=batch_size, device=device, source=source)
+    figures = measure(steppers, config, conditions, source=source)
     reference = "fp16" if device.type == "cuda" else "float32"
-    return {
-        **figures,
-        "model": config.encoder,
-        "precision": "bf16" if bf16 else "float32",
-        "precision_of_reference": reference if "reference" in configs else None,
-        "compiled": compiled,
-        "measured": f"training from {config.data}" if config.data else "step alone",
-        **ratios_to(figures, "reference"),
-        **ratios_to(figures, "mae"),
-        "settings": settings_of(config, batch_size),
-        "versions": versions(device),
-    }
+    figures["precision_of_reference"] = reference if "reference" in configs else None
+    return figures | ({"measured": f"training from {config.data}"} if config.data else {})
 
 
 def variant_config(name: str, config: BenchmarkConfig, batch_size: int) -> Config:
@@ -228,21 +172,10 @@ def variant_config(name: str, config: BenchmarkConfig, batch_size: int) -> Confi
     Raises:
         InputError: A size does not fit.
     """
-    base = with_fields(recipe(RECIPES.get(name, "hpm-norm-pix")), MEANS.get(name, {}))
-    fields: dict[str, Any] = {
-        "encoder": config.encoder,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "decoder_width": config.decoder_width,
-        "decoder_depth": config.decoder_depth,
-        "batch_size": batch_size,
-    }
+    variant = VARIANTS[name]
+    base = with_fields(recipe(variant.recipe), variant.fields)
+    sizes = ("encoder", "image_size", "patch_size", "decoder_width", "decoder_depth")
+    fields = {"batch_size": batch_size, **{name: getattr(config, name) for name in sizes}}
     if base.model.predictor_depth == Config().model.predictor_depth:  # not chosen by the variant itself
         fields["predictor_depth"] = config.decoder_depth
     return with_fields(base, fields)
-
-
-def settings_of(config: BenchmarkConfig, batch_size: int) -> dict[str, Any]:
-    """What all variants had in common."""
-    names = ("image_size", "patch_size", "decoder_width", "decoder_depth", "seconds", "rounds")
-    return {"batch_size": batch_size, **{name: getattr(config, name) for name in names}}
