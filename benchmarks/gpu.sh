@@ -2,8 +2,8 @@
 # Everything worth knowing from one GPU in one call of less than ten minutes: does it compute what the CPU computes, how
 # fast is a step (ViT-B, L, S; peers; every means of the fast mode alone), does a real run train. The most wanted comes
 # first: a stage gets what is left of TOTAL_SECONDS, and is cut or left out where that is too little.
-# Calls for what takes longer: STAGES="evidence", "progressive", "autotune" (matrix products by the fastest of many
-# kernels), "plain-reductions" (without the compiler's kernels that reduce rows and columns at once), "plan".
+# Calls for what takes longer: STAGES="evidence", "autotune" (matrix products by the fastest of many kernels),
+# "plain-reductions" (without the compiler's kernels that reduce rows and columns at once), "plan".
 # Results are summary.json and results.tar.gz in OUT (JSON, CSV, figures; written anew after every stage, so that a call
 # that is cut short brings home what it had).
 #
@@ -18,7 +18,7 @@
 #   EVIDENCE_SECONDS  and the limit of all of them              (400; seeds are the outer loop, so a cut loses seeds)
 #   TOTAL_SECONDS     limit of the whole call                   (570)
 #   PYTHON            interpreter                               (python3)
-#   STAGES            which stages, always in this order        ("agreement base residual pretrain large peers small means")
+#   STAGES            which stages, always in this order        ("agreement base pretrain large peers small means")
 #   DEVICE_SMALL=1    everything tiny, to try the script on a CPU
 #
 # A stage that fails does not stop the next. Exit code 0: every stage succeeded; 1: one failed, see OUT/summary.json.
@@ -29,7 +29,7 @@ OUT=${OUT:-runs/gpu}
 RUN=${RUN:-runs/gpu-pretrain}
 PYTHON=${PYTHON:-python3}
 SMALL=${DEVICE_SMALL:-0}
-STAGES=${STAGES:-agreement base residual pretrain large peers small means}
+STAGES=${STAGES:-agreement base pretrain large peers small means}
 TOTAL_SECONDS=${TOTAL_SECONDS:-570}
 GRACE=45  # to stop well: a step of a benchmark that compiles may take so long
 mkdir -p "$OUT" || exit 1
@@ -123,7 +123,7 @@ small_model=vit_small_patch16_224
 base_model=vit_base_patch16_224
 large_model=vit_large_patch16_224
 batch=256
-means=(exact exact+third exact+cross exact+shallow exact+half-teacher exact+4-masks exact+4-steps)
+means=(exact exact+third exact+cross exact+shallow exact+half-teacher exact+4-masks)
 pretrain=(--epochs "${PRETRAIN_EPOCHS:-20}" --batch-size 512 --base-learning-rate 1e-3 --checkpoint-steps 440)
 evidence=(--scale 64px --epochs "${EVIDENCE_EPOCHS:-20}" --batch-size 512 --base-learning-rate 5e-4 --seeds 0 1)
 budget=1h
@@ -152,8 +152,6 @@ bench=("$PYTHON" -m hardpatch benchmark)
 stage agreement 150 "$PYTHON" benchmarks/cuda_agreement.py --out "$FOUND/agreement.json"
 stage base 200 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants reference mae exact fast --profile \
     --out "$FOUND/step_base.json"
-stage residual 80 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants exact exact+bf16-residual \
-    --out "$FOUND/step_residual.json"
 if stage pretrain "${PRETRAIN_SECONDS:-110}" "$PYTHON" -m hardpatch pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
     --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then
     tail -n 1 "$SCRATCH/pretrain.txt" >"$FOUND/pretrain.json"
@@ -162,7 +160,7 @@ cat "$SCRATCH/pretrain.txt"
 stage large 130 "${bench[@]}" step --encoder "$large_model" --batch-size "$batch" "${step[@]}" --variants exact mae fast \
     --out "$FOUND/step_large.json"
 if "$PYTHON" -c "import transformers" 2>/dev/null || "$PYTHON" -c "import lightly" 2>/dev/null; then
-    stage peers 60 "${bench[@]}" peers --encoder "$base_model" --batch-size "$batch" "${step[@]}" --out "$FOUND/peers.json"
+    stage peers 60 "$PYTHON" benchmarks/peers.py --encoder "$base_model" --batch-size "$batch" "${step[@]}" --out "$FOUND/peers.json"
 else
     echo "gpu.sh: no peer (transformers, lightly) is installed: not measured" >&2
 fi
@@ -173,9 +171,6 @@ stage means 120 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch"
 stage evidence "${EVIDENCE_SECONDS:-400}" "$PYTHON" -m hardpatch ablate --suite speed --rows mae-norm-pix random+lpred-fast-norm-pix hpm-fast-in-pixels \
     --data "$train" --val "$val" --equal-time --no-equal-compute "${evidence[@]}" --out "$SCRATCH/evidence"
 
-# Twelve graphs for its four sizes: a call of its own.
-stage progressive 200 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants mae exact exact+progressive \
-    --out "$FOUND/step_progressive.json"
 # Do the compiler's newest reductions help or hurt? (They are on by default since torch 2.10.)
 TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 stage plain-reductions 150 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" \
     --variants exact --out "$FOUND/step_plain_reductions.json"

@@ -57,7 +57,9 @@ def test_every_command_of_the_script_is_one_of_hpm(images):
 def test_its_pre_training_is_one_of_hpm(images, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        importlib.import_module("hardpatch.training.pretrain"), "train", lambda config, out, **_: seen.append(config) or {}
+        importlib.import_module("hardpatch.training.pretrain"),
+        "train",
+        lambda config, out, **_: seen.append(config) or {},
     )
     monkeypatch.setattr(pretraining, "report_run", lambda *_, **__: None)
     pretraining.pretrain([*images.pretrain.split(), "--no-figures", "--seed", "3", "--out", "run"])

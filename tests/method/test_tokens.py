@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from hardpatch.runs.codebook import fit_codebook, load_tokenizer, sample_patches
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
@@ -16,7 +17,6 @@ from hardpatch.data.sources import Source
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.targets.tokens import KMeansTokenizer, Tokenizer, TokenTarget, nearest
 from hardpatch.runs.build import build_target
-from hardpatch.runs.codebook import fit_codebook, load_tokenizer, sample_patches
 from hardpatch.runs.load import LoadedRun, load_encoder, load_teacher
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics

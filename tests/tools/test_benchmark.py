@@ -314,8 +314,9 @@ def test_wrong_input_is_one_clear_message(arguments, message, capsys):
 
 def test_peers_are_the_same_model():
     pytest.importorskip("transformers", reason="the peer is not installed")
-    from hardpatch.runs.build import build_student
     from hardpatch.tools.benchmark.peers import PEERS
+
+    from hardpatch.runs.build import build_student
 
     config = step.variant_config("mae", PeersConfig(**SMALL), 8)
     ours = sum(p.numel() for p in build_student(config).parameters())

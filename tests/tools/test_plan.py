@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hardpatch.tools.plan.step_time import StepSeconds, loading_limit, reckoned, step_seconds, with_loading
 from PIL import Image
 
 from hardpatch.cli import plan as planning
@@ -34,7 +35,6 @@ from hardpatch.tools.plan.sizes import (
     epochs_within,
     preferred,
 )
-from hardpatch.tools.plan.step_time import StepSeconds, loading_limit, reckoned, step_seconds, with_loading
 
 NAMES = [size.name for size in SIZES]
 CPU = torch.device("cpu")

@@ -16,14 +16,15 @@ from functools import partial
 from typing import NamedTuple, NoReturn
 
 from hardpatch.cli.ablate import ablate
-from hardpatch.cli.benchmark import benchmark_data, benchmark_peers, benchmark_step
+from hardpatch.cli.benchmark import benchmark_data, benchmark_step
 from hardpatch.cli.data import data_check, data_pack, data_stats
 from hardpatch.cli.doctor import doctor
 from hardpatch.cli.embed import embed
 from hardpatch.cli.evaluate import evaluate
 from hardpatch.cli.output import complain, say_plainly
 from hardpatch.cli.plan import plan
-from hardpatch.cli.pretrain import demo, pretrain, recipes
+from hardpatch.cli.pretrain import demo, pretrain
+from hardpatch.cli.recipes import recipes
 from hardpatch.cli.visualize import visualize
 from hardpatch.cli.weights import convert, export
 from hardpatch.config.evaluations import EVALUATIONS
@@ -55,7 +56,6 @@ COMMANDS: dict[str, Command] = {
         benchmark_step, "images per second: the published step, ours, the fast presets, MAE, in turns"
     ),
     "benchmark data": Command(benchmark_data, "images per second and core of every way to load, beside a plain loader"),
-    "benchmark peers": Command(benchmark_peers, "our MAE mode beside transformers' and lightly's"),
     "visualize": Command(visualize, "what is hard in given images, as a figure"),
     "embed": Command(embed, "features of every image as a table, and how difficult each is"),
     "export": Command(export, "the backbone for timm, Hugging Face, ONNX or torch.export, checked"),
@@ -122,7 +122,7 @@ def _dispatch(arguments: list[str]) -> None:
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_listed("COMMAND", COMMANDS))
-        print("\nhpm COMMAND --help explains a command; hardpatch --version prints versions.")
+        print("\nhardpatch COMMAND --help explains a command; hardpatch --version prints versions.")
         return
     if arguments[0] == "--version":
         print(_versions())
@@ -151,7 +151,7 @@ def _no_second_word(first: str, arguments: list[str]) -> None:
 
     commands = {name: command for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
     known = [name.split()[1] for name in commands]
-    listed = f"{_listed(f'{first} NAME', commands)}\n\nhpm {first} NAME --help explains one."
+    listed = f"{_listed(f'{first} NAME', commands)}\n\nhardpatch {first} NAME --help explains one."
     if not arguments:
         raise InputError(f"{first}: needs a name: {', '.join(known)}\n\n{listed}")
     if arguments[0] not in ("-h", "--help"):

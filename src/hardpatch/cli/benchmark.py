@@ -20,7 +20,7 @@ def benchmark_step(arguments: list[str]) -> None:
     from hardpatch.tools.benchmark import step
 
     next_command = "hardpatch pretrain --recipe hpm-fast-in-pixels --data IMAGES --out RUN"
-    _report(step.run(config), config.out, next_command, as_json=as_json)
+    report_steps(step.run(config), config.out, next_command, as_json=as_json)
 
 
 def benchmark_data(arguments: list[str]) -> None:
@@ -30,18 +30,16 @@ def benchmark_data(arguments: list[str]) -> None:
     config, as_json = parse(LoadingConfig, "benchmark data", arguments)
 
     from hardpatch.tools.benchmark import data
+    from hardpatch.tools.benchmark.presentation import draw_loaders, loader_table, save
 
     result = data.run(config)
     print(f"{result['images']}; {result['device']}, one core")
-    header, *rows = data.table(result)
+    header, *rows = loader_table(result)
     print_table(header, rows)
     for line in data.verdict(result):
         print(line)
-    for name, lines in result.get("profile", {}).items():
-        print(f"\nwhere the time of {name} goes:")
-        print_table(("function", "share"), [(function, f"{share:.1%}") for function, share in lines.items()])
     if config.out:
-        data.save(result, Path(config.out))
+        save(result, Path(config.out), draw_loaders)
         print(f"look:  {Path(config.out).with_suffix('.png')}")
     print(
         "next:  hardpatch data pack SRC --out DIR    shards that are quick to read; "
@@ -51,33 +49,27 @@ def benchmark_data(arguments: list[str]) -> None:
         print_json(result)
 
 
-def benchmark_peers(arguments: list[str]) -> None:
-    """``hardpatch benchmark peers``."""
-    from hardpatch.config.benchmark import PeersConfig
+def report_steps(result: dict[str, Any], out: str, next_command: str, *, as_json: bool) -> None:
+    """Print what steps take, save it where a file is named, and leave with the code that the measuring earned.
 
-    config, as_json = parse(PeersConfig, "benchmark peers", arguments)
-
-    from hardpatch.tools.benchmark import peers
-
-    _report(peers.run(config), config.out, "hardpatch benchmark step    what mining costs on top", as_json=as_json)
-
-
-def _report(result: dict[str, Any], out: str, next_command: str, *, as_json: bool) -> None:
-    from hardpatch.tools.benchmark import timing
+    Raises:
+        Interrupted: A signal stopped it, and less was measured than was asked for.
+    """
+    from hardpatch.tools.benchmark.presentation import draw_steps, save, step_table
 
     print(
         f"{result['model']} at {result['settings']['image_size']} px, batch {result['settings']['batch_size']}, "
         f"{result['precision']}{', compiled' if result['compiled'] else ''}, {result['device']}; {result['measured']}"
     )
-    header, *rows = timing.table(result)
+    header, *rows = step_table(result)
     print_table(header, rows)
     peaks = ", ".join(f"{name} {value:.2f}" for name, value in result["matmul_peak_tflops"].items())
-    print(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the bf16 one")
+    print(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the first")
     for name, shares in result.get("profile", {}).items():
         print(f"\nwhere the time of {name} goes:")
         print_table(("operation", "share"), [(operation, f"{share:.1%}") for operation, share in shares.items()])
     if out:
-        timing.save(result, Path(out))
+        save(result, Path(out), draw_steps)
         print(f"look:  {Path(out).with_suffix('.png')}")
     print(f"next:  {next_command}")
     if as_json:

@@ -1,4 +1,4 @@
-"""``hardpatch pretrain``, ``hardpatch demo``, ``hardpatch recipes``."""
+"""``hardpatch pretrain``, ``hardpatch demo``."""
 
 from __future__ import annotations
 
@@ -92,25 +92,3 @@ def demo(arguments: list[str]) -> None:
     result, found = run_demo(Path(command.out), epochs=command.epochs)
     print_section(foreground.describe(found.figures()))
     report_run(command.out, result, as_json=as_json)
-
-
-def recipes(arguments: list[str]) -> None:
-    """``hardpatch recipes``."""
-    from hardpatch.config.recipes import METHODS, SCALES, TARGETS, shapes_demo
-    from hardpatch.tools.ablate.suites import SUITES
-
-    if arguments and arguments[0] not in ("-h", "--help"):
-        raise InputError(f"recipes: takes no arguments, got {arguments}")
-    print("A recipe is METHOD[-TARGET][-SCALE]: hardpatch, mae-norm-pix, hpm-both-norm-pix-64px, mae-imagenet-800\n")
-    for title, table in (
-        ("METHOD", {**METHODS, "shapes-demo": shapes_demo}), ("TARGET", TARGETS), ("SCALE", SCALES),
-    ):  # fmt: skip
-        rows = [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in table.items()]
-        print_table((title, "what it is"), rows)
-        print()
-    print_table(
-        ("SUITE", "hardpatch ablate compares"), [(name, ", ".join(suite.rows)) for name, suite in SUITES.items()]
-    )
-    print()
-    print("Without a target: raw pixels, or the method's own. Without a scale: ViT-B/16, 224 px, 200 epochs.")
-    print("next:  hardpatch pretrain --recipe NAME --data SRC --out RUN   (with --help instead of --data: its values)")

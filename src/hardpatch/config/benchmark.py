@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hardpatch.config.fields import NotNegative, Positive, PositiveFloat, Settings, Share
 
-VARIANTS: dict[str, str] = {
-    "reference": "the published way: whole EMA model, mask loop, float32 (fp16 on CUDA)",
-    "mae": "MAE mode: random masks, no loss predictor, no teacher",
-    "exact": "HPM as published, our step",
-    "random+lpred": "random masks with the loss predictor",
-    "mae-third": "MAE that decodes a third of the hidden patches",
-    "crossmae": "MAE with cross-attention decoders, a third decoded",
-    "fast": "recipe hpm-fast",
-    "fast-in-pixels": "recipe hpm-fast-in-pixels",
-    "random+lpred-fast": "recipe random+lpred-fast: fast without teacher and mining",
-    "shared": "recipe hpm-shared",
-    "cross": "recipe hpm-cross",
-    "exact+third": "exact, a third of the hidden patches decoded",
-    "exact+cross": "exact with cross-attention decoders",
-    "exact+shallow": "exact with a loss predictor of one block",
-    "exact+half-teacher": "exact with a teacher on images of half the side",
-    "exact+4-masks": "exact with one pass of the teacher for four masks",
-}
-"""What can be measured, in the order of the table."""
 
-VariantName = Literal[
-    "reference", "mae", "exact", "random+lpred", "mae-third", "crossmae", "fast", "fast-in-pixels",
-    "random+lpred-fast", "shared", "cross",
-    "exact+third", "exact+cross", "exact+shallow", "exact+half-teacher", "exact+4-masks",
-]  # fmt: skip
+class Variant(NamedTuple):
+    """A training step that can be measured."""
+
+    about: str
+    """What it is, for the table."""
+    recipe: str
+    """The recipe that it is a step of."""
+    fields: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    """Fields of the config that it sets beside its recipe."""
+
+
+EXACT = "hpm-norm-pix"
+
+VARIANTS: dict[str, Variant] = {
+    "reference": Variant("the published way: whole EMA model, mask loop, float32 (fp16 on CUDA)", EXACT),
+    "mae": Variant("MAE mode: random masks, no loss predictor, no teacher", "mae-norm-pix"),
+    "exact": Variant("HPM as published, our step", EXACT),
+    "random+lpred": Variant("random masks with the loss predictor", "random+lpred-norm-pix"),
+    "mae-third": Variant("MAE that decodes a third of the hidden patches", "mae-third-norm-pix"),
+    "crossmae": Variant("MAE with cross-attention decoders, a third decoded", "crossmae"),
+    "fast": Variant("recipe hpm-fast", "hpm-fast-norm-pix"),
+    "fast-in-pixels": Variant("recipe hpm-fast-in-pixels", "hpm-fast-in-pixels"),
+    "random+lpred-fast": Variant(
+        "recipe random+lpred-fast: fast without teacher and mining", "random+lpred-fast-norm-pix"
+    ),
+    "shared": Variant("recipe hpm-shared", "hpm-shared-norm-pix"),
+    "cross": Variant("recipe hpm-cross", "hpm-cross-norm-pix"),
+    "exact+third": Variant("exact, a third of the hidden patches decoded", EXACT, {"decoded_share": 1 / 3}),
+    "exact+cross": Variant("exact with cross-attention decoders", EXACT, {"decoder": "cross"}),
+    "exact+shallow": Variant("exact with a loss predictor of one block", EXACT, {"predictor_depth": 1}),
+    "exact+half-teacher": Variant("exact with a teacher on images of half the side", EXACT, {"teacher_reduction": 2}),
+    "exact+4-masks": Variant("exact with one pass of the teacher for four masks", EXACT, {"masks_per_image": 4}),
+}
+"""What ``hardpatch benchmark step`` can measure, in the order of the table."""
+
+LOADERS: dict[str, str] = {
+    "plain": "Pillow opens, crops, resizes; ToTensor, Normalize: the loader of most research code",
+    "torchvision": "torchvision decodes, crops and resizes uint8",
+    "files": "hardpatch from image files",
+    "shards": "hardpatch from tar shards written by hardpatch data pack",
+    "cache": "hardpatch with cache ram, after the first epoch",
+    "packed-cache": "hardpatch with cache ram from these shards, after the first epoch",
+    "device-decode": "hardpatch with augmentation device: decoded and cropped on the GPU",
+    "device-cache": "hardpatch with cache device, after the first epoch",
+}
+"""What ``hardpatch benchmark data`` can measure, in the order of the table."""
+
+if TYPE_CHECKING:
+    VariantName = str
+    LoaderName = str
+else:  # the choices that --help lists and that values are checked against are the names in the tables
+    VariantName = Literal[tuple(VARIANTS)]
+    LoaderName = Literal[tuple(LOADERS)]
 
 
 @dataclass(frozen=True)
@@ -83,28 +112,6 @@ class StepConfig(BenchmarkConfig):
 
 
 @dataclass(frozen=True)
-class PeersConfig(BenchmarkConfig):
-    """Images per second of a MAE step in turns: ours, transformers' ViTMAE, and lightly's MAE where it is installed."""
-
-
-LOADERS: dict[str, str] = {
-    "plain": "Pillow opens, crops, resizes; ToTensor, Normalize: the loader of most research code",
-    "torchvision": "torchvision decodes, crops and resizes uint8",
-    "files": "hardpatch from image files",
-    "shards": "hardpatch from tar shards written by hardpatch data pack",
-    "cache": "hardpatch with cache ram, after the first epoch",
-    "packed-cache": "hardpatch with cache ram from these shards, after the first epoch",
-    "device-decode": "hardpatch with augmentation device: decoded and cropped on the GPU",
-    "device-cache": "hardpatch with cache device, after the first epoch",
-}
-"""What can be measured, in the order of the table."""
-
-LoaderName = Literal[
-    "plain", "torchvision", "files", "shards", "cache", "packed-cache", "device-decode", "device-cache"
-]
-
-
-@dataclass(frozen=True)
 class LoadingConfig(Settings):
     """Images per second and core of each way to the same batches, in turns, and what a training step needs.
 
@@ -142,7 +149,5 @@ class LoadingConfig(Settings):
     """Or: what the step is known to need, images per second."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device of the step and of the device's paths."""
-    profile: bool = False
-    """Afterwards, also find where the time of each path goes, by function."""
     out: str = ""
     """JSON file to write; a figure is drawn beside it."""

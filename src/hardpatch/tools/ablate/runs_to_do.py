@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hardpatch.config.config import Config
-from hardpatch.config.recipes import METHODS, SCALES, TARGETS, recipe
+from hardpatch.config.recipes import SCALES, recipe, without_scale
 from hardpatch.config.values import decisions, with_fields
 from hardpatch.cost.flops import training_flops
 from hardpatch.data.sources import fingerprint
@@ -110,9 +110,8 @@ def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> t
         raise InputError(
             f"scale: no scale {config.scale!r}{suggest(config.scale, SCALES)}; there are {', '.join(SCALES)}"
         )
-    plain = {*METHODS, *(f"{method}-{target}" for method in METHODS for target in TARGETS)}
     for row in suite.rows:
-        if row not in plain:
+        if row not in without_scale():
             recipe(row)  # says what is close to a name that is none
             raise InputError(f"rows: must be METHOD or METHOD-TARGET, the scale is set for all by --scale; got {row!r}")
     configs = {row: recipe(f"{row}-{config.scale}" if config.scale else row) for row in suite.rows}

@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from hardpatch.config.fields import Seed, Settings
+from hardpatch.config.recipes import TARGETS
 
 
 class Suite(NamedTuple):
@@ -54,22 +55,19 @@ SUITES: dict[str, Suite] = {
         "random; always-hardest and argmin < random.",
     ),
     "masks": Suite(
-        (
-            "mae", "block", "inverse-block", "uniform-grid", "green-noise", "red-noise", "blue-noise", "purple-noise",
-            "attmask", "hpm",
-        ),
+        ("mae", "block", "green-noise", "attmask", "hpm"),
         "hpm",
         "Masks that cost nothing against masks that ask a teacher.",
     ),
     "predicted-loss": Suite(
-        ("mae", "hpm-absolute", "hpm", "hpm-detached", "hpm-shallow", "hpm-full", "hpm-both"),
+        ("mae", "hpm-absolute", "hpm", "hpm-shallow", "hpm-both"),
         "hpm",
         "How should the loss be predicted? The paper: relative > absolute > none.",
     ),
     "target": Suite(
         tuple(
             f"{method}{target}"
-            for target in ("", "-norm-pix", "-hog", "-ema", "-tokens")
+            for target in ("", *(f"-{name}" for name in TARGETS if name not in ("dino", "clip")))  # which are fetched
             for method in ("mae", "random+lpred", "hpm")
         ),
         "hpm",

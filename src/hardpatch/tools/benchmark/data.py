@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import cProfile
-import json
-import os
-import pstats
 import statistics
 import tempfile
 import time
@@ -23,9 +19,10 @@ from hardpatch.data.sources import Source, open_source
 from hardpatch.runs.folder import versions
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say, tracked
-from hardpatch.tools.benchmark.loaders import MAKERS, ON_DEVICE, Material
+from hardpatch.tools.benchmark import step
+from hardpatch.tools.benchmark.loaders import ON_DEVICE, endless_batches
+from hardpatch.tools.benchmark.presentation import ratios_to, spread
 
 
 def run(config: LoadingConfig) -> dict[str, Any]:
@@ -44,27 +41,23 @@ def run(config: LoadingConfig) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with tempfile.TemporaryDirectory(prefix="hpm-benchmark-") as folder:
-            material = make_files(source, config, Path(folder))
-            loaders = {name: MAKERS[name](material, config, device) for name in names}
+        with tempfile.TemporaryDirectory(prefix="hardpatch-benchmark-") as folder:
+            files = make_files(source, config, Path(folder))
+            loaders = {name: endless_batches(name, files, Path(folder), config, device) for name in names}
             rates = _measure(loaders, config, device)
-            profiles = {name: _profile(loader) for name, loader in loaders.items() if config.profile}
-            average = statistics.fmean(file.stat().st_size for file in material.files)
+            kilobytes = statistics.fmean(file.stat().st_size for file in files) / 1000
     finally:
         torch.set_num_threads(threads)
-    ratios = {name: [a / b for a, b in zip(values, rates["plain"])] for name, values in rates.items()}
     cpu = versions(torch.device("cpu"))["device"]
     return {
         "device": cpu if device.type == "cpu" else f"{cpu}; {versions(device)['device']}",
-        "images": _describe(source, config, average),
+        "images": _describe(source, config, len(files), kilobytes),
         "images_per_second_per_core": {name: statistics.fmean(values) for name, values in rates.items()},
-        "images_per_second_per_core_std": {name: _spread(values) for name, values in rates.items()},
+        "images_per_second_per_core_std": {name: spread(values) for name, values in rates.items()},
         "images_per_second_per_core_rounds": rates,
-        "ratio_to_plain": {name: statistics.fmean(values) for name, values in ratios.items()},
-        "ratio_to_plain_std": {name: _spread(values) for name, values in ratios.items()},
+        **ratios_to("plain", rates),
         "step": _step(config),
         "workers": max(1, default_workers()),
-        **({"profile": profiles} if config.profile else {}),
         "settings": {
             name: getattr(config, name) for name in ("image_size", "crop_scale", "batch_size", "seconds", "rounds")
         },
@@ -76,14 +69,14 @@ def _chosen(config: LoadingConfig, device: torch.device) -> list[str]:
     """The loaders to measure, in the order of the table."""
     if len(set(config.loaders)) < len(config.loaders):
         raise InputError(f"loaders: must be different, got {', '.join(config.loaders)}")
-    impossible = [] if device.type == "cuda" else [name for name in config.loaders if name in ON_DEVICE]
-    if impossible:
-        raise InputError(f"loaders: {impossible[0]} is measured on CUDA only, and the device is {device.type}")
-    wanted = config.loaders or [name for name in MAKERS if device.type == "cuda" or name not in ON_DEVICE]
-    return [name for name in LOADERS if name == "plain" or name in wanted]
+    possible = [name for name in LOADERS if device.type == "cuda" or name not in ON_DEVICE]
+    for name in config.loaders:
+        if name not in possible:
+            raise InputError(f"loaders: {name} is measured on CUDA only, and the device is {device.type}")
+    return [name for name in possible if name == "plain" or name in (config.loaders or possible)]
 
 
-def make_files(source: Source, config: LoadingConfig, folder: Path) -> Material:
+def make_files(source: Source, config: LoadingConfig, folder: Path) -> list[Path]:
     """JPEG files of the first images of a source, resized to ``enlarge``."""
     files = []
     (folder / "files").mkdir()
@@ -98,17 +91,16 @@ def make_files(source: Source, config: LoadingConfig, folder: Path) -> Material:
         else:
             file.write_bytes(source.content(index))
         files.append(file)
-    return Material(files, folder)
+    return files
 
 
-def _describe(source: Source, config: LoadingConfig, average: float) -> str:
-    number = min(config.images, len(source))
+def _describe(source: Source, config: LoadingConfig, number: int, kilobytes: float) -> str:
     if not all(config.enlarge):
-        return f"{number} files of {config.data} as they are, {average / 1000:.0f} kB each"
+        return f"{number} files of {config.data} as they are, {kilobytes:.0f} kB each"
     height, width = read_or_next(source, 0)[0].image.shape[1:]
     wide, tall = config.enlarge
     return (
-        f"{number} JPEGs of {wide}x{tall} px (quality 90, 4:2:0, {average / 1000:.0f} kB each), made by resizing "
+        f"{number} JPEGs of {wide}x{tall} px (quality 90, 4:2:0, {kilobytes:.0f} kB each), made by resizing "
         f"images of {config.data}, the first {width}x{height} px"
     )
 
@@ -142,63 +134,22 @@ def _measure(
     return rates
 
 
-def _profile(batches: Iterator[Tensor]) -> dict[str, float]:
-    """Share of each function in the time of a few batches, the ten largest."""
-    profiler = cProfile.Profile()
-    profiler.enable()
-    for _ in range(5):
-        next(batches)
-    profiler.disable()
-    found = pstats.Stats(profiler)
-    entries: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = found.stats  # type: ignore[attr-defined]
-    times: dict[str, float] = {}
-    for (file, _, function), (_, _, own, _, _) in entries.items():
-        name = function if file == "~" else f"{os.path.basename(file)}: {function}"  # noqa: PTH119
-        times[name] = times.get(name, 0.0) + own
-    largest = sorted(times, key=lambda name: -times[name])[:10]
-    return {name: times[name] / sum(times.values()) for name in largest}
-
-
 def _step(config: LoadingConfig) -> dict[str, Any] | None:
     """What the training step needs: given, or measured."""
     if config.step_images_per_second is not None:
         return {"name": "as given", "images_per_second": config.step_images_per_second, "masks_per_image": 1}
     if config.step == "none":
         return None
-    from hardpatch.tools.benchmark import step
-
     chosen = StepConfig(
         encoder=config.encoder, image_size=config.image_size, device=config.device, rounds=1, variants=(config.step,)
     )
     found = step.run(chosen)
-    views = 1 if config.step == "reference" else step.variant_config(config.step, chosen, 16).method.masks_per_image
+    views = step.variant_config(config.step, chosen, 16).method.masks_per_image
     return {
         "name": f"{config.step} of {config.encoder} on {found['device']}",
         "images_per_second": found["images_per_second"][config.step] / views,
         "masks_per_image": views,
     }
-
-
-def _spread(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the table that people read, header first."""
-    step = result["step"]
-    rows: list[tuple[str, ...]] = [
-        ("", "images/s per core", "of plain", *(["cores for the step"] if step else []), "what")
-    ]
-    for name, rate in result["images_per_second_per_core"].items():
-        spread, ratio_spread = result["images_per_second_per_core_std"][name], result["ratio_to_plain_std"][name]
-        rows.append((
-            name,
-            f"{rate:,.0f}" + (f" +- {spread:,.0f}" if spread is not None else ""),
-            f"{result['ratio_to_plain'][name]:.2f}" + (f" +- {ratio_spread:.2f}" if ratio_spread is not None else ""),
-            *([f"{step['images_per_second'] / rate:.1f}"] if step else []),
-            LOADERS[name],
-        ))  # fmt: skip
-    return rows
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
@@ -220,12 +171,3 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
                 f"{needed / rate:.0f} are needed"
             )
     return lines
-
-
-def save(result: Mapping[str, Any], out: Path) -> None:
-    """The figures as JSON, and their picture beside it."""
-    from hardpatch.tools.benchmark.figure import draw_loaders
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(out, json.dumps(result, indent=2) + "\n")
-    draw_loaders(result, out.with_suffix(".png"))

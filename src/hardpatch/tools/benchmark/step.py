@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hardpatch.config.benchmark import BenchmarkConfig, StepConfig
+from hardpatch.config.benchmark import VARIANTS, BenchmarkConfig, StepConfig
 from hardpatch.config.config import Config
 from hardpatch.config.recipes import recipe
 from hardpatch.config.values import with_fields
@@ -27,39 +27,15 @@ from hardpatch.runs.build import (
     compile_blocks,
     recompute_blocks,
 )
-from hardpatch.runs.folder import versions
-from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import mask_noise
 from hardpatch.tools.benchmark.plain import PlainStep
-from hardpatch.tools.benchmark.timing import Stepper, measure, ratios_to
+from hardpatch.tools.benchmark.timing import Conditions, Stepper, measure
 
 EMA_DECAY = 0.999
 HARD_SHARE = 0.25
 """The mean of a run from 0 to 0.5; the time of a step does not depend on it."""
 NUM_FLOP_IMAGES = 2
-
-RECIPES = {
-    "mae": "mae-norm-pix",
-    "random+lpred": "random+lpred-norm-pix",
-    "mae-third": "mae-third-norm-pix",
-    "crossmae": "crossmae",
-    "fast": "hpm-fast-norm-pix",
-    "fast-in-pixels": "hpm-fast-in-pixels",
-    "random+lpred-fast": "random+lpred-fast-norm-pix",
-    "shared": "hpm-shared-norm-pix",
-    "cross": "hpm-cross-norm-pix",
-}
-"""The recipe that each variant is a step of; without one, the published method on norm_pix."""
-
-MEANS: dict[str, dict[str, Any]] = {
-    "exact+third": {"decoded_share": 1 / 3},
-    "exact+cross": {"decoder": "cross"},
-    "exact+shallow": {"predictor_depth": 1},
-    "exact+half-teacher": {"teacher_reduction": 2},
-    "exact+4-masks": {"masks_per_image": 4},
-}
-"""Fields that a variant sets beside its recipe."""
 
 
 class OurStep:
@@ -73,10 +49,9 @@ class OurStep:
     """
 
     def __init__(self, config: Config, *, device: torch.device, bf16: bool, compiled: bool) -> None:
-        self.config = config
-        self.batch_size, self.device, self.bf16 = config.optimisation.batch_size, device, bf16
-        self.masks_per_image = config.method.masks_per_image
-        self.images_per_step = self.batch_size // self.masks_per_image
+        self.config, self.device, self.bf16 = config, device, bf16
+        self.batch_size = config.optimisation.batch_size
+        self.images_per_step = self.batch_size // config.method.masks_per_image
         self.model = build_hpm(config).to(device)
         if isinstance(target := self.model.method.target, FittedTarget):
             target.adopt({name: torch.zeros_like(tensor) for name, tensor in target.fitted_state().items()})
@@ -88,9 +63,7 @@ class OurStep:
             compile_blocks(self.model.student, self.model.teacher)
         self.optimizer = build_optimizer(config.optimisation, self.model.student)
         self.parameters = [p for p in self.model.student.parameters() if p.requires_grad]
-        self.clip = config.optimisation.gradient_clip or math.inf
         self.normalise = build_normalise(config).to(device)
-        self.num_hard = int(self.model.method.num_hidden * HARD_SHARE)
         self.steps_done = 0
 
     def step(self, fetch: Callable[[], torch.Tensor]) -> None:
@@ -103,12 +76,12 @@ class OurStep:
         num_patches = self.model.geometry.num_patches
         noise = mask_noise(0, self.steps_done, batch_size=self.batch_size, num_patches=num_patches, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.model.step(self.normalise(fetch()), noise, num_hard=self.num_hard)
+            losses = self.model.step(self.normalise(fetch()), noise, share=HARD_SHARE)
         losses.total.backward()
 
     def finish(self) -> None:
         """Clipping, optimizer and EMA: what a step costs once."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimisation.gradient_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.update_teacher(decay=EMA_DECAY)
@@ -143,9 +116,14 @@ class ReferenceStep:
 
     def flops_per_view(self, images: torch.Tensor) -> float:
         """Counted over a whole step of a few images."""
-        with FlopCounterMode(display=False) as counter:
-            self.step(lambda: images[:NUM_FLOP_IMAGES])
-        return float(counter.get_total_flops() / len(images[:NUM_FLOP_IMAGES]))
+        return counted_flops(self, images)
+
+
+def counted_flops(stepper: Stepper, images: torch.Tensor) -> float:
+    """Floating-point operations per image, counted over a whole step of a few images."""
+    with FlopCounterMode(display=False) as counter:
+        stepper.step(lambda: images[:NUM_FLOP_IMAGES])
+    return float(counter.get_total_flops() / len(images[:NUM_FLOP_IMAGES]))
 
 
 def run(config: StepConfig) -> dict[str, Any]:
@@ -156,8 +134,8 @@ def run(config: StepConfig) -> dict[str, Any]:
     """
     if len(set(config.variants)) < len(config.variants) or not config.variants:
         raise InputError(f"variants: must be different, at least one, got {', '.join(config.variants) or 'none'}")
-    device = distributed.choose_device(config.device)
-    batch_size = config.batch_size or (256 if device.type == "cuda" else 16)
+    conditions = Conditions.of(config)
+    device, batch_size = conditions.device, conditions.batch_size
     configs = {name: variant_config(name, config, batch_size) for name in config.variants}
     source = None
     if config.data:
@@ -165,28 +143,16 @@ def run(config: StepConfig) -> dict[str, Any]:
         source = open_source(config.data, image_size=first.data.size, field="data")
         if len(source) < batch_size:
             raise InputError(f"data: needs at least batch_size ({batch_size}) images, got {len(source)}")
-    distributed.warn_of_emulated_bf16(config.precision, device)
-    bf16, compiled = distributed.is_bf16(config.precision, device), distributed.is_compiled(config.compile, device)
     steppers: dict[str, Callable[[], Stepper]] = {
         name: partial(ReferenceStep, chosen, device=device)
         if name == "reference"
-        else partial(OurStep, chosen, device=device, bf16=bf16, compiled=compiled)
+        else partial(OurStep, chosen, device=device, bf16=conditions.bf16, compiled=conditions.compiled)
         for name, chosen in configs.items()
     }
-    figures = measure(steppers, config, batch_size=batch_size, device=device, source=source)
+    figures = measure(steppers, config, conditions, source=source)
     reference = "fp16" if device.type == "cuda" else "float32"
-    return {
-        **figures,
-        "model": config.encoder,
-        "precision": "bf16" if bf16 else "float32",
-        "precision_of_reference": reference if "reference" in configs else None,
-        "compiled": compiled,
-        "measured": f"training from {config.data}" if config.data else "step alone",
-        **ratios_to(figures, "reference"),
-        **ratios_to(figures, "mae"),
-        "settings": settings_of(config, batch_size),
-        "versions": versions(device),
-    }
+    figures["precision_of_reference"] = reference if "reference" in configs else None
+    return figures | ({"measured": f"training from {config.data}"} if config.data else {})
 
 
 def variant_config(name: str, config: BenchmarkConfig, batch_size: int) -> Config:
@@ -195,21 +161,10 @@ def variant_config(name: str, config: BenchmarkConfig, batch_size: int) -> Confi
     Raises:
         InputError: A size does not fit.
     """
-    base = with_fields(recipe(RECIPES.get(name, "hpm-norm-pix")), MEANS.get(name, {}))
-    fields: dict[str, Any] = {
-        "encoder": config.encoder,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "decoder_width": config.decoder_width,
-        "decoder_depth": config.decoder_depth,
-        "batch_size": batch_size,
-    }
+    variant = VARIANTS[name]
+    base = with_fields(recipe(variant.recipe), variant.fields)
+    sizes = ("encoder", "image_size", "patch_size", "decoder_width", "decoder_depth")
+    fields = {"batch_size": batch_size, **{name: getattr(config, name) for name in sizes}}
     if base.model.predictor_depth == Config().model.predictor_depth:  # not chosen by the variant itself
         fields["predictor_depth"] = config.decoder_depth
     return with_fields(base, fields)
-
-
-def settings_of(config: BenchmarkConfig, batch_size: int) -> dict[str, Any]:
-    """What all variants had in common."""
-    names = ("image_size", "patch_size", "decoder_width", "decoder_depth", "seconds", "rounds")
-    return {"batch_size": batch_size, **{name: getattr(config, name) for name in names}}

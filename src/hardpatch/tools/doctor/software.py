@@ -19,7 +19,6 @@ EXTRAS = {
     "dense": "hardpatch evaluate segment and detect",
     "hf": "hardpatch export --format hf",
     "onnx": "hardpatch export --format onnx",
-    "bench": "hardpatch benchmark peers",
 }
 """What each set of optional packages is for."""
 

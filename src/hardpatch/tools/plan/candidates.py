@@ -1,11 +1,13 @@
-"""A run that may be proposed, cut so that it fits into a device's memory."""
+"""Runs that may be proposed: with each encoder, cut so that it fits into memory, and what its step takes here."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,21 +16,28 @@ from hardpatch.config.plan import PlanConfig
 from hardpatch.config.rules import split_batch
 from hardpatch.config.values import with_fields
 from hardpatch.cost.flops import training_flops
-from hardpatch.cost.memory import StepMemory, step_memory
+from hardpatch.cost.memory import step_memory
+from hardpatch.data.loader.loading import default_workers
 from hardpatch.method.vit import create_encoder
 from hardpatch.runs.build import build_student
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.machine import free_memory
+from hardpatch.runtime.machine import free_memory, usable_cores
+from hardpatch.tools.ablate.step_times import TimedStep
+from hardpatch.tools.benchmark.step import OurStep
+from hardpatch.tools.benchmark.timing import warm_up
+from hardpatch.tools.plan.images_found import Loading
 from hardpatch.tools.plan.sizes import LIGHT, LIGHT_WIDTH, MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, Size, choose_batch
 from hardpatch.training.sharding import check_sharding
 
 FREE_SHARE = 0.9
-"""Of the memory that is free now, a run may take so much."""
+"""A run may take so much of the memory that is free now."""
 UNCOUNTED = 1.25
 """Memory of a step over what :mod:`hardpatch.cost.memory` counts: temporary results, images, CUDA's own."""
 RECOMPUTED = 4 / 3
 """Work of a step whose activations are computed again."""
+FLOPS_OF_A_TIMED_STEP = 3e11
+"""On a CPU a step is timed with as many views as come to this."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,26 @@ class Candidate:
 
     size: Size
     config: Config
-    """Of the longest run."""
+    """The config of the longest run."""
     parameters: int
-    """Of the student: encoder, decoder and predictor."""
+    """Parameters of the student: encoder, decoder and predictor."""
     memory_bytes: int
-    """Of a step on one device, counted, with room for what is not counted."""
+    """Memory of a step on one device, counted, with room for what is not counted."""
     fits: bool
     flops: float
-    """Of a step per view."""
+    """FLOPs of a step per view."""
     views_per_second: float = math.nan
-    """Of all processes together, loading included."""
+    """Views of all processes together, loading included."""
     measured: bool = False
     epochs: int = 0
     """Within the budget."""
+
+    @classmethod
+    def of(cls, size: Size, config: Config, memory: float, *, fits: bool) -> Candidate:
+        """A candidate with its parameters and FLOPs counted."""
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build_student(config).parameters())
+        return cls(size, config, parameters, round(memory), fits, training_flops(config))
 
     @property
     def work(self) -> float:
@@ -101,8 +117,7 @@ def with_size(size: Size, base: Config, given: Mapping[str, Any], num_images: in
     chosen = dict(size.fields)
     if "decoder_depth" in chosen and base.model.predictor_depth == Config().model.predictor_depth:
         chosen["predictor_depth"] = chosen["decoder_depth"]  # not chosen by the method itself
-    views_per_image = base.method.masks_per_image * base.data.crops_per_image
-    chosen["batch_size"] = choose_batch(num_images, machine.processes, views_per_image)
+    chosen["batch_size"] = choose_batch(num_images, machine.processes, views_per_image(base))
     chosen["epochs"] = MAX_EPOCHS  # stands for those that the budget allows
     config = with_fields(base, {**chosen, **given})
     batch = config.optimisation.batch_size
@@ -114,46 +129,110 @@ def with_size(size: Size, base: Config, given: Mapping[str, Any], num_images: in
     return config
 
 
+def views_per_image(config: Config) -> int:
+    """Views that come from one image and stay together in a micro-batch."""
+    return config.method.masks_per_image * config.data.crops_per_image
+
+
 def make_candidate(size: Size, base: Config, given: Mapping[str, Any], num_images: int, machine: Machine) -> Candidate:
     """A run with an encoder, with micro-batches, recomputation and shards as memory asks for."""
     config = with_size(size, base, given, num_images, machine)
-    share = config.optimisation.batch_size // machine.processes
+    share, together = config.optimisation.batch_size // machine.processes, views_per_image(config)
     bf16 = distributed.is_bf16(config.run.precision, machine.device)
-    ways = [(sharding, again) for sharding in ("none", "full") for again in (False, True)]
+    shardings, again = ("none", "full") if machine.processes > 1 else ("none",), (False, True)
+    choices = [{"sharding": one, "activation_checkpointing": two} for one in shardings for two in again]
     ways = [
-        (sharding, again) for sharding, again in ways
-        if (sharding == "none" or machine.processes > 1)
-        and sharding == given.get("sharding", sharding)
-        and again == given.get("activation_checkpointing", again)
-    ]  # fmt: skip
-    together = config.method.masks_per_image * config.data.crops_per_image
+        with_fields(config, {**choice, "micro_batch_size": None})
+        for choice in choices
+        if all(given.get(name, value) == value for name, value in choice.items())
+    ]
+    counted = cache(lambda way: step_memory(way, processes=machine.processes, bf16=bf16, device=machine.device))
     cuts = [n for n in range(share, 0, -1) if share % n == 0 and n % together == 0]
     if "micro_batch_size" in given:
         cuts = [given["micro_batch_size"] or share]
-    counted: dict[tuple[str, bool], StepMemory] = {}
     least = math.inf
     for smallest in (MIN_MICRO_BATCH, 1):
-        for sharding, again in ways:
-            config = with_fields(
-                config, {"sharding": sharding, "activation_checkpointing": again, "micro_batch_size": None}
-            )
-            if (sharding, again) not in counted:
-                counted[sharding, again] = step_memory(
-                    config, processes=machine.processes, bf16=bf16, device=machine.device
-                )
-            whole = counted[sharding, again]
+        for way in ways:
+            memory = counted(way)
             for views in (n for n in cuts if n >= smallest or n == cuts[0]):
-                kept = whole.gradients * (machine.processes - 1) if sharding == "full" and views < share else 0
-                needed = UNCOUNTED * (whole.of(views) + kept)  # whole gradients are kept until they are exchanged
-                least = min(least, needed)
+                needed: float = memory.of(views)
+                if way.run.sharding == "full" and views < share:  # whole gradients are kept until they are exchanged
+                    needed += memory.gradients * (machine.processes - 1)
+                needed *= UNCOUNTED
                 if needed <= machine.memory:
-                    config = with_fields(config, {"micro_batch_size": None if views == share else views})
-                    return with_costs(size, config, needed, fits=True)
-    return with_costs(size, config, least, fits=False)
+                    cut = with_fields(way, {"micro_batch_size": None if views == share else views})
+                    return Candidate.of(size, cut, needed, fits=True)
+                least = min(least, needed)
+    return Candidate.of(size, ways[-1] if ways else config, least, fits=False)
 
 
-def with_costs(size: Size, config: Config, memory: float, *, fits: bool) -> Candidate:
-    """A candidate with its parameters and FLOPs counted."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_student(config).parameters())
-    return Candidate(size, config, parameters, round(memory), fits, training_flops(config))
+class StepSeconds(NamedTuple):
+    """How long the step of one process takes."""
+
+    learn: float
+    """Forward and backward, for each view."""
+    finish: float
+    """Clipping, optimizer and EMA, once a step."""
+
+
+def reckoned(candidate: Candidate, other: Candidate, seconds: StepSeconds) -> StepSeconds:
+    """The step of a candidate from that of another, by FLOPs and parameters."""
+    return StepSeconds(
+        seconds.learn * candidate.work / other.work, seconds.finish * candidate.parameters / other.parameters
+    )
+
+
+def step_seconds(candidate: Candidate, machine: Machine, seconds: float) -> StepSeconds | None:
+    """Time the step of one process, on random images on the device; None where it does not fit after all."""
+    try:
+        return _step_seconds(candidate, machine, seconds)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        distributed.release_memory(machine.device)  # or the model would lie beside the next one's
+
+
+def _step_seconds(candidate: Candidate, machine: Machine, seconds: float) -> StepSeconds:
+    config, device, together = candidate.config, machine.device, views_per_image(candidate.config)
+    views = config.run.micro_batch_size or config.optimisation.batch_size // machine.processes
+    if device.type == "cpu":
+        views = min(views, max(2, int(FLOPS_OF_A_TIMED_STEP / candidate.flops)))
+    views = max(together, views // together * together)
+    timed = TimedStep.of(with_fields(config, {"batch_size": views, "micro_batch_size": views}), device)
+    if timed.compiled:
+        torch._dynamo.reset()  # nothing that was compiled for another encoder is needed
+    stepper = OurStep(timed.config, device=device, bf16=timed.bf16, compiled=timed.compiled)
+    pixels = (stepper.images_per_step, config.data.channels, *config.data.size)
+    images = torch.randint(0, 256, pixels, dtype=torch.uint8, device=device)
+    warm_up(stepper, images, device)
+    learning = finishing = 0.0
+    steps = 0
+    while steps == 0 or learning + finishing < seconds:
+        start = time.perf_counter()
+        stepper.learn(lambda: images)
+        distributed.synchronise(device)
+        between = time.perf_counter()
+        stepper.finish()
+        distributed.synchronise(device)
+        learning += between - start
+        finishing += time.perf_counter() - between
+        steps += 1
+    return StepSeconds(learning / steps / views, finishing / steps)
+
+
+def with_loading(rate: float, config: Config, loading: Loading, machine: Machine) -> float:
+    """Views per second of the whole. On a CPU steps and loading share the cores, elsewhere they overlap."""
+    limit = loading_limit(config, loading, machine)
+    return 1 / (1 / rate + 1 / limit) if machine.device.type == "cpu" else min(rate, limit)
+
+
+def loading_limit(config: Config, loading: Loading, machine: Machine) -> float:
+    """Views per second that could be loaded: a crop serves all masks."""
+    workers = config.run.workers
+    if machine.device.type == "cpu":
+        cores = min(torch.get_num_threads(), max(1, default_workers() if workers is None else workers))
+    else:  # the data processes of every training process, as default_workers shares the cores among them
+        all_cores = usable_cores()
+        each = max(1, min(8, all_cores // machine.processes - 1)) if workers is None else max(1, workers)
+        cores = each * machine.processes
+    return cores * loading.crops_per_second * config.method.masks_per_image

@@ -104,8 +104,8 @@ def _grid(base: Config, given: Mapping[str, Any], found: ImagesFound) -> dict[st
     if "patch_size" in given or (own and min(found.height, found.width) >= MIN_GRID * own):
         side = choose_side(found.height, found.width, base.model.patch_size or own or 16)
         return {"image_size": (side, side)}
-    grid = choose_grid(found.height, found.width)
-    return {"image_size": (grid.side, grid.side), "patch_size": grid.patch}
+    side, patch = choose_grid(found.height, found.width)
+    return {"image_size": (side, side), "patch_size": patch}
 
 
 def time_loading(config: Config, source: Source, *, seconds: float) -> Loading:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hardpatch.config.config import Config
 from hardpatch.config.plan import PlanConfig, duration, parse_budget
-from hardpatch.config.recipes import METHODS, TARGETS, recipe
+from hardpatch.config.recipes import recipe, without_scale
 from hardpatch.config.values import to_yaml, with_fields
 from hardpatch.cost.flops import training_flops
 from hardpatch.runs.folder import versions
@@ -23,27 +23,32 @@ from hardpatch.runtime.log import say
 from hardpatch.tools.plan.candidates import (
     Candidate,
     Machine,
+    StepSeconds,
     find_machine,
+    loading_limit,
     make_candidate,
+    reckoned,
     sizes_for,
-    with_costs,
+    step_seconds,
+    views_per_image,
+    with_loading,
     with_size,
 )
 from hardpatch.tools.plan.images_found import ImagesFound, Loading, open_images_of, time_loading
 from hardpatch.tools.plan.sizes import MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, enough_views, epochs_within, preferred
-from hardpatch.tools.plan.step_time import (
-    StepSeconds,
-    loading_limit,
-    reckoned,
-    seconds_for_training,
-    seconds_of_run,
-    step_seconds,
-    with_loading,
-)
 
 HOPELESS = 0.25
 """An encoder that gets less than this share of the views that it should is the last that is timed; the times of larger
 ones follow from their FLOPs and parameters."""
+LOOKS = 12
+"""Looks at kNN accuracy in a run."""
+LOOK_COST = 0.5
+"""Features of an image, of a training view: all patches, but neither decoder nor backward pass."""
+SPARE = 0.05
+"""Share of a run for figures and checkpoints."""
+START_SECONDS = 30.0
+"""Imports, first images, the report at the end."""
+COMPILE_SECONDS = 60.0
 
 
 def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,47 +65,49 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         InputError: A value that is wrong, images that cannot be read, or nothing that fits memory or budget.
     """
     budget = parse_budget(config.budget)
-    base = with_fields(_recipe(config.method), given)
+    if config.method not in without_scale():
+        raise InputError(
+            f"method: must be METHOD[-TARGET] as hardpatch recipes lists them, without a scale, got {config.method!r}"
+            f"{suggest(config.method, without_scale())}"
+        )
+    base = with_fields(recipe(config.method), given)
     out = _writable(config.out)
     machine = find_machine(base, config)
     base, source, found = open_images_of(base, given)
-    sizes = sizes_for(given)
-    views_per_image = base.method.masks_per_image * base.data.crops_per_image
-    if machine.processes * views_per_image > found.number:
+    sizes, together = sizes_for(given), views_per_image(base)
+    if machine.processes * together > found.number:
         raise InputError(
-            f"data: needs an image or more for each of {machine.processes} processes with {views_per_image} views of "
+            f"data: needs an image or more for each of {machine.processes} processes with {together} views of "
             f"each image, got {found.number} images; give fewer --processes, --masks-per-image or --crops-per-image"
         )
     training_flops(with_size(sizes[0], base, given, found.number, machine))  # rules that only a model knows
-    say(f"{_describe(found)}; looking at how fast they load")
+    labels = f", {found.classes} classes" if found.classes else ", no labels"
+    say(f"{found.number:,} images, about {found.width}x{found.height} px{labels}; looking at how fast they load")
     loading = time_loading(base, source, seconds=config.seconds)
     if config.memory_gigabytes is None and machine.device.type == "cpu":
         machine = replace(machine, memory=machine.memory - loading.cache_bytes)
     candidates = [make_candidate(size, base, given, found.number, machine) for size in sizes]
-    wanted = given.get("epochs")
-    enough = wanted * found.number if wanted else enough_views(found.number)
+    enough = given["epochs"] * found.number if given.get("epochs") else enough_views(found.number)
     candidates = _timed(candidates, config, budget, enough, loading, machine, found)
     views = {c.size.name: float(c.epochs * found.number) for c in candidates if c.fits}
     name = preferred(views, sizes, found.number, enough=enough)
     if name is None:
         raise InputError(_nothing(candidates, config, machine, found))
     chosen = next(c for c in candidates if c.size.name == name)
-    found_again = {field: () for field in ("value_range", "mean", "std") if field not in given}  # by the run itself
-    final = with_fields(chosen.config, {"epochs": wanted or chosen.epochs, **found_again})
-    schedule = resolve_schedule(final.optimisation, found.number)
-    training = schedule.total_steps * final.optimisation.batch_size / chosen.views_per_second
-    seconds = seconds_of_run(training, chosen, found, machine)
+    found_by_the_run = {field: () for field in ("value_range", "mean", "std") if field not in given}
+    final = with_fields(chosen.config, {"epochs": given.get("epochs") or chosen.epochs, **found_by_the_run})
+    steps = resolve_schedule(final.optimisation, found.number).total_steps
+    training = steps * final.optimisation.batch_size / chosen.views_per_second
+    seconds = training / (1 - SPARE) + seconds_beside(chosen, found, machine)
     if out is not None:
         about = {"proposed_by": f"hardpatch plan --data {shlex.quote(base.data.data)} --budget {config.budget}"}
         write_text_atomically(out, to_yaml(final, {**about, **versions(machine.device)}))
-    start = _start(machine.processes)
     return {
-        "command": " ".join([*start, *command_words(final, config.method)]),
-        "command_from_file": out and " ".join([*start, "--config", shlex.quote(str(out)), "--out", "RUN"]),
+        **_commands(final, config.method, out, machine.processes),
         "method": config.method,
         "encoder": name,
         "epochs": final.optimisation.epochs,
-        "steps": schedule.total_steps,
+        "steps": steps,
         "hours": seconds / 3600,
         "images_per_second": chosen.views_per_second,
         "memory_bytes": chosen.memory_bytes,
@@ -114,21 +121,6 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         "processes": machine.processes,
         "versions": versions(machine.device),
     }
-
-
-def _recipe(method: str) -> Config:
-    """The config of a method.
-
-    Raises:
-        InputError: There is none of that name, or it has a scale, which is what a plan chooses.
-    """
-    known = ["-".join(filter(None, (m, t))) for m in METHODS for t in ("", *TARGETS)]
-    if method not in known:
-        raise InputError(
-            f"method: must be METHOD[-TARGET] as hardpatch recipes lists them, without a scale, got {method!r}"
-            f"{suggest(method, known)}"
-        )
-    return recipe(method)
 
 
 def _writable(out: str) -> Path | None:
@@ -165,17 +157,15 @@ def _timed(
                 candidate = replace(candidate, fits=False)
         measured = seconds is not None
         if seconds is None:
-            known = known or reference(candidate, config, machine)
-            seconds = reckoned(candidate, *known)
+            seconds = reckoned(candidate, *(known or reference(candidate, config, machine)))
         known = candidate, seconds
         share = candidate.config.optimisation.batch_size // machine.processes
         rate = machine.processes * share / (share * seconds.learn + seconds.finish)
-        timed = replace(
-            candidate, views_per_second=with_loading(rate, candidate.config, loading, machine), measured=measured
-        )
-        left = seconds_for_training(budget, timed, found, machine)
+        rate = with_loading(rate, candidate.config, loading, machine)
+        timed = replace(candidate, views_per_second=rate, measured=measured)
+        left = (budget - seconds_beside(timed, found, machine)) * (1 - SPARE)
         most = max(MAX_EPOCHS, math.ceil(enough / found.number))
-        timed = replace(timed, epochs=epochs_within(left, timed.views_per_second, found.number, most=most))
+        timed = replace(timed, epochs=epochs_within(left, rate, found.number, most=most))
         hopeless = timed.epochs * found.number < HOPELESS * enough
         done.append(timed)
     return done
@@ -189,7 +179,7 @@ def reference(candidate: Candidate, config: PlanConfig, machine: Machine) -> tup
     """
     fields = {**SIZES[0].fields, "sharding": "none", "activation_checkpointing": False, "encoder_width": None,
               "encoder_heads": None, "micro_batch_size": MIN_MICRO_BATCH}  # fmt: skip
-    small = with_costs(SIZES[0], with_fields(candidate.config, fields), 0, fits=True)
+    small = Candidate.of(SIZES[0], with_fields(candidate.config, fields), 0, fits=True)
     say(f"{candidate.size.name} cannot be timed by one process here: reckoned from {small.size.name}")
     seconds = step_seconds(small, machine, config.seconds)
     if seconds is None:
@@ -197,12 +187,16 @@ def reference(candidate: Candidate, config: PlanConfig, machine: Machine) -> tup
     return small, seconds
 
 
+def seconds_beside(candidate: Candidate, found: ImagesFound, machine: Machine) -> float:
+    """Seconds of a run that do not grow with its length: start, compilation, looks at kNN accuracy."""
+    run_config = candidate.config.run
+    looks = LOOKS * min(found.number, run_config.knn_images) if run_config.knn and found.classes else 0
+    compiled = machine.device.type == "cuda" and run_config.compile != "off"
+    fixed = START_SECONDS + (COMPILE_SECONDS if compiled else 0)
+    return fixed + LOOK_COST * looks / candidate.views_per_second
+
+
 # What is said
-
-
-def _describe(found: ImagesFound) -> str:
-    labels = f", {found.classes} classes" if found.classes else ", no labels"
-    return f"{found.number:,} images, about {found.width}x{found.height} px{labels}"
 
 
 def _advice(
@@ -255,31 +249,26 @@ def _nothing(candidates: list[Candidate], config: PlanConfig, machine: Machine, 
             f"memory_gigabytes: the smallest step needs about {least:.1f} GB of a device, and "
             f"{machine.memory / 1e9:.1f} may be taken; give a smaller --image-size or --encoder"
         )
-    needed = min(seconds_of_run(found.number / c.views_per_second, c, found, machine) for c in fitting)
+    needed = min(found.number / c.views_per_second / (1 - SPARE) + seconds_beside(c, found, machine) for c in fitting)
     return (
         f"budget: must allow for one pass over the {found.number:,} images, which takes {duration(needed)} here, got "
         f"{config.budget}; or give fewer or smaller images"
     )
 
 
-def _start(processes: int) -> list[str]:
-    """The first words of the command."""
-    if processes == 1:
-        return ["hardpatch", "pretrain"]
-    return ["torchrun", "--nproc-per-node", str(processes), "-m", "hardpatch", "pretrain"]
-
-
-def command_words(config: Config, method: str) -> list[str]:
-    """The flags that make a config: its recipe, and every field that differs from it."""
-    base = recipe(method)
-    words = ["--recipe", method]
+def _commands(config: Config, method: str, out: Path | None, processes: int) -> dict[str, str | None]:
+    """The commands that start a run: by its recipe and every field that differs from it, and from the file."""
+    start = ["hardpatch", "pretrain"]
+    if processes > 1:
+        start = ["torchrun", "--nproc-per-node", str(processes), "-m", "hardpatch", "pretrain"]
+    base, words = recipe(method), ["--recipe", method]
     for section in fields(Config):
         ours, theirs = getattr(config, section.name), getattr(base, section.name)
         for item in fields(ours):
-            value = getattr(ours, item.name)
-            if value != getattr(theirs, item.name):
-                words += flag(item.name, value)
-    return [*words, "--out", "RUN"]
+            if getattr(ours, item.name) != getattr(theirs, item.name):
+                words += flag(item.name, getattr(ours, item.name))
+    from_file = None if out is None else " ".join([*start, "--config", shlex.quote(str(out)), "--out", "RUN"])
+    return {"command": " ".join([*start, *words, "--out", "RUN"]), "command_from_file": from_file}
 
 
 def flag(name: str, value: Any) -> list[str]:

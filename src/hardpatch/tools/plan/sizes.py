@@ -40,7 +40,7 @@ class Size(NamedTuple):
 LIGHT: dict[str, Any] = {
     "decoder_width": 256, "decoder_depth": 4, "decoder_heads": 8, "base_learning_rate": 3e-4,
 }  # fmt: skip
-"""Decoders and learning rate of recipe ``small-data``."""
+"""Light decoders, and the learning rate for encoders of that size."""
 
 SIZES = (
     Size(
@@ -59,24 +59,16 @@ SIZES = (
 and ViT-L have the published decoders."""
 
 
-class Grid(NamedTuple):
-    """How images are cut."""
-
-    side: int
-    """Of the crops, pixels."""
-    patch: int
-    """Side of a patch, pixels."""
-
-
-def choose_grid(height: int, width: int) -> Grid:
-    """Crops about as large as the images, at most the published 224, in the largest patches of which there are eight a
-    side; an even number of them, so that the teacher can look at half the size."""
+def choose_grid(height: int, width: int) -> tuple[int, int]:
+    """Side of the crops and of their patches, pixels: crops about as large as the images, at most the published 224, in
+    the largest patches of which there are eight a side; an even number of them, so that the teacher can look at half
+    the size."""
     wanted = min(224, height, width)
     for patch in (16, 8, 4):
         side = round(wanted / (2 * patch)) * 2 * patch
         if side >= MIN_GRID * patch:
-            return Grid(side, patch)
-    return Grid(MIN_GRID * 4, 4)
+            return side, patch
+    return MIN_GRID * 4, 4
 
 
 def choose_side(height: int, width: int, patch: int) -> int:

@@ -1,9 +1,16 @@
-"""Our MAE mode beside the MAE of other libraries: same model, batch, precision and optimizer."""
+"""Our MAE mode beside the MAE of other libraries: same model, batch, precision and optimizer, timed in turns.
+
+    python benchmarks/peers.py --batch-size 8 --seconds 8 --rounds 3 --out peers.json
+
+The peers are transformers' ViTMAE and lightly's MAE, each where it is installed (``pip install --group bench``). Sizes
+and conditions are those of ``hardpatch benchmark step``, and so are table, JSON and picture.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,18 +18,16 @@ from typing import Any
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from hardpatch.config.benchmark import PeersConfig
+from hardpatch.cli.benchmark import report_steps
+from hardpatch.cli.flags import parse
+from hardpatch.config.benchmark import BenchmarkConfig
 from hardpatch.config.config import Config
 from hardpatch.method.vit import create_encoder, patch_size, patchify
 from hardpatch.runs.build import build_normalise
-from hardpatch.runs.folder import versions
-from hardpatch.runtime import distributed
-from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.extras import install
-from hardpatch.tools.benchmark.step import NUM_FLOP_IMAGES, OurStep, settings_of, variant_config
-from hardpatch.tools.benchmark.timing import Stepper, measure, ratios_to
+from hardpatch.runtime.errors import InputError, Interrupted
+from hardpatch.tools.benchmark.step import OurStep, counted_flops, variant_config
+from hardpatch.tools.benchmark.timing import Conditions, Stepper, measure
 
 
 class PeerStep:
@@ -57,9 +62,7 @@ class PeerStep:
 
     def flops_per_view(self, images: Tensor) -> float:
         """Counted over a whole step of a few images."""
-        with FlopCounterMode(display=False) as counter:
-            self.step(lambda: images[:NUM_FLOP_IMAGES])
-        return float(counter.get_total_flops() / len(images[:NUM_FLOP_IMAGES]))
+        return counted_flops(self, images)
 
 
 class TransformersMae(nn.Module):
@@ -148,37 +151,41 @@ def _encoder(config: Config) -> Any:
     return create_encoder(config.model.encoder, image_size=config.data.size, patch_size=config.model.patch_size)
 
 
-def run(config: PeersConfig) -> dict[str, Any]:
+def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure our MAE mode and every peer that is installed.
 
     Raises:
         InputError: No peer is installed.
     """
-    device = distributed.choose_device(config.device)
     there = [name for name in PEERS if importlib.util.find_spec(name)]
     missing = [name for name in PEERS if name not in there]
     if not there:
-        raise InputError(f"peers: neither transformers nor lightly is installed; {install('bench')}")
-    batch_size = config.batch_size or (256 if device.type == "cuda" else 16)
-    chosen = variant_config("mae", config, batch_size)
-    bf16, compiled = distributed.is_bf16(config.precision, device), distributed.is_compiled(config.compile, device)
+        raise InputError("peers: neither transformers nor lightly is installed; pip install --group bench")
+    conditions = Conditions.of(config)
+    device, bf16 = conditions.device, conditions.bf16
+    chosen = variant_config("mae", config, conditions.batch_size)
     builders: dict[str, Callable[[], Stepper]] = {
-        "mae": partial(OurStep, chosen, device=device, bf16=bf16, compiled=compiled)
+        "mae": partial(OurStep, chosen, device=device, bf16=bf16, compiled=conditions.compiled)
     }
     for name in there:
         builders[name] = partial(_build_peer, name, chosen, device, bf16)
-    figures = measure(builders, config, batch_size=batch_size, device=device)
-    return {
-        **figures,
-        "model": config.encoder,
-        "precision": "bf16" if bf16 else "float32",
-        "compiled": compiled,
-        "measured": "step alone" + (f"; not installed: {', '.join(missing)}" if missing else ""),
-        **ratios_to(figures, "mae"),
-        "settings": settings_of(config, batch_size),
-        "versions": versions(device) | {name: importlib.metadata.version(name) for name in there},
-    }
+    figures = measure(builders, config, conditions)
+    figures["versions"] |= {name: importlib.metadata.version(name) for name in there}
+    return figures | {"measured": "step alone" + (f"; not installed: {', '.join(missing)}" if missing else "")}
 
 
 def _build_peer(name: str, config: Config, device: torch.device, bf16: bool) -> PeerStep:
     return PeerStep(PEERS[name](config), config, device=device, bf16=bf16)
+
+
+def main() -> None:
+    config, as_json = parse(BenchmarkConfig, "peers", sys.argv[1:])
+    try:
+        report_steps(run(config), config.out, "hardpatch benchmark step    what mining costs on top", as_json=as_json)
+    except (InputError, Interrupted) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, InputError) else 3) from None
+
+
+if __name__ == "__main__":
+    main()
