@@ -5,7 +5,7 @@ come from a loop over images on the host; every decoder writes out every token i
 out; the ranking loss takes two logarithms of every ordered pair; optimizer and moving average go parameter by
 parameter; the host waits for the loss at every step. float32 on a CPU, fp16 autocast with loss scaling on CUDA.
 
-It computes what :meth:`hardpatch.method.method.Method.step` computes, to rounding (``tests/test_benchmark.py``).
+It computes what :meth:`hardpatch.method.method.Method.step` computes, to rounding (``tests/tools/test_benchmark.py``).
 """
 
 from __future__ import annotations
