@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hardpatch.runs.codebook import fit_codebook, load_tokenizer, sample_patches
+from hardpatch.runs.codebook import load_tokenizer, sample_patches
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
@@ -15,11 +15,20 @@ from hardpatch.data.images.decode import Sample
 from hardpatch.data.loader.loading import Normalise, TrainingImages
 from hardpatch.data.sources import Source
 from hardpatch.method.targets.pixels import PixelTarget
-from hardpatch.method.targets.tokens import KMeansTokenizer, Tokenizer, TokenTarget, nearest
+from hardpatch.method.targets.tokens import (
+    CodebookTarget,
+    KMeansTokenizer,
+    Tokenizer,
+    TokenTarget,
+    load_tokenizer,
+    nearest,
+    sample_patches,
+)
 from hardpatch.runs.build import build_target
 from hardpatch.runs.load import LoadedRun, load_encoder, load_teacher
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
+from hardpatch.training.fitting import Crops
 from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags
@@ -62,8 +71,14 @@ class Kinds(Source):
         return None
 
 
-def uncropped(source, seed=0):
-    return TrainingImages(source, size=(32, 24), crop_scale=(1, 1), flip=False, seed=seed)
+def uncropped(source, *, most=CodebookTarget.num_crops):
+    """The images as crops to be fitted to."""
+    images = TrainingImages(source, size=(32, 24), crop_scale=(1, 1), flip=False, seed=0)
+    return Crops(images, NORMALISE, most=most)
+
+
+def codebook_of(vocabulary):
+    return CodebookTarget(KMeansTokenizer(vocabulary, patch_size=(8, 8), channels=3))
 
 
 def run(out, **changes):
@@ -73,7 +88,7 @@ def run(out, **changes):
 
 @pytest.fixture
 def _few_crops(monkeypatch):
-    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 96)
+    monkeypatch.setattr("hardpatch.method.targets.tokens.CodebookTarget.num_crops", 96)
 
 
 def test_nearest_equals_a_loop_over_centroids():
@@ -86,32 +101,29 @@ def test_nearest_equals_a_loop_over_centroids():
 
 def test_tokens_name_the_structure_whatever_its_brightness_and_contrast():
     source = Kinds()
-    tokenizer = KMeansTokenizer(6, patch_size=(8, 8), channels=3)
-    tokenizer.adopt(fit_codebook(uncropped(source), NORMALISE, tokenizer.pixels, vocabulary=6, seed=0))
-    tokens = tokenizer(NORMALISE(source.images)).flatten()
+    target = codebook_of(6)
+    target.adopt(target.fit(uncropped(source), seed=0))
+    tokens = target(NORMALISE(source.images)).flatten()
     pairs = set(zip(tokens.tolist(), source.kind.flatten().tolist(), strict=True))
     assert len(pairs) == 6, "one token for each kind"
 
 
-def test_the_codebook_is_a_function_of_the_seed(monkeypatch):
-    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 40)
-    images = uncropped(Kinds())
-    books = [fit_codebook(images, NORMALISE, PIXELS, vocabulary=20, seed=seed) for seed in (0, 0, 1)]
+def test_the_codebook_is_a_function_of_the_seed():
+    crops = uncropped(Kinds(), most=40)
+    books = [codebook_of(20).fit(crops, seed=seed)["codebook"] for seed in (0, 0, 1)]
     torch.rand(1)
     assert torch.equal(books[0], books[1])
     assert not torch.equal(books[0], books[2])
 
 
 def test_samples_are_bounded_and_spread(monkeypatch):
-    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 5)
     monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_PATCHES", 20)
     source, seen = Kinds(), []
     monkeypatch.setattr(source, "read", lambda index: seen.append(index) or Sample(source.images[index], None))
-    assert sample_patches(uncropped(source), NORMALISE, PIXELS, seed=0).shape == (20, 192)
+    assert sample_patches(uncropped(source, most=5), PIXELS, seed=0).shape == (20, 192)
     assert seen == [0, 2, 4, 6, 9]
-    monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_CROPS", 25)
     monkeypatch.setattr("hardpatch.method.targets.tokens.MAX_PATCHES", 1000)
-    assert sample_patches(uncropped(source), NORMALISE, PIXELS, seed=0).shape == (20 * 12, 192), "two crops of each"
+    assert sample_patches(uncropped(source, most=25), PIXELS, seed=0).shape == (20 * 12, 192), "two crops of each"
 
 
 def test_too_few_different_patches():
@@ -119,8 +131,8 @@ def test_too_few_different_patches():
     source.images[:] = source.images[:1, :, :8, :8].repeat(1, 1, 4, 3)
     source.images[0, 0, 0, 0] += 50
     with pytest.raises(InputError, match=r"num_tokens: .* 2 of the 24,000 looked at are different; got 3"):
-        fit_codebook(uncropped(source), NORMALISE, PIXELS, vocabulary=3, seed=0)
-    assert fit_codebook(uncropped(source), NORMALISE, PIXELS, vocabulary=2, seed=0).shape == (2, 192)
+        codebook_of(3).fit(uncropped(source), seed=0)
+    assert codebook_of(2).fit(uncropped(source), seed=0)["codebook"].shape == (2, 192)
 
 
 def test_an_empty_codebook_names_nothing():
@@ -174,9 +186,7 @@ def test_a_stopped_run_keeps_its_codebook_and_ends_bit_identical(tmp_path, monke
     with pytest.raises(Interrupted):
         run(tmp_path / "stopped")
     monkeypatch.setattr(Reporter, "after_step", after_step)
-    monkeypatch.setattr(
-        sys.modules["hardpatch.training.loop"], "fit_codebook", lambda *_, **__: pytest.fail("fitted again")
-    )
+    monkeypatch.setattr(CodebookTarget, "fit", lambda *_, **__: pytest.fail("fitted again"))
     run(tmp_path / "stopped")
     whole, stopped = final_state(tmp_path / "whole"), final_state(tmp_path / "stopped")
     assert_same_state(whole, stopped)
@@ -271,8 +281,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_training(tmp_path, name
 @pytest.mark.usefixtures("_few_crops")
 def test_weights_load_without_the_target(tmp_path, monkeypatch):
     run(tmp_path / "run", epochs=1)
-    monkeypatch.setattr("hardpatch.runs.folder.build_target", lambda *_: pytest.fail("built a target"))
-    monkeypatch.setattr("hardpatch.runs.build.build_target", lambda *_: pytest.fail("built a target"))
+    for module in ("build", "load"):
+        monkeypatch.setattr(f"hardpatch.runs.{module}.build_target", lambda *_: pytest.fail("built a target"))
     images = torch.randn(1, 3, 32, 32)
     assert load_encoder(tmp_path / "run").forward_features(images).shape == (1, 17, 32)
     assert load_encoder(tmp_path / "run/checkpoints/last").forward_features(images).shape == (1, 17, 32)

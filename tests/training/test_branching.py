@@ -11,6 +11,7 @@ import torch
 
 from hardpatch.config.config import Config, OptimisationConfig
 from hardpatch.config.values import load_config, with_fields
+from hardpatch.method.targets.tokens import CodebookTarget
 from hardpatch.runs.checkpoint import CheckpointFolder, CheckpointWarning
 from hardpatch.runs.schedule import branching_step, resolve_schedule
 from hardpatch.runtime.errors import InputError, Interrupted
@@ -122,19 +123,10 @@ def test_a_branch_can_be_started_over(trunk, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "longer/result.json").read_text())["steps"] == 36
 
 
-def test_a_batch_kept_for_several_steps_is_not_cut(tmp_path):
-    changes = {"steps_per_batch": 2, "cooldown_epochs": 0.5, "checkpoint_steps": 100}
-    run(tmp_path / "trunk", **changes)  # the cool-down of three steps begins at step 21
-    assert steps(tmp_path / "trunk") == [20, 24]
-    branch(tmp_path / "trunk", tmp_path / "longer", epochs=5)
-    run(tmp_path / "whole", epochs=5, schedule_epochs=4, **changes)
-    assert_same_state(final_state(tmp_path / "longer"), final_state(tmp_path / "whole"))
-
-
 def test_a_fitted_codebook_goes_with_the_branch(tmp_path, monkeypatch):
     changes = {"target": "tokens", "num_tokens": 8}
     run(tmp_path / "trunk", **changes)
-    monkeypatch.setattr(sys.modules["hardpatch.training.loop"], "fit_codebook", None)  # nothing is fitted again
+    monkeypatch.setattr(CodebookTarget, "fit", lambda *_, **__: pytest.fail("fitted again"))
     branch(tmp_path / "trunk", tmp_path / "longer", epochs=5)
     ends = [final_state(tmp_path / name)["target"] for name in ("trunk", "longer")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -276,10 +268,8 @@ def test_a_falling_learning_rate_cannot_be_branched_off(tmp_path):
 def test_where_a_run_can_be_branched_off():
     schedule = resolve_schedule(OptimisationConfig(epochs=10, batch_size=10, learning_rate_schedule="constant"), 105)
     assert (schedule.total_steps, schedule.cooldown_steps) == (100, 20)
-    config = Config()
-    assert branching_step(config, schedule) == 80
-    assert branching_step(with_fields(config, {"steps_per_batch": 3}), schedule) == 78
-    assert branching_step(config, resolve_schedule(OptimisationConfig(epochs=10, batch_size=10), 105)) is None
+    assert branching_step(schedule) == 80
+    assert branching_step(resolve_schedule(OptimisationConfig(epochs=10, batch_size=10), 105)) is None
 
 
 def test_ramps_of_another_length():

@@ -57,13 +57,6 @@ def signal_after(monkeypatch, step, number):
     monkeypatch.setattr(Reporter, "after_step", signalled)
 
 
-def test_a_bf16_residual_without_bf16_is_told(tmp_path, capsys):
-    run(tmp_path / "run", epochs=1, residual_precision="bf16")
-    assert "residual_precision bf16 is ignored" in capsys.readouterr().err
-    run(tmp_path / "other", epochs=1, residual_precision="bf16", precision="bf16")
-    assert "residual_precision" not in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("precision", "hardware", "times"), [("bf16", False, 1), ("bf16", True, 0), ("auto", False, 0)]
 )
@@ -157,11 +150,11 @@ def test_checkpoints_are_kept_as_asked(tmp_path):
 
 
 def test_every_step_follows_its_schedules_and_the_teacher_comes_last(tmp_path, monkeypatch):
-    seen, forward, learn, update = [], Method.step, torch.optim.AdamW.step, Teacher.update
+    seen, mask, learn, update = [], Method.mask, torch.optim.AdamW.step, Teacher.update
 
-    def spied_forward(self, *arguments, num_hard, **others):
+    def spied_mask(self, *arguments, num_hard, **others):
         seen.append(("hard", num_hard))
-        return forward(self, *arguments, num_hard=num_hard, **others)
+        return mask(self, *arguments, num_hard=num_hard, **others)
 
     def spied_learn(self, *arguments):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -173,7 +166,7 @@ def test_every_step_follows_its_schedules_and_the_teacher_comes_last(tmp_path, m
         seen.append(("decay", decay))
         update(self, student, decay)
 
-    monkeypatch.setattr(Method, "step", spied_forward)
+    monkeypatch.setattr(Method, "mask", spied_mask)
     monkeypatch.setattr(torch.optim.AdamW, "step", spied_learn)
     monkeypatch.setattr(Teacher, "update", spied_update)
     changes = {"gradient_clip": 1e-3, "warmup_epochs": 0.5, "ema_start": 0.5, "ema_end": 0.9, "ema_ramp_epochs": 1}
