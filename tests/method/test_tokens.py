@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hardpatch.runs.codebook import load_tokenizer, sample_patches
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
