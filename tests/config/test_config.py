@@ -211,8 +211,8 @@ def test_a_recipe_is_method_target_and_scale():
 
 def test_parts_of_recipes_are_documented_and_all_different():
     for table in (METHODS, TARGETS, SCALES):
-        assert all(make.__doc__ for make in table.values())
-        fields = [make() for make in table.values()]
+        assert all(part.about for part in table.values())
+        fields = [part.fields for part in table.values()]
         assert all(a != b for number, a in enumerate(fields) for b in fields[:number])
 
 

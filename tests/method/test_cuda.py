@@ -119,7 +119,7 @@ def check_step(config, pretended, *, bf16):
 def test_a_step_of_every_method(name, bf16, pretended):
     if name == "beit-tokens":
         pytest.skip("its target is fitted to images: test_a_step_on_every_target")
-    fields = METHODS[name]() | {key: TINY[key] for key in TINY if key.endswith(("_depth", "_width", "_heads"))}
+    fields = METHODS[name].fields | {key: TINY[key] for key in TINY if key.endswith(("_depth", "_width", "_heads"))}
     config = on_cuda(with_fields(Config(), TINY | fields))
     check_step(config, pretended, bf16=bf16)
 
