@@ -44,7 +44,7 @@ def only_parsed(monkeypatch):
 
     monkeypatch.setattr(tyro, "cli", cli)
     monkeypatch.setattr(
-        "hardpatch.training.branching.open_trunk", lambda run: Config()
+        "hardpatch.training.branching.open_parent", lambda run: Config()
     )  # the runs that pages name are not there
 
 

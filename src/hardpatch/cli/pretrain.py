@@ -26,21 +26,21 @@ def pretrain(arguments: list[str]) -> None:
     first.add_argument("--out", default="")
     first.add_argument("--resume", default="auto")
     chosen, _ = first.parse_known_args(arguments)
-    trunk = None
+    parent = None
     given = {name: value for name in ("recipe", "config", "branch_from") if (value := getattr(chosen, name))}
     if len(given) > 1:
         raise InputError(f"{', '.join(given)}: give one, not both, got {', '.join(map(repr, given.values()))}")
     if chosen.branch_from:
         from hardpatch.training.branching import beginning_of_branch
 
-        base, trunk = beginning_of_branch(chosen.branch_from, chosen.out, resume=chosen.resume)
+        base, parent = beginning_of_branch(chosen.branch_from, chosen.out, resume=chosen.resume)
     else:
         base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or "hpm")
     command, fields, as_json = parse_with_fields(PretrainCommand, "pretrain", arguments, base=base)
 
     from hardpatch.training.pretrain import train
 
-    result = train(with_fields(base, fields), Path(command.out), resume=command.resume, trunk=trunk)
+    result = train(with_fields(base, fields), Path(command.out), resume=command.resume, parent=parent)
     report_run(command.out, result, as_json=as_json)
 
 

@@ -2,8 +2,8 @@
 
 With a constant learning rate nothing in a run knows its end before the cool-down begins. So a run of another length
 goes on from the last checkpoint before that, and ends bit-identical (on a CPU) to one that had this length from the
-start with the same ``schedule_epochs``. The run that it branches off, its trunk, stays as it is; once a branch has a
-checkpoint of its own it is a run like any other, and its trunk may go.
+start with the same ``schedule_epochs``. The run that it branches off, its parent, stays as it is; once a branch has a
+checkpoint of its own it is a run like any other, and the parent run may go.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ class Beginning(NamedTuple):
 
     config: Config
     """Defaults of what the user gives."""
-    trunk: RunFolder | None
+    parent: RunFolder | None
     """The run to branch off; None: the branch is there already and goes on as any run."""
 
 
 def beginning_of_branch(branch_from: str | Path, out: str | Path, *, resume: str) -> Beginning:
-    """The trunk, or the branch itself where it has a checkpoint already.
+    """The parent, or the branch itself where it has a checkpoint already.
 
     Raises:
         InputError: There is no run, none that another can branch off, or it is in the same folder.
     """
-    trunk, branch = RunFolder(branch_from), RunFolder(out)
-    if trunk.path.resolve() == branch.path.resolve():
+    parent, branch = RunFolder(branch_from), RunFolder(out)
+    if parent.path.resolve() == branch.path.resolve():
         raise InputError(f"branch_from: a branch needs a folder of its own, got {str(branch.path)!r} for out as well")
     if resume == "auto" and branch.config_file.is_file() and CheckpointFolder(branch.checkpoints).steps():
         return Beginning(load_config(branch.config_file), None)
-    return Beginning(open_trunk(trunk), trunk)
+    return Beginning(open_parent(parent), parent)
 
 
-def open_trunk(run: RunFolder) -> Config:
+def open_parent(run: RunFolder) -> Config:
     """The config of a run to branch off.
 
     Raises:
@@ -70,46 +70,48 @@ def open_trunk(run: RunFolder) -> Config:
     return config
 
 
-def branched(trunk: Config, wanted: Config) -> Config:
-    """The config of a branch: that of the trunk but for its length, with the trunk's ramps.
+def branched(parent: Config, wanted: Config) -> Config:
+    """The config of a branch: that of the parent run but for its length, with the parent run's ramps.
 
     Args:
-        trunk: Of :func:`open_trunk`.
-        wanted: The trunk's with what the user has given.
+        parent: Of :func:`open_parent`.
+        wanted: The parent run's with what the user has given.
 
     Raises:
         InputError: Something else was changed as well, or nothing.
     """
-    ramps = trunk.optimisation.schedule_epochs or trunk.optimisation.epochs
-    lengths = {name: getattr(trunk.optimisation, name) for name in FREE}
+    ramps = parent.optimisation.schedule_epochs or parent.optimisation.epochs
+    lengths = {name: getattr(parent.optimisation, name) for name in FREE}
     given = wanted.optimisation.schedule_epochs
     same = replace(
         wanted,
-        data=replace(wanted.data, data=trunk.data.data),
+        data=replace(wanted.data, data=parent.data.data),
         optimisation=replace(
             wanted.optimisation,
             **lengths,
-            schedule_epochs=trunk.optimisation.schedule_epochs if given == ramps else given,
+            schedule_epochs=parent.optimisation.schedule_epochs if given == ramps else given,
         ),
     )
-    if changed := differences(trunk, same):
+    if changed := differences(parent, same):
         raise InputError(
             f"branch_from: a branch may differ in {', '.join(FREE)}, in how it runs, and in where its images lie, not "
             "in what is learnt; changed:\n  " + "\n  ".join(changed)
         )
     if all(getattr(wanted.optimisation, name) == value for name, value in lengths.items()):
         raise InputError(
-            f"branch_from: this would be the same run again; give other epochs than {trunk.optimisation.epochs}, or "
+            f"branch_from: this would be the same run again; give other epochs than {parent.optimisation.epochs}, or "
             "cooldown_epochs"
         )
     return replace(wanted, optimisation=replace(wanted.optimisation, schedule_epochs=ramps))
 
 
-def cut(trunk: RunFolder, config: Config, schedule: Schedule, *, images: str, num_images: int) -> dict[str, Any]:
-    """The trunk's last checkpoint in which neither learning rate has begun to fall. Writes nothing.
+def find_branch_point(
+    parent: RunFolder, config: Config, schedule: Schedule, *, images: str, num_images: int
+) -> dict[str, Any]:
+    """The parent run's last checkpoint in which neither learning rate has begun to fall. Writes nothing.
 
     Args:
-        trunk: The run to branch off.
+        parent: The run to branch off.
         config: Of :func:`branched`, resolved.
         schedule: Of the branch.
         images: Fingerprint of the images there are.
@@ -118,34 +120,34 @@ def cut(trunk: RunFolder, config: Config, schedule: Schedule, *, images: str, nu
     Raises:
         InputError: Other images, or no such checkpoint is left whole.
     """
-    before = open_trunk(trunk)
+    before = open_parent(parent)
     before_schedule = resolve_schedule(before.optimisation, num_images)
     ends = branching_step(before_schedule), branching_step(schedule)
     until = min(step for step in ends if step is not None)
-    checkpoints = CheckpointFolder(trunk.checkpoints)
+    checkpoints = CheckpointFolder(parent.checkpoints)
     try:
         state = checkpoints.load_latest(until=until)
     except InputError as error:
         raise InputError(
-            f"branch_from: no checkpoint of {str(trunk.path)!r} up to step {until} is whole; after it one of the two "
+            f"branch_from: no checkpoint of {str(parent.path)!r} up to step {until} is whole; after it one of the two "
             f"learning rates falls\n{error}"
         ) from None
     if state is None:
         raise InputError(
-            f"branch_from: no checkpoint up to step {until} is left in {str(trunk.checkpoints)!r} (there are "
+            f"branch_from: no checkpoint up to step {until} is left in {str(parent.checkpoints)!r} (there are "
             f"{', '.join(map(str, checkpoints.steps())) or 'none'}); after it one of the two learning rates falls. "
             + _what_would_do(checkpoints.steps(), ends[0], config, schedule)
         )
     if state["images"] != images:
         raise InputError(
-            f"data: {config.data.data!r} does not hold the images that {str(trunk.path)!r} was trained on "
+            f"data: {config.data.data!r} does not hold the images that {str(parent.path)!r} was trained on "
             f"({state['images']}; now {images}): order and schedules would change. Say where they are with --data"
         )
     return state
 
 
 def _what_would_do(steps: list[int], end: int | None, config: Config, schedule: Schedule) -> str:
-    """The shortest length that the checkpoints of the trunk allow."""
+    """The shortest length that the checkpoints of the parent run allow."""
     usable = [step for step in steps if end is None or step <= end]
     if not usable:
         return "It has none from before its own cool-down, either"
@@ -155,14 +157,14 @@ def _what_would_do(steps: list[int], end: int | None, config: Config, schedule: 
     return f"The shortest run that can branch off here has --epochs {epochs}; --keep-steps keeps more checkpoints"
 
 
-def plant(trunk: RunFolder, state: dict[str, Any], config: Config, folder: RunFolder) -> None:
-    """Put a checkpoint of the trunk, and what was recorded up to it, into the folder of a branch.
+def copy_branch_point(parent: RunFolder, state: dict[str, Any], config: Config, folder: RunFolder) -> None:
+    """Put a checkpoint of the parent, and what was recorded up to it, into the folder of a branch.
 
     The checkpoint comes last: a folder without one is branched off again.
 
     Args:
-        trunk: The run that is branched off.
-        state: Of :func:`cut`.
+        parent: The run that is branched off.
+        state: Of :func:`find_branch_point`.
         config: Of the branch; it is written already.
         folder: Of the branch.
 
@@ -170,16 +172,16 @@ def plant(trunk: RunFolder, state: dict[str, Any], config: Config, folder: RunFo
         InputError: The disk is full, or does not let itself be written.
     """
     try:
-        records = [record for record in read_metrics(trunk.path) if record["step"] <= state["step"]]
+        records = [record for record in read_metrics(parent.path) if record["step"] <= state["step"]]
         write_text_atomically(folder.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        for figure in trunk.figures.glob("hardness_*.png"):
+        for figure in parent.figures.glob("hardness_*.png"):
             found = re.fullmatch(r"hardness_(\d+)", figure.stem)
             if found and int(found[1]) <= state["step"]:
                 folder.figures.mkdir(exist_ok=True)
                 shutil.copy(figure, folder.figures)
-        if damaged := trunk.read_damaged():
+        if damaged := parent.read_damaged():
             folder.save_damaged(damaged)
         CheckpointFolder(folder.checkpoints).save(state | {"config": asdict(config)})
     except OSError as error:
         raise InputError(f"out: cannot write in {str(folder.path)!r}: {error.strerror or error}") from error
-    say(f"branching off {trunk.path} at step {state['step']}")
+    say(f"branching off {parent.path} at step {state['step']}")

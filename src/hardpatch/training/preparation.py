@@ -33,7 +33,7 @@ from hardpatch.runs.trackers import check_trackers
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say
-from hardpatch.training.branching import cut, plant
+from hardpatch.training.branching import copy_branch_point, find_branch_point
 from hardpatch.training.fitting import fit_target
 from hardpatch.training.gate import MiningGate, mining_threshold
 from hardpatch.training.monitor import labelled_validation
@@ -43,7 +43,7 @@ from hardpatch.weights.adapt import start_from
 
 
 def prepare(
-    config: Config, folder: RunFolder, *, device: torch.device, resume: Resume, trunk: RunFolder | None = None
+    config: Config, folder: RunFolder, *, device: torch.device, resume: Resume, parent: RunFolder | None = None
 ) -> Run:
     """Check everything that can be checked before work starts, and put the run together.
 
@@ -52,7 +52,7 @@ def prepare(
         folder: Where it lives.
         device: Where it is trained.
         resume: As in :func:`pretrain`.
-        trunk: The run that this one branches off; None: it begins afresh, or goes on.
+        parent: The run that this one branches off; None: it begins afresh, or goes on.
 
     Raises:
         InputError: Names the field, the rule and the value.
@@ -84,10 +84,12 @@ def prepare(
     # Decided by one process: another may look when the first has written there.
     fresh = distributed.from_main(lambda: resume == "restart" or not checkpoints.steps())
     images = fingerprint(source)
-    cuttings: list[dict[str, Any]] = []  # on the main process, which alone needs it
-    if fresh and trunk is not None:
+    branch_points: list[dict[str, Any]] = []  # on the main process, which alone needs it
+    if fresh and parent is not None:
         distributed.from_main(
-            lambda: cuttings.append(cut(trunk, config, schedule, images=images, num_images=len(source)))
+            lambda: branch_points.append(
+                find_branch_point(parent, config, schedule, images=images, num_images=len(source))
+            )
         )
     elif fresh:
         _begin(config, source, model)
@@ -105,8 +107,8 @@ def prepare(
         if resume == "restart":
             folder.clear()
         checkpoints.clear_temporary()
-    if fresh and trunk is not None:
-        distributed.from_main(lambda: _plant(trunk, cuttings[0], config, schedule, folder, device))
+    if fresh and parent is not None:
+        distributed.from_main(lambda: _start_branch(parent, branch_points[0], config, schedule, folder, device))
     distributed.barrier()
     if saved := checkpoints.load_latest():
         if saved["images"] != images:
@@ -121,9 +123,9 @@ def prepare(
     return Run(config, folder, device, bf16, compiled, source, schedule, position, state, checkpoints, images)
 
 
-def _plant(
-    trunk: RunFolder,
-    cutting: dict[str, Any],
+def _start_branch(
+    parent: RunFolder,
+    branch_point: dict[str, Any],
     config: Config,
     schedule: Schedule,
     folder: RunFolder,
@@ -131,7 +133,7 @@ def _plant(
 ) -> None:
     """Start as a branch; config first and checkpoint last, so that a folder left half made is branched off again."""
     folder.write_config(config, device, schedule)
-    plant(trunk, cutting, config, folder)
+    copy_branch_point(parent, branch_point, config, folder)
 
 
 def _begin(config: Config, source: Source, model: HPM) -> None:

@@ -20,7 +20,7 @@ from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import read_metrics, say, warn
 from hardpatch.runtime.signals import StopSignal
-from hardpatch.training.branching import beginning_of_branch, branched, open_trunk
+from hardpatch.training.branching import beginning_of_branch, branched, open_parent
 from hardpatch.training.loop import train_steps
 from hardpatch.training.preparation import prepare
 from hardpatch.training.state import Resume, Run
@@ -57,18 +57,18 @@ def pretrain(
     """
     if branch_from is not None and (config is not None or recipe != "hpm"):
         raise InputError(f"branch_from: takes the place of recipe and config, got {config or recipe!r} as well")
-    trunk = None
+    parent = None
     if branch_from is not None:
-        base, trunk = beginning_of_branch(branch_from, out, resume=resume)
+        base, parent = beginning_of_branch(branch_from, out, resume=resume)
     else:
         base = load_config(Path(config)) if config is not None else named_recipe(recipe)
-    return train(with_fields(base, {"data": str(data), **fields}), Path(out), resume=resume, trunk=trunk)
+    return train(with_fields(base, {"data": str(data), **fields}), Path(out), resume=resume, parent=parent)
 
 
-def train(config: Config, out: Path, *, resume: Resume = "auto", trunk: RunFolder | None = None) -> dict[str, Any]:
-    """Run a whole config in a folder: start, go on or branch off a trunk, train, evaluate, report."""
-    if trunk is not None:
-        config = branched(open_trunk(trunk), config)
+def train(config: Config, out: Path, *, resume: Resume = "auto", parent: RunFolder | None = None) -> dict[str, Any]:
+    """Run a whole config in a folder: start, go on or branch off a parent, train, evaluate, report."""
+    if parent is not None:
+        config = branched(open_parent(parent), config)
     device = distributed.choose_device(config.run.device)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -76,7 +76,7 @@ def train(config: Config, out: Path, *, resume: Resume = "auto", trunk: RunFolde
         stack.enter_context(_kernels(config.run.deterministic))
         folder = RunFolder(out)
         stack.callback(folder.release)
-        run = prepare(config, folder, device=device, resume=resume, trunk=trunk)
+        run = prepare(config, folder, device=device, resume=resume, parent=parent)
         if run.state.step >= run.schedule.total_steps and (finished := run.folder.result()):
             say(f"{run.folder.path} holds a finished run of {run.schedule.total_steps} steps; nothing to do")
             return finished
