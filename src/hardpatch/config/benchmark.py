@@ -82,7 +82,7 @@ class BenchmarkConfig(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device; auto: CUDA, then MPS, then CPU."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """Of all but the reference step; auto: bf16 where the hardware has it."""
+    """Autocast precision of all but the reference step; auto: bf16 where the hardware has it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks; auto: on CUDA. The reference step and peers are never compiled."""
     seconds: PositiveFloat = 10.0

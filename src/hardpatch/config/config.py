@@ -155,7 +155,7 @@ class MethodConfig:
     predicted_loss: Literal["relative", "absolute", "none"] = "relative"
     """Loss predictor: ranks pairs of patches, regresses the loss, or none (MAE)."""
     predictor_view: Literal["masked", "full", "both"] = "masked"
-    """Where the loss predictor learns: masked view (published), full view (where it is asked), or both."""
+    """View on which the loss predictor learns: masked view (published), full view (where it is asked), or both."""
     predictor_detached: bool = False
     """Cut the gradient of the predictor's loss before the encoder and the shared decoder input (published: do not)."""
     prediction_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -216,7 +216,7 @@ class OptimisationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where and how it runs; nothing here changes what is learnt (beyond rounding)."""
+    """The machine, and how the run goes; nothing here changes what is learnt (beyond rounding)."""
 
     __pydantic_config__ = _STRICT
 
@@ -243,7 +243,7 @@ class RunConfig:
     are cropped, too (other processes do nothing; needs no_jpeg_scaling or images under twice image_size). auto: RAM if
     they fit into half of what is free. JPEGs that jpeg_scaling decodes at a fraction are not kept."""
     augmentation: Literal["workers", "device"] = "workers"
-    """Where images are cropped: by the data processes, or whole JPEGs are decoded (CUDA) and all images cropped on the
+    """Who crops the images: the data processes, or whole JPEGs are decoded (CUDA) and all images cropped on the
     device; the same crops, up to the rounding of decoders (a few grey levels)."""
     deterministic: bool = False
     """Use only deterministic kernels (slower on CUDA; a CPU is deterministic anyway)."""

@@ -20,7 +20,7 @@ class StatsConfig(Settings):
     channels: Positive | None = None
     """Read every image as so many channels; none: found in the data."""
     value_range: tuple[float, ...] = ()
-    """As for hardpatch pretrain: lowest and highest value of images that are not 8-bit; empty: found in the data."""
+    """Lowest and highest value of images that are not 8-bit; empty: found in the data."""
     no_data: float | None = None
     """Value of pixels without data, as stored, which are left out; none: what a file itself names."""
     workers: NotNegative | None = None
@@ -43,7 +43,7 @@ class PackConfig(Settings):
     size: Positive = 256
     """Shorter side at most, pixels."""
     quality: Annotated[int, Field(ge=1, le=100)] = 90
-    """Of JPEGs, 1 to 100."""
+    """Quality of JPEGs, 1 to 100."""
     shard_bytes: Positive = 500_000_000
     """A shard is closed when it has so many bytes."""
     channels: Positive | None = None

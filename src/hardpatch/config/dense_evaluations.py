@@ -38,7 +38,7 @@ class DenseConfig(Settings):
     learning_rate: PositiveFloat | None = None
     """Peak of AdamW's learning rate; none: 1e-4 where the encoder is trained, 1e-3 where it is frozen."""
     weight_decay: NotNegativeFloat = 0.05
-    """Of matrices; biases and norms have none."""
+    """Weight decay of matrices; biases and norms have none."""
     layer_decay: ShareAboveZero = 0.75
     """Learning rate of a block of the encoder over that of the block after it."""
     flip: bool = True
@@ -46,13 +46,13 @@ class DenseConfig(Settings):
     width: Positive = 256
     """Channels of the decoder."""
     seed: Seed = 0
-    """Of the head's first weights, the order, the crops and the held-back images."""
+    """Seed of the head's first weights, the order, the crops and the held-back images."""
     num_pictures: NotNegative = 6
     """Validation images that are drawn, spread over the set; 0: none."""
     checkpoint_minutes: PositiveFloat = 5.0
     """Time between two checkpoints of the training."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     workers: NotNegative = 0
     """Data processes."""
     max_damaged: Share = 0.01

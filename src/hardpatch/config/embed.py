@@ -39,11 +39,11 @@ class EmbedConfig(Settings):
     sheet_images: Positive = 32
     """Images on the sheet from either end."""
     seed: Seed = 0
-    """Of the masks under which difficulty is measured; the same for every image."""
+    """Seed of the masks under which difficulty is measured; the same for every image."""
     batch_size: Positive = 128
     """Images per pass."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     workers: NotNegative = 0
     """Data processes."""
     max_damaged: Share = 0.01

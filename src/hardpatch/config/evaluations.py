@@ -45,7 +45,7 @@ class KnnConfig(Settings):
     against: tuple[str, ...] = ()
     """Other encoders by the same protocol: timm:NAME, timm:local-dir:PATH, or another run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     workers: NotNegative = 0
     """Data processes."""
     max_damaged: Share = 0.01
@@ -65,13 +65,13 @@ class LinearConfig(Settings):
     mode: Literal["sgd", "logistic"] = "sgd"
     """sgd: the published probe (BatchNorm, linear layer, SGD); logistic: scikit-learn's, on standardised features."""
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    """Of sgd, for batches of 256. A held-out tenth of the training images chooses; all are trained side by side."""
+    """Learning rates of sgd, for batches of 256; all are trained, and a held-out tenth of the training images chooses."""
     inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    """Of logistic, scikit-learn's C; chosen in the same way."""
+    """Inverse penalties of logistic, scikit-learn's C; chosen in the same way."""
     epochs: Positive = 90
-    """Of sgd."""
+    """Passes of sgd over the training images."""
     batch_size: Annotated[int, Field(ge=2)] = 256
-    """Of sgd: images per step; all where there are fewer."""
+    """Images per step of sgd; all where there are fewer."""
     pooling: Pooling = "mean"
     """Feature of an image: class token, mean of the patch tokens, or both; hardness: no feature of the encoder, but the
     teacher's predicted loss of every patch, standardised within the image."""
@@ -86,7 +86,7 @@ class LinearConfig(Settings):
     seed: Seed = 0
     """Decides what is held out, the few labels, the start and the order."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     workers: NotNegative = 0
     """Data processes."""
     max_damaged: Share = 0.01
@@ -110,7 +110,7 @@ class ForegroundConfig(Settings):
     against: tuple[str, ...] = ()
     """Other models to hold beside it: another run, or timm:NAME (whose attention alone can be asked)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     max_damaged: Share = 0.01
     """Stop when more than this share of the images cannot be decoded."""
 
@@ -186,7 +186,7 @@ class FinetuneConfig(Settings):
     """Seed of head, order, augmentation, mixing, and of the images that labels_per_class draws."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Autocast precision; auto: bf16 where the hardware has it."""
     workers: NotNegative | None = None
@@ -205,7 +205,7 @@ class Evaluation(NamedTuple):
     config: type[Any]
     """A dataclass of what it can be told."""
     module: str
-    """Where it is: a module with ``run(config)`` and ``describe(figures)``, see :mod:`hardpatch.evaluate.result`."""
+    """The module, with ``run(config)`` and ``describe(figures)``, see :mod:`hardpatch.evaluate.result`."""
     about: str
     """One line for the list of commands."""
     kept_as: tuple[str, ...] = ()

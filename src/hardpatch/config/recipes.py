@@ -100,7 +100,7 @@ METHODS = _table(
     ("beit-tokens", "block", {"target": "tokens", "mask_ratio": 0.4},
      "BEiT's target and masks: discrete tokens (k-means codebook), 40 % in blocks; encoder sees visible patches"),
 )  # fmt: skip
-"""Where masks lie and how the loss is predicted, by name."""
+"""Masks and the way the loss is predicted, by name."""
 
 TARGETS = _table(
     ("norm-pix", "", {"target": "norm_pix"},

@@ -35,7 +35,7 @@ class StepCost(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Of the whole step."""
+        """FLOPs of the whole step."""
         return self.teacher + self.student
 
 

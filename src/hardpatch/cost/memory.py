@@ -42,7 +42,7 @@ class StepMemory(NamedTuple):
     activations_per_view: int
     """Kept for the backward pass, for each view of a micro-batch."""
     recomputed_per_view: int
-    """Of one checkpointed block while it is computed again."""
+    """Bytes of one checkpointed block while it is computed again."""
     views: int
     """Views in a micro-batch."""
 
@@ -53,11 +53,11 @@ class StepMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of a step."""
+        """Bytes of a step."""
         return self.of(self.views)
 
     def of(self, views: int) -> int:
-        """Of a step with so many views in a micro-batch, where gradients are kept as they are here."""
+        """Bytes of a step with so many views in a micro-batch, where gradients are kept as they are here."""
         per_view = self.activations_per_view + self.recomputed_per_view
         return self.standing + self.gathered + self.weight_copies + views * per_view
 

@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     position: Int64[np.ndarray, " n"]
     """In the source, from 0."""
     class_token: Float[np.ndarray, "n d"] | None = None
-    """Of the last layer, normalised as the encoder does."""
+    """Class tokens of the last layer, normalised as the encoder does."""
     patch_mean: Float[np.ndarray, "n d"] | None = None
     """Mean of the patch tokens."""
     patch_tokens: Float[np.ndarray, "n p d"] | None = None
@@ -95,7 +95,7 @@ class Parts:
             )
 
     def file(self, number: int) -> Path:
-        """Where a part lies."""
+        """The file of a part."""
         return self.path / f"{number:08d}.npz"
 
     def is_done(self, number: int) -> bool:

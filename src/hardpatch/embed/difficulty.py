@@ -29,7 +29,7 @@ from hardpatch.runtime.seeding import Stream, derive_seed
 
 
 class Difficulty(NamedTuple):
-    """Of some images."""
+    """How difficult some images are."""
 
     difficulty: Float[Tensor, " b"]
     """Mean reconstruction error, over the patches with data."""

@@ -54,9 +54,9 @@ class Embedded(NamedTuple):
     """Shape of one image's entry, by column."""
     bytes: int
     seconds: float
-    """Of this call; a call that went on with another's parts took so much longer."""
+    """Seconds of this call; a call that went on with another's parts took so much longer."""
     images_per_second: float
-    """Of the images of this call."""
+    """Rate over the images of this call."""
     contact_sheet: str | None
     easiest: list[Ranked]
     """Ends of the ranking; empty without difficulty."""
@@ -137,7 +137,7 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
 
 
 def _check(config: EmbedConfig) -> tuple[Path, Path | None]:
-    """Where to write the table and the sheet, after everything that can be wrong before a checkpoint is read.
+    """Paths of the table and the sheet, after everything that can be wrong before a checkpoint is read.
 
     Raises:
         InputError: A setting is out of range, or something is in the way.
@@ -156,7 +156,7 @@ def _check(config: EmbedConfig) -> tuple[Path, Path | None]:
 
 
 def _bytes_per_image(run: LoadedRun, config: EmbedConfig) -> int:
-    """Of its row in the table, names apart."""
+    """Bytes of an image's row in the table, names apart."""
     rows, columns = grid_size(run.student.encoder)
     vectors = {"class": 1, "mean": 1, "both": 2, "tokens": rows * columns}[config.features]
     difficulty = 4 * (2 + 2 * rows * columns) if config.hardness else 0

@@ -19,7 +19,7 @@ class Table(NamedTuple):
     """What is joined."""
 
     parts: Parts
-    """Where the rows are."""
+    """The parts that hold the rows."""
     numbers: Sequence[int]
     """The parts that have any, in order."""
     num_rows: int

@@ -33,11 +33,11 @@ class Backbone(NamedTuple):
     input: dict[str, Any]
     """Size, mean and standard deviation of its images, in the terms of timm's ``pretrained_cfg``."""
     config: Config | None
-    """Of the run; None where a file of weights is all there is."""
+    """The run's config; None where a file of weights is all there is."""
     step: int
     """Optimizer steps behind it; 0 where nobody knows."""
     run: RunFolder | None
-    """Where it was trained, if that is a folder."""
+    """The folder in which it was trained, if there is one."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

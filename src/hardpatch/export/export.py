@@ -37,7 +37,7 @@ class Format(NamedTuple):
     write: Callable[[Backbone, Path], None] | Callable[[Backbone, Path, Output], None]
     """Takes the output too where the form has a choice of it."""
     read: Callable[[Path, Backbone], Computed]
-    """As a user of the other library would."""
+    """Reads the export as a user of the other library would."""
     tolerance: float
     """Largest difference of a feature, for features of magnitude up to 1; proportional beyond."""
     library: str
@@ -76,7 +76,7 @@ class Exported(NamedTuple):
     """What it puts out."""
     parameters: int
     bytes: int
-    """Of all files together."""
+    """Size of all files together."""
     max_difference: float
     """Largest difference of its features from the encoder's."""
     tolerance: float

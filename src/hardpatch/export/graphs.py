@@ -37,7 +37,7 @@ def write_onnx(backbone: Backbone, to: Path, output: Output) -> None:
 
 
 def read_onnx(path: Path, backbone: Backbone) -> Computed:
-    """As a user of onnxruntime would."""
+    """Read it as a user of onnxruntime would."""
     import onnxruntime
 
     del backbone
@@ -56,7 +56,7 @@ def write_program(backbone: Backbone, to: Path, output: Output) -> None:
 
 
 def read_program(path: Path, backbone: Backbone) -> Computed:
-    """As a user of PyTorch would, without timm."""
+    """Read it as a user of PyTorch would, without timm."""
     del backbone
     with _quiet():
         module = torch.export.load(path).module()

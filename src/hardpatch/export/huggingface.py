@@ -148,7 +148,7 @@ def processor_config(backbone: Backbone) -> dict[str, Any]:
 
 
 def read_folder(path: Path, backbone: Backbone) -> Computed:
-    """As a user of transformers would, who knows nothing but the folder."""
+    """Read it as a user of transformers who knows nothing but the folder."""
     from transformers import AutoModel
     from transformers.utils import logging
 

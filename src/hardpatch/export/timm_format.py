@@ -28,7 +28,7 @@ def write_folder(backbone: Backbone, to: Path) -> None:
 
 
 def read_folder(path: Path, backbone: Backbone) -> Computed:
-    """As a user of timm would, who knows nothing but the folder."""
+    """Read it as a user of timm who knows nothing but the folder."""
     del backbone
     return _tokens(timm.create_model(f"local-dir:{path}", pretrained=True))
 
@@ -39,7 +39,7 @@ def write_file(backbone: Backbone, to: Path) -> None:
 
 
 def read_file(path: Path, backbone: Backbone) -> Computed:
-    """As a user of timm would, who has the arguments from the model card."""
+    """Read it as a user of timm who has the arguments from the model card."""
     return _tokens(timm.create_model(**backbone.arguments, checkpoint_path=str(path)))
 
 

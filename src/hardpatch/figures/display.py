@@ -16,7 +16,7 @@ from hardpatch.data.loader.loading import Normalise
 from hardpatch.runs.build import build_normalise
 
 ENDS = (0.01, 0.99)
-"""Where colours are stretched, this share of the pixels is black, and that not yet white."""
+"""When colours are stretched, this share of the pixels is black, and that not yet white."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def measure_hardness(
 
 
 class AverageLoss(NamedTuple):
-    """Of every patch, over masks."""
+    """Means over masks, for every patch."""
 
     loss: Float[Tensor, "b n"]
     """The student's reconstruction loss."""

@@ -33,7 +33,7 @@ NUM_RECTANGLES = 16
 """Drawn for every mask. Three do at ratio 0.75; at 0.9 and a long grid of 7 x 31 all fall short in 1 mask of 100, and
 noise chooses the last few patches."""
 SMALLEST_AREA = 16 / 196
-"""Of the grid: BEiT's 16 of 14 x 14 patches."""
+"""Smallest share of the grid under a rectangle: BEiT's 16 of 14 x 14 patches."""
 SLIMMEST_ASPECT = 0.3
 """BEiT's: height / width between this and its inverse."""
 

@@ -240,5 +240,5 @@ class Teacher(nn.Module):
 
 
 def _share_here(tensor: Tensor) -> Tensor:
-    """Of a tensor that is sharded over processes, the part that this one holds."""
+    """The part that this process holds of a tensor that is sharded over processes."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -232,7 +232,7 @@ def open_images(config: Config) -> tuple[Config, Source]:
 
 
 def build_downloads(config: Config) -> Downloads:
-    """Where a run keeps shards from far away."""
+    """The folder in which a run keeps shards from far away, and its limit."""
     folder = Path(config.run.download_dir).expanduser() if config.run.download_dir else None
     return Downloads(folder, gigabytes=config.data.download_gigabytes)
 

@@ -113,7 +113,7 @@ class RunFolder:
         write_text_atomically(self.damaged_file, text.getvalue())
 
     def hardness_figure(self, step: int) -> Path:
-        """Where the hardness figure of a step lies."""
+        """The file of a step's hardness figure."""
         return self.figures / f"hardness_{step:08d}.png"
 
     def read_damaged(self) -> dict[str, str]:

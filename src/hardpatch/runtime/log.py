@@ -30,7 +30,7 @@ from hardpatch.runtime.files import write_text_atomically
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Of :func:`tracked` where there is no terminal."""
+"""How often :func:`tracked` prints a line where there is no terminal."""
 
 console = Console(stderr=True, highlight=False)
 """Logs and bars go to standard error; figures for the user go to standard output."""

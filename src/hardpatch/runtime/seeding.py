@@ -67,7 +67,7 @@ _GOLDEN_WORD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix_words(words: UInt64[np.ndarray, "*n"]) -> UInt64[np.ndarray, "*n"]:
-    """As :func:`_mix`, for numpy's unsigned integers."""
+    """The mixing of :func:`_mix` for numpy's unsigned integers."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
     mixed: np.ndarray = words ^ (words >> np.uint64(31))

@@ -36,7 +36,7 @@ class Meter:
         self._waited, self._since = 0.0, time.perf_counter()
 
     def leave_out_time(self) -> None:
-        """Of the interval up to here: its steps count in the averages, but not in the speed."""
+        """Leave the time of this interval up to here out: its steps count in the averages, but not in the speed."""
         self._untimed = self._steps
         self._waited, self._since = 0.0, time.perf_counter()
 

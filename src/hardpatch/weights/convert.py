@@ -52,7 +52,7 @@ class Converted(NamedTuple):
     parts: list[str]
     """encoder, reconstructor, predictor: what it holds."""
     teacher: Literal["moving average", "copy of the student"] | None
-    """Where the teacher in it comes from; None: it holds none."""
+    """Origin of the teacher in it; None: it holds none."""
     encoder: str
     """timm's name of the encoder."""
     encoder_heads: int

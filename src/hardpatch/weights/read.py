@@ -42,7 +42,7 @@ class Weights(NamedTuple):
     """The weights of a file, and what the file says about them."""
 
     source: str
-    """Where they come from, for messages."""
+    """Their origin, for messages."""
     student: dict[str, Tensor]
     """float32, under the names of :class:`hardpatch.method.student.Student`; the encoder is always there."""
     teacher: dict[str, Tensor] | None
@@ -300,7 +300,7 @@ def table_grid(table: Tensor) -> tuple[int, int] | None:
 
 
 def mismatches(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """Where tensors differ from what a model wants, in the model's order: name, shape found, shape wanted."""
+    """Differences of tensors from what a model wants, in the model's order: name, shape found, shape wanted."""
     lines = [
         f"{name}: {tuple(found[name].shape) if name in found else 'missing'}, wanted {tuple(tensor.shape)}"
         for name, tensor in wanted.items()

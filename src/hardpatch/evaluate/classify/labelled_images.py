@@ -37,7 +37,7 @@ class Subset(Source):
         return self.source.read(self.indices[index])
 
     def name(self, index: int) -> str:
-        """As in the whole source."""
+        """The name that the image has in the whole source."""
         return self.source.name(self.indices[index])
 
     def content(self, index: int) -> bytes:
