@@ -65,7 +65,7 @@ class LinearConfig(Settings):
     mode: Literal["sgd", "logistic"] = "sgd"
     """sgd: the published probe (BatchNorm, linear layer, SGD); logistic: scikit-learn's, on standardised features."""
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    """Learning rates of sgd, for batches of 256; all are trained, and a held-out tenth of the training images chooses."""
+    """Learning rates of sgd, for batches of 256; a held-out tenth of the training images chooses among them."""
     inverse_penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """Inverse penalties of logistic, scikit-learn's C; chosen in the same way."""
     epochs: Positive = 90
