@@ -9,7 +9,7 @@ import textwrap
 
 from hardpatch.cli.flags import parse_with_json
 from hardpatch.cli.output import complain, print_json
-from hardpatch.tools.doctor.findings import Finding
+from hardpatch.tools.doctor import Finding
 
 WIDTH = 110
 MARKS = {"ok": "ok", "note": "--", "warning": "!", "problem": "!!"}
@@ -19,7 +19,7 @@ def doctor(arguments: list[str]) -> None:
     """``hardpatch doctor``."""
     from hardpatch.config.doctor import DoctorConfig
     from hardpatch.tools.doctor.examine import examine, summary
-    from hardpatch.tools.doctor.software import look_at_software
+    from hardpatch.tools.doctor.surroundings import look_at_software
 
     try:
         config, as_json = parse_with_json(DoctorConfig, "doctor", arguments)

@@ -19,7 +19,6 @@ from hardpatch.runs.schedule import resolve_schedule
 from hardpatch.runtime.errors import InputError, suggest
 from hardpatch.runtime.log import warn
 from hardpatch.tools.ablate.suites import SUITES, AblateConfig, Suite
-from hardpatch.training.budget import keep_to_budget
 
 Budget = Literal["epochs", "compute", "time"]
 """What is equal for all rows."""
@@ -124,7 +123,7 @@ def _configs(config: AblateConfig, suite: Suite, fields: Mapping[str, Any]) -> t
     same |= {name: getattr(looked_at.data, name) for name in ("value_range", "mean", "std")}
     different: dict[str, Config] = {}
     for row, base in configs.items():
-        chosen = keep_to_budget(with_fields(base, same))
+        chosen = with_fields(base, same)
         resolve_schedule(chosen.optimisation, len(source))
         if twin := next((name for name, other in different.items() if other == chosen), None):
             warn(f"{row} is the same run as {twin} here; left out")

@@ -112,7 +112,7 @@ def known_by(steps: Mapping[str, TimedStep]) -> list[Any]:
         [
             row, asdict(step.config.model), asdict(step.config.method), step.config.data.size,
             step.config.data.channels, step.config.optimisation.batch_size, step.config.run.activation_checkpointing,
-            step.config.run.residual_precision, step.bf16, step.compiled,
+            step.bf16, step.compiled,
         ]
         for row, step in steps.items()
     ]  # fmt: skip
