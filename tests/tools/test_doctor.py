@@ -14,12 +14,11 @@ import pytest
 
 from hardpatch.cli import main
 from hardpatch.config.doctor import DoctorConfig
-from hardpatch.tools.doctor import software, surroundings, trials
+from hardpatch.tools.doctor import Finding, surroundings, trials
 from hardpatch.tools.doctor.examine import examine, summary, try_apart
-from hardpatch.tools.doctor.findings import Finding
 
 Usage = namedtuple("Usage", "total used free")
-QUICK = {"processors", "shared memory", "open files", "settings", "disk"}
+QUICK = {"processors", "shared memory", "settings", "disk"}
 
 
 def states(findings):
@@ -101,13 +100,13 @@ def installed(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "requires", asked.get)
-    monkeypatch.setattr(software, "EXTRAS", {"datasets": "hf: sources"})
+    monkeypatch.setattr(surroundings, "EXTRAS", {"datasets": "hf: sources"})
     return versions
 
 
 def test_versions_that_match_are_well(installed):
     installed["datasets"] = "5.2.0"
-    assert set(states(software.look_at_software()).values()) == {"ok"}
+    assert set(states(surroundings.look_at_software()).values()) == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -122,31 +121,31 @@ def test_packages_that_do_not_match_are_named(installed, name, version, told):
     installed.pop(name)
     if version:
         installed[name] = version
-    seen = {finding.about: finding for finding in software.look_at_software()}
+    seen = {finding.about: finding for finding in surroundings.look_at_software()}
     assert seen["packages"].state == "problem"
     assert told in seen["packages"].found
 
 
 def test_a_local_build_of_torch_matches(installed):
     installed |= {"torch": "2.14.1+cu130", "datasets": "5.2.0"}
-    assert set(states(software.look_at_software()).values()) == {"ok"}
+    assert set(states(surroundings.look_at_software()).values()) == {"ok"}
 
 
 def test_a_build_between_two_releases_counts_as_the_release(installed):
     """NVIDIA's containers have torch 2.14.1a0+somewhat."""
     installed |= {"torch": "2.14.1a0+5228986c39.nv25.06", "datasets": "5.2.0"}
-    assert states(software.look_at_software())["packages"] == "ok"
+    assert states(surroundings.look_at_software())["packages"] == "ok"
 
 
 def test_without_an_installation_nothing_is_said_to_be_well(installed):
     installed.pop("hardpatch")
-    seen = {finding.about: finding for finding in software.look_at_software()}
+    seen = {finding.about: finding for finding in surroundings.look_at_software()}
     assert seen.keys() == {"versions", "packages"}
     assert seen["packages"].state == "problem"
 
 
 def test_optional_packages_come_with_how_to_get_them(installed):
-    seen = {finding.about: finding for finding in software.look_at_software()}
+    seen = {finding.about: finding for finding in surroundings.look_at_software()}
     found = seen["optional packages"]
     assert (found.state, found.found) == ("note", "not installed, or too old: datasets")
     assert "hf: sources: pip install" in found.advice
@@ -154,7 +153,7 @@ def test_optional_packages_come_with_how_to_get_them(installed):
 
 def test_every_extra_of_hpm_is_explained():
     declared = set(metadata.metadata("hardpatch").get_all("Provides-Extra"))
-    assert software.EXTRAS.keys() == declared - {"test", "dev"}
+    assert surroundings.EXTRAS.keys() == declared - {"test", "dev"}
 
 
 # --- machine -------------------------------------------------------------------------------------------------------
@@ -225,7 +224,8 @@ def test_settings_left_over_from_debugging():
 def test_room_and_speed_of_the_disk(monkeypatch, tmp_path, free, seconds, state):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2 * free, free, free))
     monkeypatch.setattr(surroundings, "_write", lambda _: seconds)
-    assert surroundings.look_at_folder(str(tmp_path / "runs" / "deep")).state == state
+    (found,) = surroundings.look_at_folder(str(tmp_path / "runs" / "deep"))
+    assert found.state == state
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
@@ -233,19 +233,20 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(surroundings, "_write", full)
-    found = surroundings.look_at_folder(str(tmp_path))
+    (found,) = surroundings.look_at_folder(str(tmp_path))
     assert (found.state, found.about) == ("problem", "disk")
     assert "No space left" in found.found
     file = tmp_path / "file"
     file.touch()
     monkeypatch.undo()
-    assert surroundings.look_at_folder(str(file / "runs")).state == "problem"
+    (found,) = surroundings.look_at_folder(str(file / "runs"))
+    assert found.state == "problem"
 
 
 def test_odd_folders_are_one_clear_finding(tmp_path):
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     for out in ("~nobody-of-this-name/runs", str(tmp_path / "nowhere")):
-        found = surroundings.look_at_folder(out)
+        (found,) = surroundings.look_at_folder(out)
         assert (found.state, found.about) == ("problem", "disk"), out
         assert out in found.found
 
@@ -378,7 +379,7 @@ def test_faults_of_a_device_show_in_the_step(monkeypatch, broken):
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: change(v))
         monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: change(x))
     found = trials.take_step(device)
-    assert not trials._is_close(found, expected, trials.BF16_TOLERANCE)
+    assert found.differs_from(expected, bf16=True)
 
 
 def test_bf16_that_goes_wrong_is_a_problem(monkeypatch):

@@ -9,7 +9,7 @@ import textwrap
 
 from hardpatch.cli.flags import parse
 from hardpatch.cli.output import complain, print_json
-from hardpatch.tools.doctor.findings import Finding
+from hardpatch.tools.doctor import Finding
 
 WIDTH = 110
 MARKS = {"ok": "ok", "note": "--", "warning": "!", "problem": "!!"}
@@ -17,7 +17,7 @@ MARKS = {"ok": "ok", "note": "--", "warning": "!", "problem": "!!"}
 
 def doctor(arguments: list[str]) -> None:
     """``hardpatch doctor``."""
-    from hardpatch.tools.doctor.software import look_at_software
+    from hardpatch.tools.doctor.surroundings import look_at_software
 
     try:
         from hardpatch.config.doctor import DoctorConfig

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,9 +41,10 @@ from hardpatch.training.pretrain import train
 def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Run what is missing of a suite, and write its table.
 
-        Args: config: Suite, seeds, folder. fields: ``data``, and any other fields of
-        :class:`hardpatch.config.config.Config` that are to be the same for every row. With ``val``, labelled like
-        ``data``, the table has kNN and linear accuracies.
+    Args:
+        config: Suite, seeds, folder.
+        fields: ``data``, and any other fields of :class:`hardpatch.config.config.Config` that are to be the same for
+            every row. With ``val``, labelled like ``data``, the table has kNN and linear accuracies.
 
     Returns:
         The table, as in the ``--json`` line.
@@ -119,8 +120,6 @@ def _outcome(job: Job, images: Images) -> Outcome | None:
     result, figures = folder.result() or {}, json.loads(file.read_text())
     if figures["images"] != images.fingerprint:
         return None
-    if images.val is not None and not figures.keys() & {"linear_top1", "failed"}:
-        return None  # measured before there was a linear probe: measured again, not trained again
     samples = result.get("samples_seen", 0)
     return Outcome(
         row=job.row,
@@ -146,36 +145,21 @@ def _untrained(out: Path, jobs: list[Job], images: Images, device: torch.device)
     if images.val is None:
         return {}
     found = {}
-    for job in _first_of_each_seed(jobs):
+    for seed, job in {job.seed: job for job in reversed(jobs)}.items():
         decided = decisions(job.config)
         known_by = {name: decided[name] for name in decided if name.startswith(("model.", "data."))}
         known_by["data.data"] = images.fingerprint
-        file = out / f"untrained-{digest([known_by, job.seed])}.json"
-        measured = _read_untrained(file)
-        if measured is None:
-            distributed.barrier()
-            say(f"untrained encoder, seed {job.seed}")
+        file = out / f"untrained-{digest([known_by, seed])}.json"
+        if not file.is_file():
+            distributed.barrier()  # the others must have looked before it is there
+            say(f"untrained encoder, seed {seed}")
             measured = measure_untrained(job.config, images, device)
             if distributed.is_main():
                 out.mkdir(parents=True, exist_ok=True)
                 write_text_atomically(file, json.dumps(measured._asdict()) + "\n")
             distributed.barrier()
-        found[job.seed] = measured
-    return found
-
-
-def _read_untrained(file: Path) -> Accuracies | None:
-    """What was measured before; None where some of it was not."""
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    return Accuracies(**known) if known.keys() == set(Accuracies._fields) else None
-
-
-def _first_of_each_seed(jobs: list[Job]) -> Iterator[Job]:
-    seen: set[int] = set()
-    for job in jobs:
-        if job.seed not in seen:
-            seen.add(job.seed)
-            yield job
+        found[seed] = Accuracies(**json.loads(file.read_text()))
+    return dict(sorted(found.items()))
 
 
 def _write(

@@ -14,9 +14,7 @@ from typing import Any
 
 from hardpatch.config.doctor import DoctorConfig
 from hardpatch.runtime.machine import free_memory
-from hardpatch.tools.doctor import surroundings
-from hardpatch.tools.doctor.findings import Finding
-from hardpatch.tools.doctor.software import look_at_software
+from hardpatch.tools.doctor import Finding, surroundings
 
 
 def examine(config: DoctorConfig) -> Iterator[Finding]:
@@ -42,12 +40,11 @@ def torch_works(findings: list[Finding]) -> bool:
 
 def _examine_alone(config: DoctorConfig) -> Iterator[Finding]:
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
-    yield from look_at_software()
+    yield from surroundings.look_at_software()
     if leads:
         yield surroundings.look_at_processors(os.environ)
         yield surroundings.look_at_memory(free_memory())
         yield surroundings.look_at_shared_memory()
-        yield surroundings.look_at_open_files()
         yield from surroundings.look_at_launch(os.environ)
         yield from try_apart("disk", config.out, seconds=config.seconds)
     yield from surroundings.look_at_settings(os.environ)
@@ -55,7 +52,9 @@ def _examine_alone(config: DoctorConfig) -> Iterator[Finding]:
     yield from on_device
     if not torch_works(on_device):
         return
-    if config.compile == "on" or (config.compile == "auto" and _is_cuda(config)):
+    from hardpatch.runtime import distributed
+
+    if distributed.is_compiled(config.compile, distributed.choose_device(config.device)):
         yield from try_apart("compilation", config.device, seconds=config.seconds)
     if leads:
         yield from try_apart("data processes", seconds=config.seconds)
@@ -104,18 +103,10 @@ def _end(child: subprocess.Popen[str]) -> None:
             stream.close()
 
 
-def _is_cuda(config: DoctorConfig) -> bool:
-    from hardpatch.runtime import distributed
-
-    return distributed.choose_device(config.device).type == "cuda"
-
-
 def summary(findings: list[Finding]) -> dict[str, Any]:
     """As in the ``--json`` line."""
-    count = {state: sum(finding.state == state for finding in findings) for state in ("problem", "warning", "note")}
+    checks = [finding._asdict() for finding in findings]
     return {
-        "checks": [finding._asdict() for finding in findings],
-        "problems": count["problem"],
-        "warnings": count["warning"],
-        "notes": count["note"],
+        "checks": checks,
+        **{f"{state}s": sum(c["state"] == state for c in checks) for state in ("problem", "warning", "note")},
     }

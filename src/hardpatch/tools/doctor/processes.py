@@ -15,7 +15,7 @@ import torch.distributed as dist
 from hardpatch.config.doctor import DoctorConfig
 from hardpatch.runs.folder import versions
 from hardpatch.runtime import distributed
-from hardpatch.tools.doctor.findings import Finding
+from hardpatch.tools.doctor import Finding
 
 EXCHANGED = 64 * 2**20
 """Bytes."""
@@ -43,7 +43,9 @@ def look_at_processes(config: DoctorConfig, findings: list[Finding]) -> Iterator
         )  # fmt: skip
         return
     try:
-        everyone = distributed.gather_objects((_about(device), findings))
+        nccl = ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "none"
+        about = {"Python": platform.python_version(), "torchvision": version("torchvision"), "NCCL": nccl}
+        everyone = distributed.gather_objects(({**about, **versions(device)}, findings))
         for rank, (_, theirs) in enumerate(everyone):
             for finding in theirs:
                 if rank and finding.state in ("warning", "problem"):
@@ -57,12 +59,6 @@ def look_at_processes(config: DoctorConfig, findings: list[Finding]) -> Iterator
         dist.destroy_process_group()
 
 
-def _about(device: torch.device) -> dict[str, str]:
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "none"
-    about = {"Python": platform.python_version(), "torchvision": version("torchvision"), "NCCL": nccl}
-    return {**about, **versions(device)}
-
-
 def compare(everyone: list[dict[str, str]]) -> Iterator[Finding]:
     """Are all alike? Devices may differ, versions must not.
 
@@ -71,20 +67,18 @@ def compare(everyone: list[dict[str, str]]) -> Iterator[Finding]:
     """
     different = sorted({name for about in everyone for name in about if about[name] != everyone[0][name]})
     same = ", ".join(f"{name} {value}" for name, value in everyone[0].items() if name not in different)
-    told = "; ".join(f"{name}: {_by_value([about[name] for about in everyone])}" for name in different)
+    told = []
+    for name in different:
+        values = [about[name] for about in everyone]
+        kinds = [f"{v} on {values.count(v)} (process {values.index(v)} first)" for v in dict.fromkeys(values)]
+        told.append(f"{name}: {', '.join(kinds)}")
+    not_alike = f"not alike: {'; '.join(told)}"
     if set(different) - {"device"}:
-        yield Finding("processes", "problem", f"not alike: {told}", "install the same versions on every machine")
+        yield Finding("processes", "problem", not_alike, "install the same versions on every machine")
     elif different:
-        yield Finding("processes", "warning", f"not alike: {told}", "every step waits for the slowest")
+        yield Finding("processes", "warning", not_alike, "every step waits for the slowest")
     else:
         yield Finding("processes", "ok", f"{len(everyone)}, all with {same}")
-
-
-def _by_value(values: list[str]) -> str:
-    ranks: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(value, []).append(rank)
-    return ", ".join(f"{value} on {len(those)} (process {those[0]} first)" for value, those in ranks.items())
 
 
 def _time_exchange(device: torch.device) -> Finding:

@@ -1,22 +1,37 @@
-"""What the machine gives a run: processors, memory, limits, settings, disk. Needs no torch."""
+"""Packages and machine: versions, processors, memory, settings, disk. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 
+from hardpatch.runtime.extras import install
 from hardpatch.runtime.machine import processor_quota, usable_cores
-from hardpatch.tools.doctor.findings import Finding
+from hardpatch.tools.doctor import Finding
+
+EXTRAS = {
+    "parquet": "Parquet tables, hardpatch embed --out FILE.parquet",
+    "datasets": "hf: sources",
+    "http": "https:// sources",
+    "s3": "s3:// sources",
+    "dicom": "DICOM images",
+    "dense": "hardpatch evaluate segment and detect",
+    "hf": "hardpatch export --format hf",
+    "onnx": "hardpatch export --format onnx",
+}
+"""What each set of optional packages is for."""
 
 GIB = 2**30
 LITTLE_MEMORY = 4 * GIB
 LITTLE_SHARED_MEMORY = GIB
 """Batches go from data processes to training through /dev/shm; containers have 64 MiB by default."""
-FEW_FILES = 4096
 LITTLE_DISK = 10 * GIB
 CHECKPOINT_BYTES = {"ViT-B": 2.2e9, "ViT-L": 5.7e9}
 """Student, teacher and two moments of AdamW, float32; the three newest are kept."""
@@ -32,6 +47,73 @@ SETTINGS = {
 }
 """Variables left over from debugging that cost time, and why."""
 TOLD = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+def look_at_software() -> Iterator[Finding]:
+    """Versions, packages that are missing or do not match, and what is not installed but could be."""
+    there = ", ".join(
+        f"{name} {value}" for name in ("hardpatch", "torch", "torchvision", "timm") if (value := _version(name))
+    )
+    yield Finding("versions", "ok", f"{platform.platform()}, Python {platform.python_version()}, {there}")
+    if _version("hardpatch") is None:
+        yield Finding(
+            "packages", "problem", "hardpatch runs from a folder without being installed: what it needs is not known",
+            "pip install -c constraints.txt . in its folder",
+        )  # fmt: skip
+        return
+    try:
+        broken = [told for package in ("hardpatch", "torchvision") for told in _unmet(package, extra="")]
+        absent = {extra: use for extra, use in EXTRAS.items() if any(_unmet("hardpatch", extra=extra))}
+    except ImportError:
+        yield Finding("packages", "problem", "packaging is not installed", "pip install packaging")
+        return
+    if broken:
+        advice = "install what is named, or hardpatch anew into a fresh environment, by its constraints file"
+        yield Finding("packages", "problem", "; ".join(broken), advice)
+    else:
+        yield Finding("packages", "ok", "all that hardpatch needs are there, in versions that match")
+    if absent:
+        uses = "; ".join(f"{use}: {install(extra)}" for extra, use in absent.items())
+        yield Finding("optional packages", "note", f"not installed, or too old: {', '.join(absent)}", uses)
+    else:
+        yield Finding("optional packages", "ok", "all there")
+
+
+def _unmet(package: str, *, extra: str) -> Iterator[str]:
+    """What an installed package asks for, with or without an extra, and does not find.
+
+    Raises:
+        ImportError: packaging is missing.
+    """
+    from packaging.requirements import Requirement
+    from packaging.version import InvalidVersion, Version
+
+    for line in metadata.requires(package) or () if _version(package) else ():
+        wanted = Requirement(line)
+        named = re.findall(r"""extra\s*==\s*["']([^"']+)["']""", line)
+        if (named != [extra] if extra else bool(named)) or wanted.name == package:
+            continue
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": extra}):
+            continue
+        version = _version(wanted.name)
+        if version is None:
+            yield f"{package} needs {wanted.name}{wanted.specifier}, which is not installed"
+            continue
+        try:  # of builds between two releases, as NVIDIA's containers have them, the release that they become counts
+            met = wanted.specifier.contains(version, prereleases=True) or (
+                Version(version).is_prerelease and wanted.specifier.contains(Version(version).base_version)
+            )
+        except InvalidVersion:
+            continue  # somebody's own numbering: nothing can be said of it
+        if not met:
+            yield f"{package} needs {wanted.name}{wanted.specifier}, here is {version}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def look_at_processors(environment: Mapping[str, str]) -> Finding:
@@ -78,21 +160,6 @@ def look_at_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     return Finding("shared memory", "ok", found)
 
 
-def look_at_open_files() -> Finding:
-    """How many files may be open at once."""
-    try:
-        import resource
-    except ImportError:
-        return Finding("open files", "ok", "not limited as on Unix")
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if allowed == resource.RLIM_INFINITY or allowed < 0:
-        return Finding("open files", "ok", "not limited")
-    if allowed < FEW_FILES:
-        advice = f"ulimit -n {FEW_FILES} before you start many data processes"
-        return Finding("open files", "note", f"at most {allowed:,}", advice)
-    return Finding("open files", "ok", f"up to {allowed:,}")
-
-
 def look_at_settings(environment: Mapping[str, str]) -> Iterator[Finding]:
     """Environment variables that change what a run does or costs."""
     left_over = {name: why for name, why in SETTINGS.items() if environment.get(name, "") not in ("", "0")}
@@ -113,27 +180,27 @@ def look_at_launch(environment: Mapping[str, str]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def look_at_folder(out: str) -> Finding:
+def look_at_folder(out: str) -> Iterator[Finding]:
     """Can runs be written there, how fast, and is there room? Leaves nothing behind."""
     try:
         wanted = Path(out).expanduser().absolute()
         folder = next(path for path in (wanted, *wanted.parents) if path.exists() or path.is_symlink())
-        with tempfile.TemporaryDirectory(prefix=".hpm-doctor-", dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".hardpatch-doctor-", dir=folder) as scratch:
             seconds = _write(Path(scratch))
         free = shutil.disk_usage(folder).free
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user that there is not
         told = error.strerror if isinstance(error, OSError) else str(error)
-        return Finding(
-            "disk", "problem", f"out: {out!r} cannot be written to: {told}", "name another folder with --out"
-        )
+        yield Finding("disk", "problem", f"out: {out!r} cannot be written to: {told}", "name another folder with --out")
+        return
     rate = TRIAL_BYTES / seconds
     found = f"{free / GIB:,.0f} GiB free in {str(folder)!r}, {rate / 1e6:,.0f} MB/s"
     if free < LITTLE_DISK:
         sizes = ", ".join(f"of {model} {size / 1e9:.1f} GB" for model, size in CHECKPOINT_BYTES.items())
-        return Finding("disk", "warning", found, f"make room: of checkpoints three are kept, each {sizes}")
-    if rate < SLOW_DISK:
-        return Finding("disk", "warning", found, "slow: save less often (--checkpoint-steps), or write to a local disk")
-    return Finding("disk", "ok", found)
+        yield Finding("disk", "warning", found, f"make room: of checkpoints three are kept, each {sizes}")
+    elif rate < SLOW_DISK:
+        yield Finding("disk", "warning", found, "slow: save less often (--checkpoint-steps), or write to a local disk")
+    else:
+        yield Finding("disk", "ok", found)
 
 
 def _write(folder: Path) -> float:

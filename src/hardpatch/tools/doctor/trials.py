@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from hardpatch.tools.doctor.findings import Finding
+from hardpatch.tools.doctor import Finding
 from hardpatch.tools.doctor.surroundings import look_at_folder
 
 TINY = {
@@ -33,10 +33,13 @@ class Step(NamedTuple):
     next_loss: float
     """After the optimizer has made its step."""
 
+    def differs_from(self, expected: Step, *, bf16: bool = False) -> bool:
+        """Is it another, beyond rounding? Between devices in float32 (TF32 in convolutions keeps to it), or by bf16."""
+        tolerance = (3e-3, 3e-2, 3e-3) if bf16 else (1e-4, 1e-3, 1e-4)
+        return not all(math.isclose(a, b, rel_tol=c) for a, b, c in zip(self, expected, tolerance))
 
-TOLERANCE = Step(1e-4, 1e-3, 1e-4)
-"""Of a step on the device to one on the CPU, both in float32, relative; TF32 in convolutions keeps to it."""
-BF16_TOLERANCE = Step(3e-3, 3e-2, 3e-3)
+    def __str__(self) -> str:
+        return f"loss {self.loss:.6g}, gradient norm {self.gradient_norm:.6g}, loss after the step {self.next_loss:.6g}"
 
 
 def try_device(name: str) -> Iterator[Finding]:
@@ -89,22 +92,21 @@ def _describe(device: Any) -> Finding:
             return Finding("device", "warning", found, "GPUs before Ampere are several times slower")
         return Finding("device", "ok", found)
     found = f"{device.type.upper()}, {precision}"
-    if device.type == "cpu" and torch.version.cuda and not torch.cuda.is_available():
-        advice = (
-            "without a GPU: enough for 64-px images and small models. With one: is it given to this container or job "
-        )
-        advice += "(--gpus all, --gres=gpu:1), is CUDA_VISIBLE_DEVICES right, is the driver new enough?"
-        state: Any = "warning" if shutil.which("nvidia-smi") else "note"
+    if device.type != "cpu":
+        return Finding("device", "ok", found)
+    driver = shutil.which("nvidia-smi") is not None
+    if torch.version.cuda and not torch.cuda.is_available():
         return Finding(
-            "device", state, f"{found}; torch is built for CUDA {torch.version.cuda} and sees no GPU", advice
-        )
-    if device.type == "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
+            "device", "warning" if driver else "note",
+            f"{found}; torch is built for CUDA {torch.version.cuda} and sees no GPU",
+            "without a GPU: enough for 64-px images and small models. With one: is it given to this container or job "
+            "(--gpus all, --gres=gpu:1), is CUDA_VISIBLE_DEVICES right, is the driver new enough?",
+        )  # fmt: skip
+    if driver and not torch.cuda.is_available():
         advice = "if nvidia-smi lists a GPU, install a torch for its driver: pytorch.org, Get started"
         return Finding("device", "warning", f"{found}; torch is built without CUDA, and there is nvidia-smi", advice)
-    if device.type == "cpu":
-        advice = "enough for 64-px images and small models; hardpatch plan says what is possible"
-        return Finding("device", "note", found, advice)
-    return Finding("device", "ok", found)
+    advice = "enough for 64-px images and small models; hardpatch plan says what is possible"
+    return Finding("device", "note", found, advice)
 
 
 def _try_step(device: Any) -> Finding:
@@ -117,29 +119,21 @@ def _try_step(device: Any) -> Finding:
     start = time.perf_counter()
     expected, found = take_step(torch.device("cpu")), take_step(device)
     told = f"loss {found.loss:.5f} and {found.next_loss:.5f} after it"
-    if not _is_close(found, expected, TOLERANCE):
+    if found.differs_from(expected):
         return Finding(
-            about, "problem", f"on {device} {_told(found)}; on the CPU {_told(expected)}",
+            about, "problem", f"on {device} {found}; on the CPU {expected}",
             "the device computes something else: look at its driver, and try --device cpu",
         )  # fmt: skip
     told += ", as on the CPU" if device.type != "cpu" else ""
     if distributed.has_bf16(device):
         rounded = take_step(device, bf16=True)
-        if not _is_close(rounded, expected, BF16_TOLERANCE):
+        if rounded.differs_from(expected, bf16=True):
             return Finding(
-                about, "problem", f"in bf16 {_told(rounded)}; in float32 {_told(expected)}",
+                about, "problem", f"in bf16 {rounded}; in float32 {expected}",
                 "bf16 goes wrong here: give --precision float32",
             )  # fmt: skip
         told += f"; in bf16 {rounded.loss:.5f} and {rounded.next_loss:.5f}"
     return Finding(about, "ok", f"{told} ({time.perf_counter() - start:.1f} s)")
-
-
-def _is_close(found: Step, expected: Step, tolerance: Step) -> bool:
-    return all(math.isclose(a, b, rel_tol=c) for a, b, c in zip(found, expected, tolerance))
-
-
-def _told(step: Step) -> str:
-    return f"loss {step.loss:.6g}, gradient norm {step.gradient_norm:.6g}, loss after the step {step.next_loss:.6g}"
 
 
 def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Step:
@@ -195,9 +189,8 @@ def try_compilation(name: str) -> Iterator[Finding]:
         )  # fmt: skip
         return
     seconds = time.perf_counter() - start
-    if not _is_close(found, expected, BF16_TOLERANCE if bf16 else TOLERANCE):
-        told = f"compiled: {_told(found)}; without: {_told(expected)}"
-        yield Finding("compilation", "problem", told, "give --compile off")
+    if found.differs_from(expected, bf16=bf16):
+        yield Finding("compilation", "problem", f"compiled: {found}; without: {expected}", "give --compile off")
         return
     yield Finding("compilation", "ok", f"loss {found.loss:.5f}, {expected.loss:.5f} without; {seconds:.0f} s")
 
@@ -266,13 +259,8 @@ def try_images(source: str) -> Iterator[Finding]:
         yield Finding("images", "ok", told)
 
 
-def try_folder(out: str) -> Iterator[Finding]:
-    """A file system far away may hang."""
-    yield look_at_folder(out)
-
-
 TRIALS: dict[str, Callable[..., Iterator[Finding]]] = {
-    "disk": try_folder,
+    "disk": look_at_folder,
     "device": try_device,
     "compilation": try_compilation,
     "data processes": try_data_processes,

@@ -113,19 +113,29 @@ def sizes_for(given: Mapping[str, Any]) -> tuple[Size, ...]:
 
 
 def with_size(size: Size, base: Config, given: Mapping[str, Any], num_images: int, machine: Machine) -> Config:
-    """A run with an encoder, all micro-batches at once."""
+    """A run with an encoder, all micro-batches at once.
+
+    Raises:
+        InputError: The batch fits neither the images nor the processes.
+    """
+    processes, together = machine.processes, views_per_image(base)
+    if processes * together > num_images:
+        raise InputError(
+            f"data: needs an image or more for each of {processes} processes with {together} views of each image, "
+            f"got {num_images} images; give fewer --processes, --masks-per-image or --crops-per-image"
+        )
     chosen = dict(size.fields)
     if "decoder_depth" in chosen and base.model.predictor_depth == Config().model.predictor_depth:
         chosen["predictor_depth"] = chosen["decoder_depth"]  # not chosen by the method itself
-    chosen["batch_size"] = choose_batch(num_images, machine.processes, views_per_image(base))
+    chosen["batch_size"] = choose_batch(num_images, processes, together)
     chosen["epochs"] = MAX_EPOCHS  # stands for those that the budget allows
     config = with_fields(base, {**chosen, **given})
     batch = config.optimisation.batch_size
     if batch > num_images:
         raise InputError(f"batch_size: must be at most the number of images ({num_images}), got {batch}")
     if config.run.sharding == "full":
-        check_sharding(processes=machine.processes)
-    split_batch(config, processes=machine.processes)
+        check_sharding(processes=processes)
+    split_batch(config, processes=processes)
     return config
 
 
@@ -155,10 +165,8 @@ def make_candidate(size: Size, base: Config, given: Mapping[str, Any], num_image
         for way in ways:
             memory = counted(way)
             for views in (n for n in cuts if n >= smallest or n == cuts[0]):
-                needed: float = memory.of(views)
-                if way.run.sharding == "full" and views < share:  # whole gradients are kept until they are exchanged
-                    needed += memory.gradients * (machine.processes - 1)
-                needed *= UNCOUNTED
+                kept = memory.gradients * (machine.processes - 1) if way.run.sharding == "full" and views < share else 0
+                needed = UNCOUNTED * (memory.of(views) + kept)  # whole gradients are kept until they are exchanged
                 if needed <= machine.memory:
                     cut = with_fields(way, {"micro_batch_size": None if views == share else views})
                     return Candidate.of(size, cut, needed, fits=True)

@@ -30,7 +30,6 @@ from hardpatch.tools.plan.candidates import (
     reckoned,
     sizes_for,
     step_seconds,
-    views_per_image,
     with_loading,
     with_size,
 )
@@ -65,21 +64,11 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         InputError: A value that is wrong, images that cannot be read, or nothing that fits memory or budget.
     """
     budget = parse_budget(config.budget)
-    if config.method not in without_scale():
-        raise InputError(
-            f"method: must be METHOD[-TARGET] as hardpatch recipes lists them, without a scale, got {config.method!r}"
-            f"{suggest(config.method, without_scale())}"
-        )
-    base = with_fields(recipe(config.method), given)
+    base = with_fields(_recipe(config.method), given)
     out = _writable(config.out)
     machine = find_machine(base, config)
     base, source, found = open_images_of(base, given)
-    sizes, together = sizes_for(given), views_per_image(base)
-    if machine.processes * together > found.number:
-        raise InputError(
-            f"data: needs an image or more for each of {machine.processes} processes with {together} views of "
-            f"each image, got {found.number} images; give fewer --processes, --masks-per-image or --crops-per-image"
-        )
+    sizes = sizes_for(given)
     training_flops(with_size(sizes[0], base, given, found.number, machine))  # rules that only a model knows
     labels = f", {found.classes} classes" if found.classes else ", no labels"
     say(f"{found.number:,} images, about {found.width}x{found.height} px{labels}; looking at how fast they load")
@@ -121,6 +110,20 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         "processes": machine.processes,
         "versions": versions(machine.device),
     }
+
+
+def _recipe(method: str) -> Config:
+    """The config of a method.
+
+    Raises:
+        InputError: There is none of that name, or it has a scale, which is what a plan chooses.
+    """
+    if method not in without_scale():
+        raise InputError(
+            f"method: must be METHOD[-TARGET] as hardpatch recipes lists them, without a scale, got {method!r}"
+            f"{suggest(method, without_scale())}"
+        )
+    return recipe(method)
 
 
 def _writable(out: str) -> Path | None:
