@@ -11,7 +11,6 @@ from hardpatch.runtime.extras import install
 from hardpatch.tools.doctor.findings import Finding
 
 EXTRAS = {
-    "parquet": "Parquet tables, hardpatch embed --out FILE.parquet",
     "datasets": "hf: sources",
     "http": "https:// sources",
     "s3": "s3:// sources",
