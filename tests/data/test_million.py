@@ -11,7 +11,7 @@ import pytest
 from test_sources import write
 
 from hardpatch.data.sources import FileSource, class_indices, fingerprint, open_source
-from hardpatch.data.sources.compact import LabelBuilder, Labels, Strings
+from hardpatch.data.sources.compact import Labels, Strings
 from hardpatch.data.sources.shard_index import ShardIndex
 from hardpatch.runtime.errors import InputError
 
@@ -35,12 +35,14 @@ def test_strings_are_the_list_they_were_made_from():
 
 
 def test_labels_are_the_list_they_were_made_from_and_join():
-    builder, words = LabelBuilder(), ["b", "a", "b", "c"] * 20_000
-    for word in words:
-        builder.append(word)
-    labels = builder.labels()
+    words = ["b", "a", "b", "c"] * 20_000
+    labels = Labels.of(words)
     assert labels == words
+    assert labels[-1] == "c"
+    assert labels[2:5] == words[2:5]
+    assert pickle.loads(pickle.dumps(labels)) == words
     assert labels.complete
+    assert Labels.of([None, "a"]) == ["", "a"]
     assert class_indices(labels, ["c", "b", "a"]).tolist() == [1, 2, 1, 0] * 20_000
     with pytest.raises(InputError, match="'c'"):
         class_indices(labels, ["a", "b"])
@@ -59,6 +61,8 @@ def test_an_index_comes_back_from_its_file(tmp_path):
         assert again.sizes.tolist() == [5, 6, 7]
         assert (again.keys, again.labels) == (list("abc"), list(index.labels))
         assert again.labels.codes.tolist() == codes
+    ShardIndex(np.arange(0), np.arange(0), Strings(), Labels.of(())).save(tmp_path / "empty.npz")
+    assert ShardIndex.load(tmp_path / "empty.npz").keys == []
 
 
 @pytest.fixture(scope="module")

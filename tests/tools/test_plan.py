@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hardpatch.tools.plan.step_time import StepSeconds, loading_limit, reckoned, step_seconds, with_loading
 from PIL import Image
 
 from hardpatch.config.plan import PlanConfig, duration, parse_budget

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
 from hardpatch.embed.chunks import Parts, Rows
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.extras import install
 
 
 class Table(NamedTuple):
@@ -39,15 +40,10 @@ def check_format(path: Path) -> None:
     """Can this kind of table be written here?
 
     Raises:
-        InputError: Another ending, or pyarrow is missing.
+        InputError: Another ending.
     """
     if path.suffix not in (".parquet", ".npz"):
         raise InputError(f"out: must end in .parquet or .npz, got {str(path)!r}")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise InputError(f"out: writing .parquet needs pyarrow, or use .npz; {install('parquet')}") from None
 
 
 def write_table(table: Table, to: Path, *, kind: str) -> None:
@@ -92,8 +88,6 @@ def _write_npz(table: Table, to: Path) -> None:
 
 def _write_parquet(table: Table, to: Path) -> None:
     """A row group per part; arrays as lists of fixed size, nested where they have rows and columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
 
     def column(array: np.ndarray) -> Any:
         flat = pa.array(np.ascontiguousarray(array).reshape(-1))

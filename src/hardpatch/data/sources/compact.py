@@ -1,67 +1,50 @@
 """Lists of a million names or labels, stored so that they cost little and data workers share them.
 
 A Python list of a million strings takes 100 MB, and every data process ends up with a copy of its own, since reading an
-object changes its reference count. Here all of them lie in two arrays, which forked processes share untouched and
-spawned ones receive in milliseconds.
+object changes its reference count. Here the strings lie in one Arrow array and labels are numbers in another, which
+forked processes share untouched and spawned ones receive in milliseconds.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import SupportsIndex, overload
+from itertools import islice
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
+import pyarrow
+from pyarrow import compute
 
 _CHUNK = 65_536
 
 
-class Strings(Sequence[str]):
-    """An immutable list of strings: one array of bytes, and where each string ends in it.
+class _Compact(Sequence[str]):
+    """An immutable list that makes its strings when they are asked for."""
 
-    Args:
-        strings: What it holds; file names of any encoding too.
-    """
+    @abstractmethod
+    def _one(self, number: int) -> str:
+        """The string of this number; negative ones count from the end.
 
-    def __init__(self, strings: Iterable[str] = ()) -> None:
-        blob, ends = bytearray(), _Growing(np.int64)
-        for string in strings:
-            blob += string.encode("utf-8", "surrogateescape")
-            ends.append(len(blob))
-        self.blob = np.frombuffer(bytes(blob), np.uint8)
-        self.ends = ends.array()
+        Raises:
+            IndexError: There is none.
+        """
 
-    @classmethod
-    def from_arrays(cls, blob: np.ndarray, ends: np.ndarray) -> Strings:
-        """What :attr:`blob` and :attr:`ends` of another one were."""
-        strings = cls()
-        strings.blob, strings.ends = blob, ends
-        return strings
-
-    def __len__(self) -> int:
-        return len(self.ends)
+    @abstractmethod
+    def _some(self, part: slice) -> list[str]:
+        """The strings of a slice."""
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: SupportsIndex | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = int(index)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"{number} of {len(self)} strings")
-        number %= len(self)
-        start = int(self.ends[number - 1]) if number else 0
-        return self.blob[start : int(self.ends[number])].tobytes().decode("utf-8", "surrogateescape")
+        return self._some(index) if isinstance(index, slice) else self._one(int(index))
 
     def __iter__(self) -> Iterator[str]:
-        start = 0
         for first in range(0, len(self), _CHUNK):
-            ends = self.ends[first : first + _CHUNK].tolist()
-            offset, content = start, self.blob[start : ends[-1]].tobytes()
-            for end in ends:
-                yield content[start - offset : end - offset].decode("utf-8", "surrogateescape")
-                start = end
+            yield from self._some(slice(first, first + _CHUNK))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
@@ -69,10 +52,48 @@ class Strings(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]  # as of a list
 
     def __repr__(self) -> str:
-        return f"<{len(self):,} strings: {', '.join(map(repr, self[:3]))}, ...>"
+        return f"<{len(self):,} {type(self).__name__.lower()}: {', '.join(map(repr, self[:3]))}, ...>"
 
 
-class Labels(Sequence[str]):
+class Strings(_Compact):
+    """Strings in an Arrow array, as bytes: Arrow's own strings hold no file names of other encodings.
+
+    Args:
+        strings: What it holds.
+    """
+
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        encoded = (string.encode("utf-8", "surrogateescape") for string in strings)
+        parts = [pyarrow.array([], pyarrow.large_binary())]
+        while part := list(islice(encoded, _CHUNK)):
+            parts.append(pyarrow.array(part, pyarrow.large_binary()))
+        self.array: Any = pyarrow.concat_arrays(parts)
+
+    @classmethod
+    def from_arrays(cls, content: np.ndarray, ends: np.ndarray) -> Strings:
+        """What :meth:`arrays` of another one gave."""
+        strings = cls()
+        buffers = [None, *map(pyarrow.py_buffer, (np.concatenate([np.zeros(1, np.int64), ends]), content))]
+        strings.array = pyarrow.Array.from_buffers(pyarrow.large_binary(), len(ends), buffers)
+        return strings
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """All bytes, and where each string ends in them."""
+        ends = compute.cumulative_sum(compute.binary_length(self.array)).to_numpy()
+        return np.frombuffer(b"".join(self.array.to_pylist()), np.uint8), ends
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def _one(self, number: int) -> str:
+        content: bytes = self.array[number].as_py()
+        return content.decode("utf-8", "surrogateescape")
+
+    def _some(self, part: slice) -> list[str]:
+        return [content.decode("utf-8", "surrogateescape") for content in self.array[part].to_pylist()]
+
+
+class Labels(_Compact):
     """The class of every image: one number each, and the names of the classes.
 
     Args:
@@ -80,34 +101,26 @@ class Labels(Sequence[str]):
         classes: Their names.
     """
 
-    def __init__(self, codes: np.ndarray, classes: Sequence[str]) -> None:
+    def __init__(self, codes: np.ndarray, classes: Iterable[str]) -> None:
         self.codes = codes.astype(np.int32)
         self.classes = tuple(classes)
         self._names = (*self.classes, "")
 
+    @classmethod
+    def of(cls, labels: Iterable[str | None]) -> Labels:
+        """From one label after the other; None where an image has none."""
+        classes: dict[str, int] = {}
+        codes = array("i", (-1 if name is None else classes.setdefault(name, len(classes)) for name in labels))
+        return cls(np.array(codes, np.int32), classes)
+
     def __len__(self) -> int:
         return len(self.codes)
 
-    @overload
-    def __getitem__(self, index: SupportsIndex) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self._names[code] for code in self.codes[index].tolist()]
-        return self._names[int(self.codes[int(index)])]
+    def _one(self, number: int) -> str:
+        return self._names[int(self.codes[number])]
 
-    def __iter__(self) -> Iterator[str]:
-        for first in range(0, len(self), _CHUNK):
-            yield from self[first : first + _CHUNK]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
-
-    __hash__ = None  # type: ignore[assignment]  # as of a list
-
-    def __repr__(self) -> str:
-        return f"<{len(self):,} labels: {', '.join(map(repr, self[:3]))}, ...>"
+    def _some(self, part: slice) -> list[str]:
+        return [self._names[code] for code in self.codes[part].tolist()]
 
     @property
     def complete(self) -> bool:
@@ -127,38 +140,4 @@ class Labels(Sequence[str]):
         for part in parts:
             new = [classes.setdefault(name, len(classes)) for name in part.classes]
             codes.append(np.array([*new, -1], np.int32)[part.codes])
-        return cls(np.concatenate(codes), list(classes))
-
-
-class LabelBuilder:
-    """Collects labels one by one."""
-
-    def __init__(self) -> None:
-        self._codes = _Growing(np.int32)
-        self._classes: dict[str, int] = {}
-
-    def append(self, label: str | None) -> None:
-        """The label of the next image; None where it has none."""
-        self._codes.append(-1 if label is None else self._classes.setdefault(label, len(self._classes)))
-
-    def labels(self) -> Labels:
-        """All that were collected."""
-        return Labels(self._codes.array(), list(self._classes))
-
-
-class _Growing:
-    """An array that is appended to; a list only of its last part."""
-
-    def __init__(self, dtype: type[np.integer]) -> None:
-        self.dtype = dtype
-        self._parts: list[np.ndarray] = []
-        self._last: list[int] = []
-
-    def append(self, number: int) -> None:
-        self._last.append(number)
-        if len(self._last) == _CHUNK:
-            self._parts.append(np.array(self._last, self.dtype))
-            self._last = []
-
-    def array(self) -> np.ndarray:
-        return np.concatenate([*self._parts, np.array(self._last, self.dtype)])
+        return cls(np.concatenate(codes), classes)

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
+from pyarrow import compute
 
 from hardpatch.data.images.decode import EXTENSIONS, Decoder, Sample
 from hardpatch.data.sources import remote
 from hardpatch.data.sources.base import Source
-from hardpatch.data.sources.compact import LabelBuilder, Strings
+from hardpatch.data.sources.compact import Labels, Strings
 from hardpatch.runtime.errors import InputError
 
 
@@ -32,8 +32,10 @@ class FileSource(Source):
         self.decoder: Decoder = decoder
         self.folder = folder
         self._labels = labels
-        starts = self.paths.blob[np.concatenate([[0], self.paths.ends[:-1]])[: len(self.paths)]]
-        self._all_relative = not (starts == ord("/")).any() and b"://" not in self.paths.blob.tobytes()
+        absolute = compute.or_(
+            compute.starts_with(self.paths.array, "/"), compute.match_substring(self.paths.array, "://")
+        )
+        self._all_relative = not compute.any(absolute).as_py()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -76,21 +78,11 @@ def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:
     Raises:
         InputError: A folder cannot be read.
     """
-    labels, labelled = LabelBuilder(), True
-
-    def found() -> Iterator[str]:
-        nonlocal labelled
-        for path in _walk(folder, field):
-            first, slash, _ = path.partition("/")
-            labelled = labelled and bool(slash)
-            labels.append(first)
-            yield path
-
-    paths = Strings(found())
-    classes = labels.labels()
-    labelled = labelled and len(classes.classes) > 1
+    paths = Strings(_walk(folder, field))
+    labels = Labels.of(path.partition("/")[0] for path in paths) if all("/" in path for path in paths) else None
     root = "" if str(folder) == "." else f"{str(folder).rstrip('/')}/"
-    return FileSource(paths, decoder=decoder, folder=root, labels=classes if labelled else None)
+    several = labels is not None and len(labels.classes) > 1
+    return FileSource(paths, decoder=decoder, folder=root, labels=labels if several else None)
 
 
 def _walk(folder: Path, field: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ away like any others, so order, resuming and splitting over processes are the sa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 from hardpatch.data.images.decode import Decoder, Sample
 from hardpatch.data.sources import parquet
 from hardpatch.data.sources.base import Source
-from hardpatch.data.sources.compact import LabelBuilder, Labels
+from hardpatch.data.sources.compact import Labels
 from hardpatch.data.sources.shard_index import ARCHIVES
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install
@@ -138,16 +138,9 @@ def _labels(dataset: Any) -> Labels | None:
         parts = [batch.column(column).fill_null(-1).to_numpy() for batch in columns.iter(100_000)]
         labels = Labels(np.concatenate(parts or [np.zeros(0, np.int64)]), features[column].names)
     else:
-        builder = LabelBuilder()
-        for value in _values(columns, column):
-            builder.append(None if value is None else str(value))
-        labels = builder.labels()
+        batches = (batch.column(column).to_pylist() for batch in columns.iter(100_000))
+        labels = Labels.of(None if value is None else str(value) for batch in batches for value in batch)
     return labels if labels.complete else None
-
-
-def _values(columns: Any, column: str) -> Iterator[object]:
-    for batch in columns.iter(100_000):
-        yield from batch.column(column).to_pylist()
 
 
 def is_saved(folder: Path) -> bool:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
-from hardpatch.data.sources.compact import LabelBuilder, Strings
+from hardpatch.data.sources.compact import Labels, Strings
 from hardpatch.data.sources.shard_index import DamagedShardError, ShardIndex
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.extras import install
 
 LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
 """What a column of classes is called where nothing else says which it is, most likely first."""
@@ -41,12 +42,8 @@ def open_parquet(file: Path, *, field: str) -> Any:
     """``pyarrow.parquet.ParquetFile``.
 
     Raises:
-        InputError: pyarrow is not installed, or this is no parquet file.
+        InputError: This is no parquet file.
     """
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError(f"{field}: reading {file} needs pyarrow; {install('parquet')}") from None
     try:
         return parquet.ParquetFile(file, memory_map=True)
     except (ValueError, OSError) as error:  # pyarrow's own errors derive from them
@@ -74,8 +71,6 @@ def table_rows(file: Path, *, field: str) -> Iterator[tuple[object, object]]:
 
 def image_columns(schema: Any) -> ImageColumns | None:
     """Which columns of a schema of pyarrow hold images and classes; None where none holds images."""
-    import pyarrow
-
     features = _features(schema)
 
     def holds_images(name: str) -> bool:
@@ -114,11 +109,9 @@ def index_parquet(shard: Path, images: BufferedIOBase) -> ShardIndex:
     Raises:
         DamagedShardError: Damaged, or without images.
     """
-    import pyarrow.parquet as parquet
-
     sizes: list[int] = []
     keys: list[str] = []
-    labels = LabelBuilder()
+    labels: list[str | None] = []
     try:
         with parquet.ParquetFile(shard) as file:
             columns = image_columns(file.schema_arrow)
@@ -135,7 +128,7 @@ def index_parquet(shard: Path, images: BufferedIOBase) -> ShardIndex:
     except (ValueError, IndexError, OSError) as error:  # pyarrow's own errors derive from them
         raise DamagedShardError(str(error)) from error
     ends = np.cumsum(sizes, dtype=np.int64)
-    return ShardIndex(ends - np.array(sizes, np.int64), np.array(sizes, np.int64), Strings(keys), labels.labels())
+    return ShardIndex(ends - np.array(sizes, np.int64), np.array(sizes, np.int64), Strings(keys), Labels.of(labels))
 
 
 def _cell(cell: Any) -> tuple[bytes, str | None]:

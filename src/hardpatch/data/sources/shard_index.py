@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hardpatch.data.images.decode import EXTENSIONS
-from hardpatch.data.sources.compact import LabelBuilder, Labels, Strings
+from hardpatch.data.sources.compact import Labels, Strings
 
 COMPRESSED = (".tar.gz", ".tgz")
 ARCHIVES = (".tar", *COMPRESSED)
@@ -39,8 +39,9 @@ class ShardIndex(NamedTuple):
 
     def save(self, file: Path) -> None:
         """Write it as an ``.npz``."""
+        content, ends = self.keys.arrays()
         np.savez(
-            file, offsets=self.offsets, sizes=self.sizes, keys=self.keys.blob, ends=self.keys.ends,
+            file, offsets=self.offsets, sizes=self.sizes, keys=content, ends=ends,
             codes=self.labels.codes, classes=np.frombuffer("\0".join(self.labels.classes).encode(), np.uint8),
             num_classes=len(self.labels.classes),
         )  # fmt: skip
@@ -92,14 +93,11 @@ def index_tar(file: BufferedIOBase) -> ShardIndex:
     except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError) as error:
         raise DamagedShardError(str(error)) from error
     images = [image for image in found if image.rank == best[image.key]]
-    labels = LabelBuilder()
-    for image in images:
-        labels.append(classes.get(image.key))
     return ShardIndex(
         np.array([image.offset for image in images], np.int64),
         np.array([image.size for image in images], np.int64),
         Strings(image.key.removeprefix("/") for image in images),
-        labels.labels(),
+        Labels.of(classes.get(image.key) for image in images),
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import parquet, remote
-from hardpatch.data.sources.compact import LabelBuilder, Strings
+from hardpatch.data.sources.compact import Labels, Strings
 from hardpatch.data.sources.files import FileSource
 from hardpatch.runtime.errors import InputError
 
@@ -33,23 +34,20 @@ def read_table(file: Path, *, folder: str, shown: str, decoder: Decoder, field: 
     Raises:
         InputError: It cannot be read, has no column ``path``, or a row lacks something or names no file.
     """
-    labels = LabelBuilder()
-    has_labels = False
+    labels: list[str] = []
 
     def paths() -> Iterator[str]:
-        nonlocal has_labels
         for number, (path, label) in enumerate(_rows(file, shown, field), 1):
             if not isinstance(path, str) or not path:
                 raise InputError(f"{field}: {shown}: row {number} has no path, got {path!r}")
             if label is not ...:
-                has_labels = True
                 if label is None or label == "":
                     raise InputError(f"{field}: {shown} has a column 'label' but no label in row {number}")
-                labels.append(str(label))
+                labels.append(sys.intern(str(label)))  # one string per class, however many rows
             yield _tidy(path)
 
     found = Strings(paths())
-    source = FileSource(found, decoder=decoder, folder=folder, labels=labels.labels() if has_labels else None)
+    source = FileSource(found, decoder=decoder, folder=folder, labels=Labels.of(labels) if labels else None)
     _check_files(source, shown, field)
     return source
 

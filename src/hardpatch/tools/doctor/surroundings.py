@@ -17,7 +17,6 @@ from hardpatch.runtime.machine import processor_quota, usable_cores
 from hardpatch.tools.doctor import Finding
 
 EXTRAS = {
-    "parquet": "Parquet tables, hardpatch embed --out FILE.parquet",
     "datasets": "hf: sources",
     "http": "https:// sources",
     "s3": "s3:// sources",
