@@ -47,7 +47,7 @@ def test_every_command_of_the_script_is_one_of_hpm(images):
     configs, _ = kinds()
     for words in images.evaluations.values():
         command, *flags = words.replace("SEED", "3").split()
-        config = parse(configs[command], f"evaluate {command}", [*flags, "--checkpoint", "run"])
+        config, _ = parse(configs[command], f"evaluate {command}", [*flags, "--checkpoint", "run"])
         if command == "finetune" and "shapes" in words:
             assert config.rand_augment == ""
         if hasattr(config, "seed"):

@@ -74,7 +74,7 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
 
 @pytest.mark.parametrize(("words", "message"), [
     (["pretrain", "--out", "x", "--mask-ratoi", "0.5"], "mask-ratio"),
-    (["pretrain", "--out", "x", "--recipe", "nothing"], "METHOD: hpm"),
+    (["pretrain", "--out", "x", "--recipe", "nothing"], "METHOD: mae"),
     (["pretrain", "--out", "x", "--config", "/nothing.yaml"], "cannot read /nothing.yaml"),
     (["pretrain", "--data", "shapes:9"], "--out"),
     (["pretrain", "--out", "x", "--recipe", "mae", "--config", "a.yaml"], "not both"),

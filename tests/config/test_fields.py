@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from hardpatch.cli import COMMANDS, main
-from hardpatch.config.benchmark import LoadingConfig, PeersConfig, StepConfig
+from hardpatch.config.benchmark import LoadingConfig, StepConfig
 from hardpatch.config.commands import DemoCommand, PretrainCommand, VisualizeCommand
 from hardpatch.config.config import Config
 from hardpatch.config.data_check import CheckConfig
@@ -29,7 +29,7 @@ CONFIGS = {
     "evaluate knn": KnnConfig, "evaluate linear": LinearConfig, "evaluate finetune": FinetuneConfig,
     "evaluate foreground": ForegroundConfig, "evaluate segment": SegmentConfig, "evaluate detect": DetectConfig,
     "ablate": AblateConfig, "data check": CheckConfig, "data stats": StatsConfig, "data pack": PackConfig,
-    "benchmark step": StepConfig, "benchmark data": LoadingConfig, "benchmark peers": PeersConfig,
+    "benchmark step": StepConfig, "benchmark data": LoadingConfig,
     "visualize": VisualizeCommand, "embed": EmbedConfig, "export": ExportConfig, "convert": ConvertConfig,
 }  # fmt: skip
 ANY_NUMBER = {"no_data", "value_range", "mean"}

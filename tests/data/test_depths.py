@@ -58,7 +58,7 @@ def test_crops_carry_what_is_no_data(scenes):
     assert 0.3 < np.mean(shares) < 0.95
 
 
-@pytest.mark.parametrize("method", [{}, {"masks_per_image": 2}, {"steps_per_batch": 2}, {"progressive_start": 0.5},
+@pytest.mark.parametrize("method", [{}, {"masks_per_image": 2},
                                     {"decoded_share": 0.5, "predictor_view": "both"}])  # fmt: skip
 def test_a_run_on_scenes_with_borders_learns_and_keeps_what_it_found(scenes, tmp_path, method):
     config = told(scenes, image_size=(32, 32), target="norm_pix", epochs=4, figures=not method, **method)

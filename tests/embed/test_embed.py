@@ -407,14 +407,6 @@ def test_a_class_token_that_is_not_there(photos, tmp_path):
         embedded(run, photos, tmp_path / "a.npz", features="both")
 
 
-def test_a_missing_pyarrow_is_named_before_any_work(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=r"out: writing .parquet needs pyarrow, or use .npz; pip install 'pyarrow>="):
-        embedded("nowhere", "shapes:4", tmp_path / "a.parquet")
-
-
 def test_a_disk_that_is_too_small(trained, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match=r"out: needs 0\.0 GB .*are free"):

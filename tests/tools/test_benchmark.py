@@ -1,5 +1,6 @@
 """The plain reference step is our exact step, and the benchmark command measures and reports."""
 
+import importlib.util
 import json
 import signal
 from unittest import mock
@@ -9,14 +10,15 @@ import pytest
 import torch
 
 from hardpatch.cli import main
-from hardpatch.config.benchmark import PeersConfig, StepConfig
+from hardpatch.config.benchmark import BenchmarkConfig, StepConfig
 from hardpatch.method.losses import relative_loss
 from hardpatch.method.student import Teacher
-from hardpatch.runs.build import build_method, build_optimizer
+from hardpatch.runs.build import build_method, build_optimizer, build_student
 from hardpatch.runtime.errors import InputError
 from hardpatch.tools.benchmark import step, timing
 from hardpatch.tools.benchmark.plain import PlainStep, loop_masks, two_log_loss
 from hiding import hide
+from places import ROOT
 from tiny import tiny_config, tiny_student
 
 NAMES = ("reference", "mae", "exact", "mae-third", "fast", "shared")
@@ -108,8 +110,6 @@ def test_turn_times_exactly_the_steps_asked_for():
 
     class Counting:
         images_per_step = 2
-        cycle = 1
-
         def step(self, fetch):
             calls.append(len(fetch()))
 
@@ -125,8 +125,6 @@ class Sleeping:
     """A stepper that does nothing but call back."""
 
     images_per_step = 2
-    cycle = 1
-
     def __init__(self, after_step=lambda: None):
         self.after_step = after_step
 
@@ -147,7 +145,7 @@ CONDITIONS = StepConfig(image_size=8, seconds=1e-9, rounds=4, profile=True)
 
 def measured(builders):
     with mock.patch.object(timing, "matmul_peak", return_value=1e12):  # which takes seconds to find
-        return timing.measure(builders, CONDITIONS, batch_size=2, device=torch.device("cpu"))
+        return timing.measure(builders, CONDITIONS, timing.Conditions(torch.device("cpu"), 2, False, False))
 
 
 @pytest.mark.parametrize(("in_round", "whole"), [(1, 1), (2, 2), (3, 2)])  # turns go a b, b a, a b
@@ -264,18 +262,6 @@ def test_a_signal_between_two_steps_of_preparing_leaves_that_one_out():
     assert found["images_per_second"].keys() == {"a"}
 
 
-def test_all_stages_of_a_cycle_are_warm_before_memory_is_read():
-    class Staged(Sleeping):
-        cycle = 5
-
-    assert Staged.cycle > timing.WARMUP_STEPS
-    ready = []
-    timing._prepare(
-        lambda: Staged(lambda: ready.append(1)), torch.zeros(2, 3, 8, 8), torch.device("cpu"), enough=lambda: False
-    )
-    assert len(ready) == 5
-
-
 def test_the_command_shows_what_was_measured_before_a_signal(tmp_path, capsys, monkeypatch):
     step_once = step.OurStep.step
 
@@ -302,7 +288,7 @@ def test_the_command_shows_what_was_measured_before_a_signal(tmp_path, capsys, m
         (["step", "--data", "nowhere/"], "data: 'nowhere/'"),
         (["step", "--data", "shapes:8", "--batch-size", "16"], "data: needs at least batch_size"),
         (["stepp"], "did you mean step"),
-        ([], "benchmark: needs a name: step, data, peers"),
+        ([], "benchmark: needs a name: step, data"),
     ],
 )
 def test_wrong_input_is_one_clear_message(arguments, message, capsys):
@@ -312,22 +298,24 @@ def test_wrong_input_is_one_clear_message(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_peers_are_the_same_model():
+@pytest.fixture(scope="module")
+def peers():
+    """The script that measures other libraries."""
     pytest.importorskip("transformers", reason="the peer is not installed")
-    from hardpatch.tools.benchmark.peers import PEERS
+    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    from hardpatch.runs.build import build_student
 
-    config = step.variant_config("mae", PeersConfig(**SMALL), 8)
+def test_peers_are_the_same_model(peers):
+    config = step.variant_config("mae", BenchmarkConfig(**SMALL), 8)
     ours = sum(p.numel() for p in build_student(config).parameters())
-    theirs = sum(p.numel() for p in PEERS["transformers"](config).parameters())
+    theirs = sum(p.numel() for p in peers.PEERS["transformers"](config).parameters())
     assert theirs - ours == 17 * 32  # the decoder's fixed position table is a parameter there and a buffer here
 
 
-def test_peers_command():
-    pytest.importorskip("transformers", reason="the peer is not installed")
-    from hardpatch.tools.benchmark import peers
-
-    result = peers.run(PeersConfig(**SMALL, batch_size=8, seconds=0.01, rounds=2, device="cpu"))
+def test_peers_are_measured_beside_our_step(peers):
+    result = peers.run(BenchmarkConfig(**SMALL, batch_size=8, seconds=0.01, rounds=2, device="cpu"))
     assert {"mae", "transformers"} <= result["images_per_second"].keys()
     assert result["gflops_per_image"]["transformers"] == pytest.approx(result["gflops_per_image"]["mae"], rel=0.1)
