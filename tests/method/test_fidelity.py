@@ -82,7 +82,8 @@ class Case:
                 weight *= 1 + 2**-23 * torch.randint(-1, 2, weight.shape, generator=generator)
         self.teacher = Teacher(self.student)
         self.method = Method(
-            target=target, mask_policy=masks.random, grid=self.student.geometry.grid, num_hidden=int(self.masks[0, 0].sum()),
+            target=target, mask_policy=masks.random, grid=self.student.geometry.grid,
+            num_hidden=int(self.masks[0, 0].sum()),
             predicted_loss=PREDICTED_LOSSES["relative" if self.json["relative"] else "absolute"],
         )  # fmt: skip
 

@@ -208,8 +208,7 @@ def test_masks_depend_on_nothing_but_their_own_row(mask):
     whole = hide(mask, scores, noise, num_hidden=48, num_hard=10, grid=(8, 8))
     torch.rand(5)  # the global random state does not matter
     parts = [
-        hide(mask, scores[i : i + 2], noise[i : i + 2], num_hidden=48, num_hard=10, grid=(8, 8))
-        for i in range(0, 8, 2)
+        hide(mask, scores[i : i + 2], noise[i : i + 2], num_hidden=48, num_hard=10, grid=(8, 8)) for i in range(0, 8, 2)
     ]
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(scores, before[0])

@@ -26,8 +26,8 @@ from hardpatch.runs.schedule import resolve_schedule
 from hardpatch.runtime.distributed import any_process, gather_objects, mean_over_processes
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.pretrain import pretrain
 from hardpatch.training.meter import Meter
+from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
 from tiny import TINY, assert_same_state, final_state, flags, in_child, stop_after
 
