@@ -8,6 +8,7 @@ from test_parallel import run_by_two
 
 from hardpatch.data.loader.loading import Batch
 from hardpatch.method.choices import TARGETS, TargetKind
+from hardpatch.method.losses import num_pairs, num_patches
 from hardpatch.runs.build import build_normalise
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.log import read_metrics
@@ -100,27 +101,55 @@ class LevelTarget:
         return target.squeeze(-1) + 0 * prediction.squeeze(-1)
 
 
-def test_one_patch_of_loss_9_and_three_of_loss_1_are_3(tmp_path, monkeypatch):
+PIXELS = torch.tensor([9, 1], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(-1, 3, 32, 32).contiguous()
+"""Two images, of losses 9 and 1."""
+NOISE = torch.arange(16.0).expand(2, -1) / 16
+"""Hides all patches but the first four."""
+
+
+def valid_pixels(*patches):
+    """The pixels of the given patches of each image."""
+    valid = torch.zeros(len(patches), 16, dtype=torch.bool)
+    for row, indices in zip(valid, patches, strict=True):
+        row[list(indices)] = True
+    return valid.unflatten(1, (4, 4)).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+
+
+@pytest.fixture
+def leveled(tmp_path, monkeypatch):
+    """A run on levels, of which nothing is normalised."""
     monkeypatch.setitem(TARGETS, "level", TargetKind(build=lambda context: LevelTarget(), about="for this test"))
     config = tiny_config(
         target="level", mask="random", predicted_loss="none", mean=(0.0,) * 3, std=(1 / 255,) * 3, batch_size=2
     )
     folder = RunFolder(tmp_path / "run")
-    run = prepare(config, folder, device=torch.device("cpu"), resume="auto")
-    normalise = build_normalise(config)
-    noise = torch.arange(16.0).expand(2, -1) / 16  # the last twelve patches are hidden
-    valid = torch.zeros(2, 4, 4, dtype=torch.bool)
-    valid.flatten(1)[0, [0, 4]] = True
-    valid.flatten(1)[1, [0, 1, 4, 5, 15]] = True
-    valid = valid.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
-    pixels = torch.tensor([9, 1], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(-1, 3, 32, 32).contiguous()
-    student = run.state.model.student
-    for slices in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
-        fetched = [Batch(pixels[part], [], valid[part]) for part in slices]
-        micro_batches = list(masked_batches(run, normalise, fetched, noise, slices))
-        losses = [run.method.learn(student, batch, weights) for batch, weights in micro_batches]
-        assert float(sum(loss.reconstruction for loss in losses).detach()) == pytest.approx(3.0)
-        assert float(sum(loss.total for loss in losses).detach()) == pytest.approx(3.0)
-        counts = sum(run.method.num_counted(batch) for batch, _ in micro_batches)
-        assert counts.tolist() == [4, 4], "without a loss predictor both are patches"
+    yield prepare(config, folder, device=torch.device("cpu"), resume="auto")
     folder.release()
+
+
+def learnt(run, valid, slices):
+    """The losses of micro-batches, each weighted."""
+    fetched = [Batch(PIXELS[part], [], valid[part]) for part in slices]
+    micro_batches = masked_batches(run, build_normalise(run.config), fetched, NOISE, slices)
+    return [run.method.learn(run.state.model.student, batch, weights) for batch, weights in micro_batches]
+
+
+@pytest.mark.parametrize("slices", [[slice(0, 2)], [slice(0, 1), slice(1, 2)]], ids=["whole", "parts"])
+def test_one_patch_of_loss_9_and_three_of_loss_1_are_3(leveled, slices):
+    losses = learnt(leveled, valid_pixels([0, 4], [0, 1, 4, 5, 15]), slices)
+    assert float(sum(loss.reconstruction for loss in losses).detach()) == pytest.approx(3.0)
+    assert float(sum(loss.total for loss in losses).detach()) == pytest.approx(3.0)
+
+
+def test_the_only_patch_of_two_processes_counts_fully(leveled, monkeypatch):
+    """The other process has nothing; DDP will take the mean of its gradient, 0, and of this one."""
+    monkeypatch.setattr("hardpatch.runtime.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("hardpatch.runtime.distributed.any_process", lambda flag: flag)
+    monkeypatch.setattr("hardpatch.runtime.distributed.mean_of_tensor", lambda value: value / 2)
+    losses = learnt(leveled, valid_pixels([4], []), [slice(0, 1), slice(1, 2)])
+    assert sum(float(loss.reconstruction.detach()) for loss in losses) / 2 == pytest.approx(9.0)
+
+
+def test_pairs_are_counted_within_images():
+    counted = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
+    assert (num_patches(counted).item(), num_pairs(counted).item()) == (4, 3)

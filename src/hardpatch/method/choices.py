@@ -11,8 +11,12 @@ in place of the name:
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from hardpatch.runtime.errors import InputError, suggest
+
+Row = TypeVar("Row")
 
 Guide = Literal["predicted_loss", "attention"]
 """What the scores of a mask policy are."""
@@ -97,6 +101,18 @@ def resolve(named: str | Callable[..., Any]) -> Callable[..., Any]:
     """The function of a row, imported only now."""
     found: Callable[..., Any] = pkgutil.resolve_name(named) if isinstance(named, str) else named
     return found
+
+
+def row_of(table: Mapping[str, Row], name: str, *, field: str) -> Row:
+    """The row of this name.
+
+    Raises:
+        InputError: There is none; ``field`` is what gave the name.
+    """
+    if name not in table:
+        known = ", ".join(map(repr, table))
+        raise InputError(f"{field}: must be one of {known}, got {name!r}{suggest(name, table)}")
+    return table[name]
 
 
 def listed(table: dict[str, MaskKind] | dict[str, TargetKind]) -> str:

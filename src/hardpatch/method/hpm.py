@@ -21,7 +21,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hardpatch.method.choices import MASKS, TARGETS, resolve
+from hardpatch.method.choices import MASKS, TARGETS, resolve, row_of
 from hardpatch.method.losses import PREDICTED_LOSSES
 from hardpatch.method.masks import num_hidden_patches
 from hardpatch.method.method import Losses, Method, PredictorView
@@ -168,9 +168,9 @@ def make_target(name: str, context: TargetContext) -> Target:
     """Build a target of the table.
 
     Raises:
-        InputError: A model or tokenizer cannot be loaded, or does not fit.
+        InputError: The name is unknown, or a model or tokenizer cannot be loaded or does not fit.
     """
-    target: Target = resolve(TARGETS[name].build)(context)
+    target: Target = resolve(row_of(TARGETS, name, field="target").build)(context)
     return target
 
 
@@ -190,10 +190,11 @@ def make_method(
     """The choices of a run, checked against the encoder's patches; arguments are the config's fields.
 
     Raises:
-        InputError: The mask ratio leaves nothing hidden or nothing visible on this grid, or the mask is guided by
-            attention that the encoder does not have.
+        InputError: A name is unknown, the mask ratio leaves nothing hidden or nothing visible on this grid, or the mask
+            is guided by what is not there: attention, or a predicted loss.
     """
-    geometry, kind = Geometry.of(encoder), MASKS[mask]
+    geometry, kind = Geometry.of(encoder), row_of(MASKS, mask, field="mask")
+    predict = row_of(PREDICTED_LOSSES, predicted_loss, field="predicted_loss")
     (rows, columns), patch = geometry.grid, geometry.patch
     num_hidden = num_hidden_patches(rows * columns, mask_ratio)
     if not 0 < num_hidden < rows * columns:
@@ -209,6 +210,8 @@ def make_method(
             f"decoded_share: must leave at least 2 of the {num_hidden} hidden patches for the loss predictor to "
             f"compare, got {decoded_share}"
         )
+    if kind.guide == "predicted_loss" and predict is None:
+        raise InputError(f"mask: {mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
     if kind.guide == "attention" and not has_class_attention(encoder):
         name = (getattr(encoder, "pretrained_cfg", None) or {}).get("architecture", type(encoder).__name__)
         raise InputError(f"mask: {mask!r} needs an encoder with a class token and plain attention blocks, got {name!r}")
@@ -225,7 +228,7 @@ def make_method(
         mask_policy=resolve(kind.policy),
         grid=geometry.grid,
         num_hidden=num_hidden,
-        predicted_loss=PREDICTED_LOSSES[predicted_loss],
+        predicted_loss=predict,
         prediction_weight=prediction_weight,
         guide=kind.guide,
         predictor_view=predictor_view,

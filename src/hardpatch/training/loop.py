@@ -111,7 +111,8 @@ def masked_batches(
         return
     known = list(masked)
     counts = [run.method.num_counted(batch) for batch in known]
-    mean = distributed.mean_of_tensor(torch.stack(counts).sum(dim=0)).clamp(min=1)  # DDP averages over processes, too
+    mean = distributed.mean_of_tensor(torch.stack(counts).sum(dim=0))  # DDP averages over processes, too
+    mean = mean.clamp(min=1 / distributed.world_size())
     yield from ((batch, count / mean) for batch, count in zip(known, counts, strict=True))
 
 
