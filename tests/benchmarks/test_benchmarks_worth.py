@@ -7,7 +7,6 @@ import json
 
 import pytest
 
-from hardpatch.cli import pretrain as pretraining
 from hardpatch.cli.flags import parse
 from hardpatch.config.evaluations import FinetuneConfig, ForegroundConfig, KnnConfig, LinearConfig
 from hardpatch.evaluate.classify import finetune, knn, linear
@@ -61,6 +60,7 @@ def test_its_pre_training_is_one_of_hpm(images, monkeypatch):
         "train",
         lambda config, out, **_: seen.append(config) or {},
     )
+    pretraining = importlib.import_module("hardpatch.cli.pretrain")  # the package has a function of that name
     monkeypatch.setattr(pretraining, "report_run", lambda *_, **__: None)
     pretraining.pretrain([*images.pretrain.split(), "--no-figures", "--seed", "3", "--out", "run"])
     assert seen[0].optimisation.seed == 3

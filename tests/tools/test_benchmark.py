@@ -110,6 +110,7 @@ def test_turn_times_exactly_the_steps_asked_for():
 
     class Counting:
         images_per_step = 2
+
         def step(self, fetch):
             calls.append(len(fetch()))
 
@@ -125,6 +126,7 @@ class Sleeping:
     """A stepper that does nothing but call back."""
 
     images_per_step = 2
+
     def __init__(self, after_step=lambda: None):
         self.after_step = after_step
 

@@ -153,7 +153,7 @@ def test_optional_packages_come_with_how_to_get_them(installed):
 
 def test_every_extra_of_hpm_is_explained():
     declared = set(metadata.metadata("hardpatch").get_all("Provides-Extra"))
-    assert surroundings.EXTRAS.keys() == declared - {"test", "dev"}
+    assert surroundings.EXTRAS.keys() == declared - {"test", "dev", "bench"}
 
 
 # --- machine -------------------------------------------------------------------------------------------------------
