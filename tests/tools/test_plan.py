@@ -242,8 +242,7 @@ def test_the_command_and_the_file_are_the_proposal(photos, rates, tmp_path, monk
     out = tmp_path / "plan.yaml"
     found = propose(photos, method=method, out=str(out), **ONE, crop_scale=(0.5, 1.0), flip=False)
     seen = []
-    loop = importlib.import_module("hardpatch.training.loop")
-    monkeypatch.setattr(loop, "train", lambda config, out, **_: seen.append(config) or {})
+    monkeypatch.setattr("hardpatch.training.pretrain.train", lambda config, out, **_: seen.append(config) or {})
     monkeypatch.setattr(pretraining, "report_run", lambda *_, **__: None)
     for command in (found["command"], found["command_from_file"]):
         words = shlex.split(command)
