@@ -182,9 +182,8 @@ def test_flops_of_a_step_follow_the_table_of_the_method():
     """Forward multiply-adds of ViT-B/16: MAE 29.3 G, HPM without the teacher's reconstructor 68.4 G."""
     small = {"encoder_depth": 2, "decoder_depth": 2, "predictor_depth": 2}
     base = {"image_size": 64, "encoder": "vit_tiny_patch16_224", **small}
-    cost = {name: training_flops(recipe_with(name, base)) for name in ("mae", "random+lpred", "hpm", "hpm-shallow")}
+    cost = {name: training_flops(recipe_with(name, base)) for name in ("mae", "random+lpred", "hpm")}
     assert cost["mae"] < cost["random+lpred"] < cost["hpm"]
-    assert cost["mae"] < cost["hpm-shallow"] < cost["hpm"]
 
 
 def recipe_with(name, fields):
