@@ -152,9 +152,8 @@ def _saved(file: Path, about: dict[str, Any]) -> dict[str, Any]:
     saved: dict[str, Any] = json.loads(file.read_text())
     for key, what in (("source", "images"), ("settings", "settings")):
         if saved[key] != about[key]:
-            raise InputError(
-                f"out: {file.parent} was packed from other {what} ({saved[key]}; now {about[key]}); choose another folder"
-            )
+            differ = f"{saved[key]}; now {about[key]}"
+            raise InputError(f"out: {file.parent} was packed from other {what} ({differ}); choose another folder")
     return saved
 
 
