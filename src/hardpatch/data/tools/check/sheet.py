@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch.nn import functional as F
 
-from hardpatch.config.data_check import CheckConfig
+from hardpatch.config.commands import CheckConfig
 from hardpatch.data.images.colours import principal_components
 from hardpatch.data.images.decode import Decoder, Sample
 from hardpatch.data.images.stored import DecodeError
