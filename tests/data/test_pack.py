@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from hardpatch.cli import main
-from hardpatch.config.data_tools import PackConfig
+from hardpatch.config.commands import PackConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import open_source
 from hardpatch.data.tools import pack

@@ -23,7 +23,7 @@ def source_first(arguments: list[str]) -> list[str]:
 
 def data_check(arguments: list[str]) -> None:
     """``hardpatch data check``."""
-    from hardpatch.config.data_check import CheckConfig
+    from hardpatch.config.commands import CheckConfig
 
     config, as_json = parse(CheckConfig, "data check", source_first(arguments))
 
@@ -148,7 +148,7 @@ def _next_steps(config, result) -> list[str]:  # type: ignore[no-untyped-def]
 
 def data_stats(arguments: list[str]) -> None:
     """``hardpatch data stats``."""
-    from hardpatch.config.data_tools import StatsConfig
+    from hardpatch.config.commands import StatsConfig
 
     config, as_json = parse(StatsConfig, "data stats", source_first(arguments))
 
@@ -173,7 +173,7 @@ def data_pack(arguments: list[str]) -> None:
     """``hardpatch data pack``."""
     import shlex
 
-    from hardpatch.config.data_tools import PackConfig
+    from hardpatch.config.commands import PackConfig
 
     config, as_json = parse(PackConfig, "data pack", source_first(arguments))
 

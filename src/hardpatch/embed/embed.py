@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hardpatch.config.embed import EmbedConfig
+from hardpatch.config.commands import EmbedConfig
 from hardpatch.data.loader.loading import Cover, Damage, OrderedBatch, ordered_batches
 from hardpatch.data.sources import Source, fingerprint, open_source
 from hardpatch.embed.chunks import Part, Parts

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from hardpatch.config.data_tools import PackConfig
+from hardpatch.config.commands import PackConfig
 from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import ShardSource, Source, fingerprint, open_source

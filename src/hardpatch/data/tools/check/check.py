@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hardpatch.config.data_check import CheckConfig
+from hardpatch.config.commands import CheckConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import FileSource, Source, open_source, remote

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from hardpatch.config.data_check import CheckConfig
+from hardpatch.config.commands import CheckConfig
 from hardpatch.data.images.colours import principal_components
 from hardpatch.data.images.contact_sheet import COLUMNS, Block, Tile, draw_contact_sheet, short_name
 from hardpatch.data.images.decode import Decoder, Sample
