@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hardpatch.method.choices import MASKS, TARGETS, resolve, row_of
-from hardpatch.method.losses import PREDICTED_LOSSES
+from hardpatch.method.losses import PREDICTED_LOSSES, PredictedLoss
 from hardpatch.method.masks import num_hidden_patches
 from hardpatch.method.method import Losses, Method, PredictorView
 from hardpatch.method.student import DecoderKind, Student, StudentOutput, Teacher
@@ -210,11 +210,7 @@ def make_method(
             f"decoded_share: must leave at least 2 of the {num_hidden} hidden patches for the loss predictor to "
             f"compare, got {decoded_share}"
         )
-    if kind.guide == "predicted_loss" and predict is None:
-        raise InputError(f"mask: {mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
-    if kind.guide == "attention" and not has_class_attention(encoder):
-        name = (getattr(encoder, "pretrained_cfg", None) or {}).get("architecture", type(encoder).__name__)
-        raise InputError(f"mask: {mask!r} needs an encoder with a class token and plain attention blocks, got {name!r}")
+    _check_guide(mask, predict, encoder)
     if any(side % hardness_block for side in patch):
         raise InputError(f"hardness_block: must divide a patch of {patch[0]}x{patch[1]} pixels, got {hardness_block}")
     if patch == (hardness_block, hardness_block) and isinstance(target, PixelTarget) and target.normalise:
@@ -235,3 +231,13 @@ def make_method(
         num_decoded=num_decoded,
         hardness=PixelHardness(patch, block=hardness_block, in_pixels=hardness_in_pixels) if own else None,
     )
+
+
+def _check_guide(mask: str, predict: PredictedLoss | None, encoder: VisionTransformer) -> None:
+    """Refuse a mask that is guided by what is not there: attention, or a predicted loss."""
+    guide = MASKS[mask].guide
+    if guide == "predicted_loss" and predict is None:
+        raise InputError(f"mask: {mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
+    if guide == "attention" and not has_class_attention(encoder):
+        name = (getattr(encoder, "pretrained_cfg", None) or {}).get("architecture", type(encoder).__name__)
+        raise InputError(f"mask: {mask!r} needs an encoder with a class token and plain attention blocks, got {name!r}")

@@ -138,7 +138,7 @@ class Trackers:
         self._each(lambda tracker: tracker.close(finished=finished))
         self._trackers.clear()
 
-    def _each(self, do: Callable[[Tracker], None]) -> None:
+    def _each(self, do: Callable[[Tracker], object]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
                 do(tracker)
