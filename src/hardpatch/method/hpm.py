@@ -74,9 +74,9 @@ class HPM:
             encoder: Name of a timm ViT, or a ViT that is there already.
             image_size: Height and width in pixels, for an encoder by name.
             channels: Channels of the images, likewise.
-            patch_size: Side of a patch in pixels, likewise; None keeps the model's own.
+            patch_size: Side of a patch, likewise; None keeps the model's own.
             target: A name in :data:`hardpatch.method.choices.TARGETS`, or a target of your own.
-            target_model: timm model behind the target ``timm_features``.
+            target_model: timm model behind ``timm_features``.
             mask: A name in :data:`hardpatch.method.choices.MASKS`.
             mask_ratio: Share of the patches that is hidden.
             decoded_share: Share of the hidden patches that is decoded, drawn at random.
@@ -95,10 +95,7 @@ class HPM:
         if isinstance(encoder, str):
             encoder = create_encoder(encoder, image_size=image_size, channels=channels, patch_size=patch_size)
         if isinstance(target, str):
-            geometry = Geometry.of(encoder)
-            colours = geometry.channels == len(IMAGENET_DEFAULT_MEAN)
-            mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if colours else ((0.5,) * geometry.channels,) * 2
-            target = make_target(target, TargetContext(geometry, encoder, mean, std, target_model=target_model))
+            target = make_target(target, default_context(encoder, target_model))
         student = Student(
             encoder, target_dim=target.dim, decoder=decoder, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
             decoder_heads=decoder_heads, predictor_depth=0 if predicted_loss == "none" else predictor_depth,
@@ -162,6 +159,15 @@ class HPM:
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
         """The teacher's predicted loss of every patch of the full image, higher = harder, without gradient."""
         return self.teacher.predict_loss(images)
+
+
+def default_context(encoder: VisionTransformer, target_model: str = "") -> TargetContext:
+    """What a target is built from where images are normalised by ImageNet's statistics, or to -1..1."""
+    geometry = Geometry.of(encoder)
+    if geometry.channels == len(IMAGENET_DEFAULT_MEAN):
+        return TargetContext(geometry, encoder, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, target_model)
+    half = (0.5,) * geometry.channels
+    return TargetContext(geometry, encoder, half, half, target_model)
 
 
 def make_target(name: str, context: TargetContext) -> Target:

@@ -64,9 +64,9 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             )
             fetched = []
             for _ in slices:
-                batch, news = meter.next_batch(batches)
+                read, news = meter.next_batch(batches)
                 report.damaged(news)
-                fetched.append(batch)
+                fetched.append(read)
             step_loss, correlation = torch.zeros(2, device=device)
             for number, (batch, weights) in enumerate(masked_batches(run, normalise, fetched, noise, slices)):
                 with exchanging(student, last=number == len(slices) - 1):
