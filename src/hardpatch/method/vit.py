@@ -222,7 +222,8 @@ def embed(
         return embedded
     # What timm makes of empty patches: prefix tokens of every kind, and positions.
     places = grid_size(vit) if vit.dynamic_img_size else (vit.patch_embed.num_patches,)
-    blank = vit._pos_embed(images.new_zeros(1, *places, vit.embed_dim))
+    # Of two, or the gradient of the class token would be a view of a larger tensor, which DDP has to copy.
+    blank = vit._pos_embed(images.new_zeros(2, *places, vit.embed_dim))[:1]
     prefix, positions = blank.tensor_split([vit.num_prefix_tokens], dim=1)
     positions = resample_positions(positions.detach(), grid_size(vit), grid)  # a fixed table
     if visible is None:

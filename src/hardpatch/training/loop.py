@@ -23,12 +23,13 @@ from hardpatch.runs.build import build_normalise
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.log import say, warn
+from hardpatch.runtime.parallel import exchanging, parallel
 from hardpatch.runtime.seeding import Stream, derive_seed, mask_noise
 from hardpatch.runtime.signals import StopSignal
 from hardpatch.training.batches import open_batches
 from hardpatch.training.meter import Meter
 from hardpatch.training.reporting import reporting
-from hardpatch.training.sharding import exchanging, gathered, parallel
+from hardpatch.training.sharding import gathered
 from hardpatch.training.state import Run
 
 
