@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from hardpatch.config.commands import EmbedConfig
@@ -39,7 +41,6 @@ from hardpatch.embed.sheet import Ranked, draw_sheet, ends
 from hardpatch.embed.tables import Table, write_npz, write_parquet
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.figures.display import build_display
-from hardpatch.figures.hardness import save_figure
 from hardpatch.method.vit import encode, grid_size
 from hardpatch.runs.build import build_decoder, build_downloads, choose_attention
 from hardpatch.runs.load import LoadedRun
@@ -47,6 +48,7 @@ from hardpatch.runtime.distributed import barrier, choose_device, from_main, has
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import say, tracked, warn
+from hardpatch.runtime.pictures import try_picture
 
 PART_BYTES = 64 * 2**20
 """A part of the work holds about so much, and at most so many images:"""
@@ -303,9 +305,17 @@ def _join(job: Job, parts: Parts, *, out: Path, sheet: Path | None, started: flo
     about = {"checkpoint": config.checkpoint, "data": config.data, **job.settings}
     filled = [number for number in range(len(job.parts)) if len(parts.column(number, "position"))]
     table = Table(parts, filled, names, source.labels, about)
-    easiest, hardest, agreement = _rank(job, table, sheet)
     write = write_parquet if out.suffix == ".parquet" else write_npz
     write_atomically(out, lambda temporary: write(table, temporary))
+    agreement = None
+    easiest: list[Ranked] = []
+    hardest: list[Ranked] = []
+    if config.hardness:
+        difficulty = table.column("difficulty")
+        easiest, hardest = ends(difficulty, table.column("position").tolist(), names, config.sheet_images)
+        agreement = rank_agreement(difficulty, table.column("contrast"))
+        if sheet is not None and not try_picture(lambda: _draw_sheet(job, easiest, hardest, difficulty), sheet):
+            sheet = None
     shapes = {name: column.shape[1:] for name, column in parts.read(filled[0]).columns.items() if name != "position"}
     shutil.rmtree(parts.path, ignore_errors=True)
     seconds = time.monotonic() - started
@@ -317,34 +327,24 @@ def _join(job: Job, parts: Parts, *, out: Path, sheet: Path | None, started: flo
         bytes=out.stat().st_size,
         seconds=seconds,
         images_per_second=new_images / seconds,
-        contact_sheet=config.contact_sheet or None,
+        contact_sheet=None if sheet is None else str(sheet),
         easiest=easiest,
         hardest=hardest,
         difficulty_contrast_correlation=agreement,
     )
 
 
-def _rank(job: Job, table: Table, sheet: Path | None) -> tuple[list[Ranked], list[Ranked], float | None]:
-    """Both ends of the ranking, its agreement with contrast, and the sheet where it is asked for."""
-    if not job.config.hardness:
-        return [], [], None
-    difficulty = table.column("difficulty")
-    easiest, hardest = ends(difficulty, table.column("position").tolist(), table.names, job.config.sheet_images)
-    agreement = rank_agreement(difficulty, table.column("contrast"))
-    if sheet is not None:
-        config, name = job.run.config, Path(job.config.checkpoint).name
-        title = f"{len(difficulty):,} images by difficulty; {name}, target {config.method.target}"
-        cover = Cover(config.data.size)
-        some = [cover(job.source.read(item.position).image) for end in (easiest, hardest) for item in end[:8]]
-        figure = draw_sheet(
-            job.source, easiest, hardest, difficulty,
-            display=build_display(config, some), size=config.data.size, title=title,
-        )  # fmt: skip
-        try:
-            save_figure(figure, sheet)
-        except OSError as error:
-            raise InputError(f"contact_sheet: cannot write {str(sheet)!r}: {error.strerror}") from error
-    return easiest, hardest, agreement
+def _draw_sheet(
+    job: Job, easiest: Sequence[Ranked], hardest: Sequence[Ranked], difficulty: Float[np.ndarray, " n"]
+) -> Figure:
+    """Both ends of the ranking as a picture."""
+    config = job.run.config
+    name = Path(job.config.checkpoint).name
+    title = f"{len(difficulty):,} images by difficulty; {name}, target {config.method.target}"
+    cover = Cover(config.data.size)
+    some = [cover(job.source.read(item.position).image) for end in (easiest, hardest) for item in end[:8]]
+    display = build_display(config, some)
+    return draw_sheet(job.source, easiest, hardest, difficulty, display=display, size=config.data.size, title=title)
 
 
 def as_json(result: Embedded) -> dict[str, Any]:

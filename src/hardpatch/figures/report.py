@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from importlib import import_module
 from importlib.resources import files
@@ -18,6 +17,8 @@ from hardpatch.figures.sections import Picture, Section, Table, Tile
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import read_metrics
+from hardpatch.runtime.pictures import as_png
+from hardpatch.runtime.text import printable
 
 CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     ("Losses", {"reconstruction_loss": "reconstruction", "prediction_loss": "prediction"}, ""),
@@ -40,16 +41,22 @@ def write_report(folder: RunFolder) -> None:
     hardness = sorted(folder.figures.glob("hardness_*.png"))
     sections = describe_evaluations(folder)
     template = files("hardpatch.figures").joinpath("templates/report.html.j2").read_text()
-    page = Environment(autoescape=True).from_string(template).render(
+    shown = Environment(autoescape=True, finalize=_shown)
+    page = shown.from_string(template).render(
         name=folder.path.name,
         tiles=_tiles(folder.result() or {}, records, [section.tile for section in sections if section.tile]),
-        curves=[(title, _drawn(_plot(records, title, lines, unit))) for title, lines, unit in CURVES
+        curves=[(title, _image(as_png(_plot(records, title, lines, unit), dpi=130))) for title, lines, unit in CURVES
                 if any(key in record for record in records for key in lines)],
         figures=[(int(path.stem.split("_")[1]), _image(path.read_bytes())) for path in hardness],
         sections=[(section.title, [_block(folder, block) for block in section.blocks]) for section in sections],
         config=folder.config_file.read_text(),
     )  # fmt: skip
     write_text_atomically(folder.report_file, page)
+
+
+def _shown(value: Any) -> Any:
+    """Text of a run and of its files; the template escapes what is HTML in it."""
+    return printable(value, lines=True) if type(value) is str else value  # Markup is the template's own
 
 
 def describe_evaluations(folder: RunFolder) -> list[Section]:
@@ -110,12 +117,6 @@ def _plot(records: list[dict[str, Any]], title: str, lines: dict[str, str], unit
     if len(axis.lines) > 1:
         axis.legend(fontsize=8, frameon=False)
     return figure
-
-
-def _drawn(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return _image(buffer.getvalue())
 
 
 def _image(png: bytes) -> str:

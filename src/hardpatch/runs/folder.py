@@ -120,7 +120,7 @@ class RunFolder:
         """What :meth:`save_damaged` has kept."""
         if not self.damaged_file.is_file():
             return {}
-        with self.damaged_file.open(newline="") as file:
+        with self.damaged_file.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             return {row["path"]: row["reason"] for row in csv.DictReader(file)}
 
     def clear(self) -> None:

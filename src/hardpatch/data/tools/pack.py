@@ -35,6 +35,7 @@ from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say, tracked
 from hardpatch.runtime.machine import usable_cores
 from hardpatch.runtime.signals import ignore_in_worker, signals_held
+from hardpatch.runtime.text import as_bytes
 
 _BATCH = 8
 _BLOCK = 512
@@ -183,7 +184,7 @@ def _write_all(source: Source, config: PackConfig, decoder: Decoder, out: Path, 
                 continue
             members = [(f"{number:08d}.{packed.ending}", packed.content)]
             if source.labels is not None:
-                members.append((f"{number:08d}.cls", source.labels[number].encode()))
+                members.append((f"{number:08d}.cls", as_bytes(source.labels[number])))
             if shard.samples and shard.bytes + _size(members) + 2 * _BLOCK > config.shard_bytes:
                 _close(shard, progress, number, damaged)
                 shard, damaged = _OpenShard(out, len(progress["shards"])), []

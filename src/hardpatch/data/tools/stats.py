@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import NamedTuple
 
 from hardpatch.config.commands import StatsConfig
@@ -13,6 +12,7 @@ from hardpatch.data.sources import open_source
 from hardpatch.data.tools.describe import find_channels
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.text import quoted
 
 
 class StatsResult(NamedTuple):
@@ -49,7 +49,7 @@ def run(config: StatsConfig) -> StatsResult:
 
 def flags(config: StatsConfig, result: StatsResult) -> str:
     """Flags of ``hardpatch pretrain`` that say what was found."""
-    words = ["--data", shlex.quote(config.data)]
+    words = ["--data", quoted(config.data)]
     if result.channels != 3:
         words += ["--channels", str(result.channels)]
     if result.value_range:

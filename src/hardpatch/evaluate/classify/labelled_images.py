@@ -15,6 +15,7 @@ from hardpatch.data.sources import Source, class_indices, fingerprint, open_sour
 from hardpatch.runs.build import build_decoder, build_downloads
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.runtime.text import as_bytes
 
 
 class Subset(Source):
@@ -151,5 +152,5 @@ def choose_per_class(labels: Sequence[str], count: int, *, seed: int) -> list[in
 
 def labelled_fingerprint(source: Source) -> str:
     """:func:`hardpatch.data.sources.fingerprint` with the labels: other labels for the same images differ, too."""
-    digest = hashlib.sha256("\0".join(source.labels or ()).encode())
+    digest = hashlib.sha256(as_bytes("\0".join(source.labels or ())))
     return f"{fingerprint(source)}, labels {digest.hexdigest()[:8]}"

@@ -24,6 +24,7 @@ from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import tracked
 from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.pictures import try_picture
 
 _COLUMNS = (
     "path", "format", "width", "height", "channels", "alpha", "mode", "depth", "orientation", "frames", "bytes",
@@ -168,10 +169,11 @@ def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source,
                 name if remote.is_url(name) else str(Path(name).absolute()) for name in names if name not in copies
             ]
             write_text_atomically(folder / "good.txt", "".join(line + "\n" for line in lines))
-        figure = draw_sheet(source, looks, result.near_duplicates, config)
-        figure.savefig(folder / "contact_sheet.png", dpi=130)
     except OSError as error:
         raise InputError(f"out: cannot write to {str(folder)!r}: {error.strerror}") from error
+    try_picture(
+        lambda: draw_sheet(source, looks, result.near_duplicates, config), folder / "contact_sheet.png", dpi=130
+    )
 
 
 def _table(looks: list[Look], source: Source) -> str:
