@@ -126,8 +126,8 @@ def _next_steps(config, result) -> list[str]:  # type: ignore[no-untyped-def]
     if config.out:
         out = Path(config.out)
         lines.append(f"look:  {out / 'contact_sheet.png'}, {out / 'images.csv'}")
-    good = Path(config.out) / "good.txt"
-    if config.out and good.is_file() and (result.damaged or result.duplicates):
+    good = next((file for name in ("good.txt", "good.csv") if (file := Path(config.out) / name).is_file()), None)
+    if config.out and good and (result.damaged or result.duplicates):
         data = str(good)
         lines.append(f"{good} lists the files that load, one of each kind of copy")
     if not result.loaded:

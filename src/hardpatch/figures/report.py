@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from hardpatch.config.evaluations import EVALUATIONS
 from hardpatch.figures.sections import Picture, Section, Table, Tile
 from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.files import write_text_atomically
-from hardpatch.runtime.log import read_metrics
+from hardpatch.runtime.log import read_metrics, warn
 from hardpatch.runtime.pictures import as_png
 from hardpatch.runtime.text import printable
 
@@ -36,13 +37,23 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
 
 
 def write_report(folder: RunFolder) -> None:
-    """Write the page from what lies in the run folder: metrics, figures, evaluations, config."""
+    """Write the page from what lies in the run folder; one that cannot be made costs a warning and nothing else."""
+    try:
+        write_text_atomically(folder.report_file, _page(folder))
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever stands in the files of evaluations, now or of versions before
+        warn(f"{folder.report_file} could not be made, the results are whole: {type(error).__name__}: {error}")
+
+
+def _page(folder: RunFolder) -> str:
+    """Metrics, figures, evaluations and config on one page."""
     records = read_metrics(folder.path)
     hardness = sorted(folder.figures.glob("hardness_*.png"))
     sections = describe_evaluations(folder)
     template = files("hardpatch.figures").joinpath("templates/report.html.j2").read_text()
     shown = Environment(autoescape=True, finalize=_shown)
-    page = shown.from_string(template).render(
+    return shown.from_string(template).render(
         name=folder.path.name,
         tiles=_tiles(folder.result() or {}, records, [section.tile for section in sections if section.tile]),
         curves=[(title, _image(as_png(_plot(records, title, lines, unit), dpi=130))) for title, lines, unit in CURVES
@@ -51,7 +62,6 @@ def write_report(folder: RunFolder) -> None:
         sections=[(section.title, [_block(folder, block) for block in section.blocks]) for section in sections],
         config=folder.config_file.read_text(),
     )  # fmt: skip
-    write_text_atomically(folder.report_file, page)
 
 
 def _shown(value: Any) -> Any:
@@ -90,8 +100,8 @@ def _tiles(result: dict[str, Any], records: list[dict[str, Any]], measured: list
     correlation = result.get("predictor_rank_correlation")
     if correlation is not None:
         tiles.append(Tile(f"{correlation:+.2f}", "rank correlation", "of predicted and true hardness; 0 = blind"))
-    if "knn_top1" in result:
-        against = result["knn_top1_untrained"]
+    if result.get("knn_top1") is not None:
+        against = result.get("knn_top1_untrained")
         note = "" if against is None else f"untrained {against:.1f} %"
         tiles.append(Tile(f"{result['knn_top1']:.1f} %", "kNN top-1", note))
     tiles += measured

@@ -26,6 +26,7 @@ from hardpatch.runs.trackers import RUNS_FILE
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import warn
+from hardpatch.runtime.text import printable
 
 
 class RunFolder:
@@ -78,6 +79,10 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out: must be a folder, got the file {str(self.path)!r}")
+        if printable(str(self.path)) != str(self.path):  # TensorBoard and safetensors open none such
+            raise InputError(
+                f"out: {str(self.path)!r} has bytes that are not UTF-8, or control characters; choose another"
+            )
         if self.config_file.is_file():
             if resume == "never":
                 raise InputError(f"out: {str(self.path)!r} holds a run already and resume is 'never'")

@@ -85,13 +85,15 @@ def index_tar(file: BufferedIOBase) -> ShardIndex:
                 if kind.lower() == "cls":
                     handle = archive.extractfile(member)
                     classes[key] = as_text(handle.read()).strip() if handle else ""
+                    if "\0" in classes[key]:
+                        raise tarfile.ReadError(f"the label {member.name} is no text")
                 elif not stem.startswith("._") and f".{kind.lower().rpartition('.')[2]}" in EXTENSIONS:
                     rank = _rank(kind)
                     best[key] = min(rank, best.get(key, rank))
                     found.append(_Found(key, rank, member.offset_data, member.size))
             if any(_rest(archive)):
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
-    except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise DamagedShardError(str(error)) from error
     images = [image for image in found if image.rank == best[image.key]]
     return ShardIndex(

@@ -168,12 +168,25 @@ def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source,
             lines = [
                 name if remote.is_url(name) else str(Path(name).absolute()) for name in names if name not in copies
             ]
-            write_text_atomically(folder / "good.txt", "".join(line + "\n" for line in lines))
+            _write_list(folder, lines)
     except OSError as error:
         raise InputError(f"out: cannot write to {str(folder)!r}: {error.strerror}") from error
     try_picture(
         lambda: draw_sheet(source, looks, result.near_duplicates, config), folder / "contact_sheet.png", dpi=130
     )
+
+
+def _write_list(folder: Path, names: list[str]) -> None:
+    """``good.txt``; or ``good.csv`` where a name has a line break in it, or blanks at its ends."""
+    in_lines = all(name == name.strip() and not {"\n", "\r"} & set(name) for name in names)
+    file, other = folder / "good.txt", folder / "good.csv"
+    text = "".join(name + "\n" for name in names)
+    if not in_lines:
+        file, other, rows = other, file, io.StringIO()
+        csv.writer(rows, lineterminator="\n").writerows([("path",), *((name,) for name in names)])
+        text = rows.getvalue()
+    write_text_atomically(file, text)
+    other.unlink(missing_ok=True)  # of a call before
 
 
 def _table(looks: list[Look], source: Source) -> str:
