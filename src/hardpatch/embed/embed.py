@@ -48,6 +48,7 @@ from hardpatch.runtime.distributed import barrier, choose_device, from_main, has
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import say, tracked, warn
+from hardpatch.runtime.outputs import note_output
 from hardpatch.runtime.pictures import try_picture
 
 PART_BYTES = 64 * 2**20
@@ -307,6 +308,7 @@ def _join(job: Job, parts: Parts, *, out: Path, sheet: Path | None, started: flo
     table = Table(parts, filled, names, source.labels, about)
     write = write_parquet if out.suffix == ".parquet" else write_npz
     write_atomically(out, lambda temporary: write(table, temporary))
+    note_output(out, source=config.data)
     agreement = None
     easiest: list[Ranked] = []
     hardest: list[Ranked] = []
@@ -314,7 +316,9 @@ def _join(job: Job, parts: Parts, *, out: Path, sheet: Path | None, started: flo
         difficulty = table.column("difficulty")
         easiest, hardest = ends(difficulty, table.column("position").tolist(), names, config.sheet_images)
         agreement = rank_agreement(difficulty, table.column("contrast"))
-        if sheet is not None and not try_picture(lambda: _draw_sheet(job, easiest, hardest, difficulty), sheet):
+        if sheet is not None and not try_picture(
+            lambda: _draw_sheet(job, easiest, hardest, difficulty), sheet, source=config.data
+        ):
             sheet = None
     shapes = {name: column.shape[1:] for name, column in parts.read(filled[0]).columns.items() if name != "position"}
     shutil.rmtree(parts.path, ignore_errors=True)

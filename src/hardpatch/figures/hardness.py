@@ -254,7 +254,7 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     display = build_display(config, pixels)
     figure = draw_hardness(shown, hardness, display, grid_size(loaded.student.encoder), title, valid)
     try:
-        write_picture(figure, out)
+        write_picture(figure, out, source=images)
     except OSError as error:
         raise InputError(f"out: cannot write {str(out)!r}: {error.strerror}") from error
     return hardness.rank_correlation

@@ -26,6 +26,7 @@ from hardpatch.runs.trackers import RUNS_FILE
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import warn
+from hardpatch.runtime.outputs import make_output_folder
 from hardpatch.runtime.text import printable
 
 
@@ -54,7 +55,7 @@ class RunFolder:
         Raises:
             InputError: Another process trains this run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_output_folder(self.path)
         self._claim = (self.path / ".claim").open("w")
         try:
             # Not flock: data workers would inherit it, and keep the folder for a while after a kill.
@@ -152,7 +153,7 @@ class RunFolder:
 
     def write_config(self, config: Config, device: torch.device, schedule: Schedule | None = None) -> None:
         """Save the resolved config with versions, git sha and command, and the schedule that its epochs came to."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_output_folder(self.path)
         about: dict[str, Any] = {**about_this_run(device)}
         if schedule is not None:
             values = asdict(schedule)

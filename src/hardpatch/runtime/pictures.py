@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import warn
+from hardpatch.runtime.outputs import note_output
 from hardpatch.runtime.text import printable
 
 if TYPE_CHECKING:
@@ -36,8 +37,14 @@ def as_png(figure: Figure, *, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
-def write_picture(figure: Figure, path: Path, *, dpi: int = 110) -> None:
-    """Write a PNG that is either whole or not there; its folder is made.
+def write_picture(figure: Figure, path: Path, *, dpi: int = 110, source: str = "") -> None:
+    """Write a PNG that is either whole or not there, and that is no image of any source; its folder is made.
+
+    Args:
+        figure: What to write.
+        path: The file.
+        dpi: Dots per inch.
+        source: The images that it shows, if any.
 
     Raises:
         OSError: Writing failed.
@@ -45,16 +52,17 @@ def write_picture(figure: Figure, path: Path, *, dpi: int = 110) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = as_png(figure, dpi=dpi)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    note_output(path, source=source)
 
 
-def try_picture(draw: Callable[[], Figure], path: Path, *, dpi: int = 110) -> bool:
+def try_picture(draw: Callable[[], Figure], path: Path, *, dpi: int = 110, source: str = "") -> bool:
     """Draw and write a picture that comes beside results: what fails is said, and costs nothing else.
 
     Returns:
         Is it there?
     """
     try:
-        write_picture(draw(), path, dpi=dpi)
+        write_picture(draw(), path, dpi=dpi, source=source)
     except Interrupted:
         raise
     except Exception as error:  # whatever the libraries that draw may raise

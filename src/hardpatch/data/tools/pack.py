@@ -34,6 +34,7 @@ from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say, tracked
 from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.outputs import MARK, make_output_folder
 from hardpatch.runtime.signals import ignore_in_worker, signals_held
 from hardpatch.runtime.text import as_bytes
 
@@ -124,12 +125,12 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     file = out / ".progress.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"out: must be a folder, got the file {str(out)!r}")
-    out.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
-        if there := [path.name for path in out.iterdir()]:
+        if there := [path.name for path in out.iterdir() if path.name != MARK] if out.is_dir() else []:
             raise InputError(
                 f"out: must be an empty folder or one that hardpatch data pack began, {out} holds {there[0]!r}"
             )
+        make_output_folder(out)
         progress: dict[str, Any] = {"shards": [], "next_image": 0, "as_they_were": 0, "damaged": [], **about}
         write_text_atomically(file, json.dumps(progress))
         return progress

@@ -17,13 +17,14 @@ from hardpatch.data.images.decode import Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import FileSource, Source, open_source, remote
 from hardpatch.data.tools.check.duplicates import groups_of_equal, groups_of_near
-from hardpatch.data.tools.check.look import Look, look_at, other_files
+from hardpatch.data.tools.check.look import Look, look_at
 from hardpatch.data.tools.check.sheet import draw_sheet
 from hardpatch.data.tools.check.workers import look_at_all
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import tracked
 from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.outputs import make_output_folder
 from hardpatch.runtime.pictures import try_picture
 
 _COLUMNS = (
@@ -83,8 +84,7 @@ def run(config: CheckConfig) -> CheckResult:
         raise InputError(f"out: must be a folder, got the file {config.out!r}")
     source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
     folder = Path(config.data).expanduser()
-    listed = folder.is_dir() and isinstance(source, FileSource)  # a folder saved by datasets has files of its own
-    skipped = [str(path) for path in other_files(folder)] if listed else []
+    skipped = [str(folder / name) for name in source.others] if isinstance(source, FileSource) else []
     cores = usable_cores()
     seen = look_at_all(  # by processes that may die
         partial(look_at, source=source, channels=config.channels, no_data=config.no_data),
@@ -159,7 +159,7 @@ def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source,
         InputError: The folder cannot be written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_folder(folder)
         write_text_atomically(folder / "check.json", json.dumps(as_json(result), indent=1) + "\n")
         write_text_atomically(folder / "images.csv", _table(looks, source))
         if isinstance(source, FileSource):
@@ -172,8 +172,9 @@ def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source,
     except OSError as error:
         raise InputError(f"out: cannot write to {str(folder)!r}: {error.strerror}") from error
     try_picture(
-        lambda: draw_sheet(source, looks, result.near_duplicates, config), folder / "contact_sheet.png", dpi=130
-    )
+        lambda: draw_sheet(source, looks, result.near_duplicates, config), folder / "contact_sheet.png",
+        dpi=130, source=config.data,
+    )  # fmt: skip
 
 
 def _write_list(folder: Path, names: list[str]) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from hardpatch.data.images.decode import Decoder, Sample, describe, to_sample
-from hardpatch.data.images.formats import EXTENSIONS, read_stored
+from hardpatch.data.images.formats import read_stored
 from hardpatch.data.images.stored import DecodeError, Description
 from hardpatch.data.images.value_range import stored_ends
 from hardpatch.data.sources import Source
@@ -86,18 +83,3 @@ def perceptual_hash(sample: Sample) -> int | None:
     if np.ptp(grey) < 1:
         return None
     return int(str(imagehash.phash(Image.fromarray(grey.round().astype(np.uint8)))), 16)
-
-
-def other_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder whose ending is not that of an image, hidden ones left out."""
-    seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        here = Path(root).stat()
-        if (here.st_dev, here.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() not in EXTENSIONS:
-                yield Path(root, name)
