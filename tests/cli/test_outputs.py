@@ -66,8 +66,8 @@ COMMANDS = {
     "sheet": "embed --checkpoint RUN --data . --out f.parquet --hardness --contact-sheet b/s.png --device cpu",
     "linear": "evaluate linear --checkpoint RUN --train . --val . --epochs 1 --out measured",
     "knn": "evaluate knn --checkpoint RUN --train . --val . --k 2 --out measured",
-    "finetune": "evaluate finetune --checkpoint RUN --train . --val . --epochs 1 --batch-size 8 --workers 0 --out tuned "
-    "--no-untrained --precision float32",
+    "finetune": "evaluate finetune --checkpoint RUN --train . --val . --epochs 1 --batch-size 8 --out tuned "
+    "--workers 0 --no-untrained --precision float32",
 }  # fmt: skip
 
 

@@ -49,6 +49,8 @@ def data_check(arguments: list[str]) -> None:
     if result.value_range:
         low, high = result.value_range
         show(f"\nvalues of images that are not 8-bit: {low:g} to {high:g}")
+        if result.advice:
+            show(f"mind:  {result.advice}")
     if result.damaged:
         show()
         print_table(

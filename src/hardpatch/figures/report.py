@@ -105,7 +105,7 @@ def _tiles(result: dict[str, Any], records: list[dict[str, Any]], measured: list
         note = "" if against is None else f"untrained {against:.1f} %"
         tiles.append(Tile(f"{result['knn_top1']:.1f} %", "kNN top-1", note))
     tiles += measured
-    if result:
+    if "images_per_second" in result:
         tiles.append(Tile(f"{result['images_per_second']:.0f}", "images/s", f"{result['seconds'] / 60:.1f} minutes"))
     return tiles
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from hardpatch.config.commands import StatsConfig
 from hardpatch.data.images.decode import Decoder
-from hardpatch.data.images.value_range import find_value_range
+from hardpatch.data.images.value_range import find_depths
 from hardpatch.data.loader.statistics import measure
 from hardpatch.data.sources import open_source
 from hardpatch.data.tools.describe import find_channels
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
 from hardpatch.runtime.machine import usable_cores
 from hardpatch.runtime.text import quoted
 
@@ -39,7 +40,10 @@ def run(config: StatsConfig) -> StatsResult:
     source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
     channels = config.channels or find_channels(source)
     given = (config.value_range[0], config.value_range[1]) if config.value_range else None
-    found = given or (None if source.decoder is None else find_value_range(source, no_data=config.no_data))
+    looked = None if given else find_depths(source, no_data=config.no_data).value_range
+    if looked and (advice := looked.advice()):
+        warn(advice)
+    found = given or (looked.ends() if looked else None)
     source = open_source(config.data, decoder=Decoder(channels, found, config.no_data))
     cores = usable_cores()
     workers = (cores if cores > 1 else 0) if config.workers is None else config.workers

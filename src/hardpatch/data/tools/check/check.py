@@ -14,6 +14,7 @@ import numpy as np
 
 from hardpatch.config.commands import CheckConfig
 from hardpatch.data.images.decode import Decoder
+from hardpatch.data.images.value_range import LOOK_AT, join
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import FileSource, Source, open_source, remote
 from hardpatch.data.tools.check.duplicates import groups_of_equal, groups_of_near
@@ -32,6 +33,8 @@ _COLUMNS = (
     "sha256", "hash", "lowest", "highest", "valid", "damaged",
 )  # fmt: skip
 """Of ``images.csv``; sha256 is cut to its first half."""
+
+_NONE = np.empty(0, np.float32)
 
 _MOST_SIZES = 100
 """Sizes that are counted one by one; rarer ones are summed up."""
@@ -68,6 +71,8 @@ class CheckResult(NamedTuple):
     """Images that are of one value all over."""
     value_range: tuple[float, float] | None
     """Lowest and highest stored value of images that are not 8-bit."""
+    advice: str
+    """What to do about a range that most of these values do not fill."""
     duplicates: list[list[str]]
     """Groups of the same bytes."""
     near_duplicates: list[list[str]]
@@ -93,7 +98,12 @@ def run(config: CheckConfig) -> CheckResult:
         timeout=config.timeout,
         failed=Look,
     )
-    looks = sorted(tracked(seen, "looking at images", total=len(source)), key=lambda look: look.number)
+    spread = set(source.spread(LOOK_AT))
+    looks = [  # of the others the ends alone: the memory of a million samples is not needed
+        look if look.values is None or look.number in spread else look._replace(values=look.values._replace(some=_NONE))
+        for look in tracked(seen, "looking at images", total=len(source))
+    ]
+    looks.sort(key=lambda look: look.number)
     result = _summed_up(looks, source, skipped, near_bits=config.near_bits)
     if config.out:
         _write(Path(config.out).expanduser(), result, looks, source, config)
@@ -103,7 +113,7 @@ def run(config: CheckConfig) -> CheckResult:
 def _summed_up(looks: list[Look], source: Source, skipped: list[str], *, near_bits: int) -> CheckResult:
     good = [look for look in looks if not look.reason]
     abouts = [look.about for look in good if look.about is not None]
-    ends = [look.ends for look in good if look.ends is not None]
+    found = join([look.values for look in good if look.values is not None])
     sizes = Counter(f"{about.width}x{about.height}" for about in abouts).most_common()
     others = sum(count for _, count in sizes[_MOST_SIZES:])
     equal = groups_of_equal([look.digest for look in good])
@@ -131,7 +141,8 @@ def _summed_up(looks: list[Look], source: Source, skipped: list[str], *, near_bi
         animated=sum(about.frames > 1 for about in abouts),
         without_data=sum(look.valid < 1 for look in good),
         constant=[source.name(look.number) for look in good if look.hash is None],
-        value_range=(min(low for low, _ in ends), max(high for _, high in ends)) if ends else None,
+        value_range=None if found is None else (found.lowest, found.highest),
+        advice="" if found is None else found.advice(),
         duplicates=[names(group, good) for group in equal],
         near_duplicates=[names(group, seen) for group in near],
     )
@@ -202,7 +213,7 @@ def _table(looks: list[Look], source: Source) -> str:
             about.orientation, about.frames,
         ]  # fmt: skip
         hashed = "" if look.hash is None else f"{look.hash:016x}"
-        ends = look.ends or ("", "")
+        ends = look.values[:2] if look.values else ("", "")
         writer.writerow(
             [source.name(look.number), *seen, look.size, look.digest.hex(), hashed, *ends, look.valid, look.reason]
         )

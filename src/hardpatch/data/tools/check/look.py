@@ -11,7 +11,7 @@ from PIL import Image
 from hardpatch.data.images.decode import Decoder, Sample, describe, to_sample
 from hardpatch.data.images.formats import read_stored
 from hardpatch.data.images.stored import DecodeError, Description
-from hardpatch.data.images.value_range import stored_ends
+from hardpatch.data.images.value_range import Values, values_of
 from hardpatch.data.sources import Source
 
 
@@ -29,8 +29,8 @@ class Look(NamedTuple):
     """Of the bytes."""
     hash: int | None = None
     """64 bits of the picture; None of one that is all of one value."""
-    ends: tuple[float, float] | None = None
-    """Lowest and highest stored value, of images that are not 8-bit."""
+    values: Values | None = None
+    """Stored values of images that are not 8-bit."""
     valid: float = 1.0
     """Share of the pixels that hold data."""
 
@@ -44,7 +44,7 @@ def look_at(index: int, *, source: Source, channels: int | None, no_data: float 
         channels: As how many channels they are read; None: as many as each has.
         no_data: Value of pixels without data.
     """
-    content, ends = b"", None
+    content, values = b"", None
     try:
         content = source.content(index)
         try:
@@ -56,10 +56,10 @@ def look_at(index: int, *, source: Source, channels: int | None, no_data: float 
         else:
             stored = read_stored(content, channels=channels or about.bands)
             if stored.is_deep:
-                ends = stored_ends(stored, no_data=no_data)
+                values = values_of(stored, no_data=no_data)
             sample = to_sample(stored, Decoder(channels or about.bands, no_data=no_data))
         valid = 1.0 if sample.valid is None else float(sample.valid.float().mean())
-        return Look(index, "", about, len(content), _digest(content), perceptual_hash(sample), ends, valid)
+        return Look(index, "", about, len(content), _digest(content), perceptual_hash(sample), values, valid)
     except Exception as error:  # whatever a source's reader may raise: the next image is looked at all the same
         reason = str(error) if isinstance(error, DecodeError) else f"{type(error).__name__}: {error}"
         return Look(index, reason, size=len(content), digest=_digest(content))
