@@ -1,4 +1,4 @@
-"""Values that are not 8-bit: one answer for training and for data check, and a word about ranges that are not filled."""
+"""Values that are not 8-bit: one answer for training and data check, and a word about ranges that are not filled."""
 
 import json
 
@@ -32,7 +32,7 @@ def write(folder, images):
 
 def elevations(seed, mark=None, dtype=np.float32):
     """A landscape of 0 to 255, a tenth of it without data."""
-    values = np.random.default_rng(seed).random((32, 32)).astype(dtype) * 255
+    values = (np.random.default_rng(seed).random((32, 32)) * 255).astype(dtype)
     if mark is not None:
         values[:6, :17] = mark
     return values

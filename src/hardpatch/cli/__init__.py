@@ -84,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise SystemExit(141) from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
+            complain(f"{error.strerror}: {error.filename}")
+            raise SystemExit(2) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         complain(

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from hardpatch.config.commands import EmbedConfig
 from hardpatch.data.loader.loading import Cover, Damage, OrderedBatch, ordered_batches
 from hardpatch.data.sources import Source, fingerprint, open_source
+from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.embed.chunks import Part, Parts
 from hardpatch.embed.difficulty import mask_order, measure_difficulty, rank_agreement
 from hardpatch.embed.sheet import Ranked, draw_sheet, ends
@@ -44,7 +45,16 @@ from hardpatch.figures.display import build_display
 from hardpatch.method.vit import encode, grid_size
 from hardpatch.runs.build import build_decoder, build_downloads, choose_attention
 from hardpatch.runs.load import LoadedRun
-from hardpatch.runtime.distributed import barrier, choose_device, from_main, has_bf16, process_group, rank, world_size
+from hardpatch.runtime.distributed import (
+    barrier,
+    choose_device,
+    from_main,
+    has_bf16,
+    is_main_of_environment,
+    process_group,
+    rank,
+    world_size,
+)
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import say, tracked, warn
@@ -115,6 +125,8 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
     source = open_source(
         config.data, decoder=build_decoder(data), image_size=data.size, downloads=build_downloads(loaded.config)
     )
+    if is_main_of_environment():
+        say_what_is_left(source)
     for model in (loaded.student, loaded.teacher):
         choose_attention(model, device, bf16=config.precision == "bf16")
     bytes_per_image = _bytes_per_image(loaded, config)

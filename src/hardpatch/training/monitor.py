@@ -8,6 +8,7 @@ from hardpatch.config.config import Config
 from hardpatch.data.loader.loading import default_workers
 from hardpatch.data.sources import Source, class_indices, open_source
 from hardpatch.evaluate.classify.knn import knn_accuracy
+from hardpatch.evaluate.classify.labelled_images import without_labels
 from hardpatch.evaluate.features import LabelledSplit
 from hardpatch.evaluate.foreground import predicted_loss_auroc
 from hardpatch.figures.display import build_display
@@ -35,7 +36,7 @@ def labelled_validation(config: Config) -> Source | None:
         downloads=build_downloads(config),
     )  # fmt: skip
     if source.labels is None:
-        raise InputError(f"val: {config.run.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
+        raise InputError(without_labels(source, config.run.val, "val"))
     return source
 
 

@@ -12,8 +12,8 @@ its luminance. Palettes are looked up, CMYK and Lab are converted to RGB and hav
 But if ``channels`` is one more than the bands, alpha is read as the last channel like any other.
 
 **No data.** Pixels that equal ``no_data`` in all bands (or what the file itself names: GDAL's tag, DICOM's padding), or
-that are NaN, infinite or beyond 1e38 in any (an untagged -3.4028e38 is a mark, no quantity), are not ``valid``; they get
-their channel's mean. An image without any other pixel is refused. Where nothing is missing, ``valid`` is None.
+that are NaN, infinite or beyond 1e38 in any (an untagged -3.4028e38 is a mark, no quantity), are not ``valid``; they
+get their channel's mean. An image without any other pixel is refused. Where nothing is missing, ``valid`` is None.
 
 **Orientation** (EXIF, TIFF's tag, XMP) is applied. Of animations and of files with several pages the first is read.
 

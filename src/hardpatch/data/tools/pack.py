@@ -12,6 +12,7 @@ source and the settings alone, so a run that was killed ends with the same bytes
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -28,7 +29,7 @@ from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import ShardSource, Source, fingerprint, open_source
 from hardpatch.data.sources.shards import LocalShard
-from hardpatch.data.tools.describe import find_channels
+from hardpatch.data.tools.describe import find_channels, say_what_is_left
 from hardpatch.data.tools.repack import Packed, repack
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
@@ -92,6 +93,7 @@ def run(config: PackConfig) -> PackResult:
         InputError: The source cannot be opened, the folder is in use for something else, or a shard does not read back.
     """
     source = open_source(config.data, decoder=Decoder(3, no_data=config.no_data))
+    say_what_is_left(source)
     channels = config.channels or find_channels(source)
     decoder = Decoder(channels, no_data=config.no_data)
     source = open_source(config.data, decoder=decoder)
@@ -101,8 +103,13 @@ def run(config: PackConfig) -> PackResult:
     if (out / "index.json").is_file():
         say(f"{out} is packed already")
         return _result(out, _saved(out / "index.json", about))
-    progress = _begun(out, about)
-    _write_all(source, config, decoder, out, progress)
+    try:
+        progress = _begun(out, about)
+        _write_all(source, config, decoder, out, progress)
+    except OSError as error:  # those of the source are damaged images
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"out: cannot write in {str(out)!r}: {error.strerror or error}") from error
     if not progress["shards"]:
         raise InputError(f"data: of {len(source)} images none could be packed")
     images = sum(shard["samples"] for shard in progress["shards"])

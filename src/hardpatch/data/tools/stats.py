@@ -9,7 +9,7 @@ from hardpatch.data.images.decode import Decoder
 from hardpatch.data.images.value_range import find_depths
 from hardpatch.data.loader.statistics import measure
 from hardpatch.data.sources import open_source
-from hardpatch.data.tools.describe import find_channels
+from hardpatch.data.tools.describe import find_channels, say_what_is_left
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import warn
 from hardpatch.runtime.machine import usable_cores
@@ -38,6 +38,7 @@ def run(config: StatsConfig) -> StatsResult:
     if len(config.value_range) not in (0, 2):
         raise InputError(f"value_range: needs the lowest and the highest value, got {config.value_range}")
     source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
+    say_what_is_left(source)
     channels = config.channels or find_channels(source)
     given = (config.value_range[0], config.value_range[1]) if config.value_range else None
     looked = None if given else find_depths(source, no_data=config.no_data).value_range
