@@ -99,7 +99,11 @@ def _first_frame(data: Any) -> np.ndarray:
         DecodeError: The frame is not what the tags say.
     """
     pydicom = _pydicom()
-    codec = _BY_IMAGECODECS.get(str(getattr(data, "file_meta", {}).get("TransferSyntaxUID")))
+    if "TransferSyntaxUID" not in data.file_meta:  # without a preamble: never compressed
+        implicit, _ = data.original_encoding
+        syntax = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+        data.file_meta.TransferSyntaxUID = syntax
+    codec = _BY_IMAGECODECS.get(str(data.file_meta.get("TransferSyntaxUID")))
     if codec is None:
         pixels: np.ndarray = pydicom.pixels.pixel_array(data, index=0)
         return pixels
