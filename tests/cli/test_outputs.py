@@ -65,7 +65,7 @@ COMMANDS = {
     "embed": "embed --checkpoint RUN --data . --out features.npz --device cpu",
     "sheet": "embed --checkpoint RUN --data . --out f.parquet --hardness --contact-sheet b/s.png --device cpu",
     "linear": "evaluate linear --checkpoint RUN --train . --val . --epochs 1 --out measured",
-    "knn": "evaluate knn --checkpoint RUN --train . --val . --k 2 --out measured",
+    "knn": "evaluate knn --checkpoint RUN --train . --val . --k 2",
     "finetune": "evaluate finetune --checkpoint RUN --train . --val . --epochs 1 --batch-size 8 --out tuned "
     "--workers 0 --no-untrained --precision float32",
 }  # fmt: skip
