@@ -18,6 +18,7 @@ from hardpatch.figures.report import write_report
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say
+from hardpatch.runtime.outputs import make_output_folder
 
 
 class Result(ABC):
@@ -63,7 +64,7 @@ def keep(result: Result, config: Any) -> None:
     if not out and not run.config_file.is_file():
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_folder(folder)
         write_text_atomically(folder / f"{result.name}.json", json.dumps(result.figures(), indent=2) + "\n")
         if not out:
             write_report(run)

@@ -23,6 +23,7 @@ from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked
+from hardpatch.runtime.outputs import make_output_folder
 from hardpatch.runtime.seeding import Stream, derive_seed
 
 GRADIENT_CLIP = 5.0
@@ -211,7 +212,7 @@ def open_folder(config: DenseConfig, name: str) -> Path:
         raise InputError(f"out: name a folder; {config.checkpoint!r} is no run folder that could hold one")
     folder = Path(config.out).expanduser() if config.out else run.evaluations / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_folder(folder)
     except OSError as error:
         raise InputError(f"out: cannot make {str(folder)!r}: {error.strerror}") from error
     return folder
