@@ -23,7 +23,8 @@ from hardpatch.config.config import Config
 from hardpatch.config.evaluations import KnnConfig, LinearConfig, Pooling
 from hardpatch.data.loader.loading import Normalise
 from hardpatch.evaluate.classify.accuracy import Interval, top_k_accuracy, wilson_interval
-from hardpatch.evaluate.features import LabelledSplit, SplitFeatures, split_features
+from hardpatch.evaluate.classify.labelled_images import LabelledImages
+from hardpatch.evaluate.features import SplitFeatures, split_features
 from hardpatch.figures.sections import Table, decimals
 from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
@@ -115,12 +116,12 @@ def open_contenders(
 
 
 def features_by_contender(
-    contenders: Sequence[Contender], split: LabelledSplit, config: KnnConfig | LinearConfig, device: torch.device
+    contenders: Sequence[Contender], images: LabelledImages, config: KnnConfig | LinearConfig, device: torch.device
 ) -> Iterator[tuple[Contender, SplitFeatures]]:
     """Features of both sides of a split by one encoder after the other, so that those of one are held at a time."""
     for contender in contenders:
         yield contender, split_features(
-            contender.encoder, split, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
+            contender.encoder, images, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
             bf16=has_bf16(device), workers=config.workers, teacher=contender.teacher,
         )  # fmt: skip
 
