@@ -40,10 +40,6 @@ Kind = Literal["run", "untrained", "against"]
 def open_run(checkpoint: str, *, device: Literal["auto", "cpu", "cuda", "mps"]) -> Iterator[LoadedRun]:
     """The run that is evaluated, on its device and in a process group.
 
-    Args:
-        checkpoint: Run folder or checkpoint file.
-        device: Where to run.
-
     Raises:
         InputError: The device is not there, or the checkpoint cannot be read.
     """
@@ -75,10 +71,7 @@ def open_contenders(
     """The encoder of a run, the same untrained, and those it is to be held against; in this order.
 
     Args:
-        loaded: The run.
         against: ``timm:NAME``, ``timm:local-dir:PATH``, or a run (folder, ``.pt`` or its ``weights.safetensors``).
-        pooling: What is asked of every encoder's tokens.
-        untrained: Whether the untrained encoder is wanted.
 
     Raises:
         InputError: One is named twice, cannot be read, takes images of another number of channels, or has no class
@@ -127,11 +120,7 @@ def features_by_contender(
 
 
 def _teacher(contender: Contender, loaded: LoadedRun) -> Teacher:
-    """The teacher that belongs to an encoder: of the run, of its random start, or of another run.
-
-    Raises:
-        InputError: It predicts no losses.
-    """
+    """The teacher that belongs to an encoder: of the run, of its random start, or of another run."""
     teacher = None
     if contender.kind == "run":
         teacher = loaded.teacher
@@ -205,11 +194,6 @@ def standings(
 
     The interval of a lead is that of the mean of paired differences (1, 0 or -1 an image), by the normal approximation:
     two encoders that fail on the same images are told apart more sharply than their own intervals suggest.
-
-    Args:
-        contenders: This run first.
-        scores: Of every class for every image, by contender.
-        labels: Classes of the images.
     """
     right = [(score.argmax(dim=1) == labels).numpy() for score in scores]
     rows = []

@@ -97,15 +97,7 @@ def extract_features(
     """Run the encoder over a source; with several processes each takes a part and all get the whole.
 
     Args:
-        vit: The encoder; used in evaluation mode.
-        source: The images.
-        normalise: The run's normalisation.
-        size: Height and width to which images are brought.
         pooling: Which tokens to keep.
-        device: Where ``vit`` is.
-        bf16: Autocast.
-        workers: Data processes.
-        description: Name beside the bar.
         teacher: Whose predicted loss is the feature, for pooling ``hardness``.
     """
     mine = list(range(len(source)))[rank() :: world_size()]

@@ -281,11 +281,7 @@ def run(config: ForegroundConfig) -> ForegroundResult:
 
 
 def _open(config: ForegroundConfig, run_config: Config, size: tuple[int, int]) -> Objects:
-    """Images, and the masks or boxes of the objects in them, at the size that an encoder takes.
-
-    Raises:
-        InputError: No such images, or masks or boxes that do not fit them.
-    """
+    """Images, and the masks or boxes of the objects in them, at the size that an encoder takes."""
     source = open_source(
         config.images, decoder=build_decoder(run_config.data), image_size=size, field="images",
         downloads=build_downloads(run_config),
@@ -297,11 +293,7 @@ def _open(config: ForegroundConfig, run_config: Config, size: tuple[int, int]) -
 
 
 def _asker(contender: Contender, loaded: LoadedRun) -> Ask:
-    """What gives every measure for one of the contenders: all of a run and of its own start, attention of the others.
-
-    Raises:
-        InputError: The other is a run, and cannot be read.
-    """
+    """What gives the measures for a contender: all of a run and of its own start, attention alone of the others."""
     device, generator = loaded.device, torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
     bf16 = has_bf16(device)
     student, teacher, method = loaded.student, loaded.teacher, loaded.method
@@ -327,11 +319,7 @@ def _attention_alone(contender: Contender, images: Tensor) -> dict[str, Float[np
 
 
 def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> dict[int, Bool[Tensor, "h w"]]:
-    """The mask of every readable image by the image's number, matched by name.
-
-    Raises:
-        InputError: A mask is missing, damaged, or of another size than its image.
-    """
+    """The mask of every readable image by the image's number, matched by name."""
     cover, masks = Cover(size), {}
     for index, file in enumerate(match_by_stem(source, folder, field="masks")):
         try:

@@ -53,10 +53,6 @@ def keep(result: Result, config: Any) -> None:
     """Write the figures into the run folder and refresh its report; or into another folder, where one is named.
 
     A checkpoint that is a file has no folder: nothing is kept.
-
-    Args:
-        result: What was measured.
-        config: By what it was measured.
     """
     run, out = RunFolder(config.checkpoint), result.kept_in(config)
     folder = Path(out).expanduser() if out else run.evaluations

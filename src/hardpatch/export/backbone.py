@@ -71,12 +71,7 @@ def _folder_of(path: Path) -> RunFolder | None:
 
 
 class Pooled(nn.Module):
-    """Normalised images to tokens, or to one vector each: the graph of an export.
-
-    Args:
-        vit: The encoder; it has a class token if that is asked for.
-        output: What to put out.
-    """
+    """Normalised images to tokens, or to one vector each: the graph of an export."""
 
     def __init__(self, vit: VisionTransformer, output: Output) -> None:
         super().__init__()

@@ -24,12 +24,6 @@ def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: s
     """The card as Markdown, with the header that the Hugging Face hub reads.
 
     Paths are cut to their last part: a card is made to be shown.
-
-    Args:
-        backbone: What is exported.
-        library: The hub's name of the library that loads it.
-        usage: The three lines of Python.
-        checked: What was compared after writing, and how far apart it was.
     """
     config, run = backbone.config, backbone.run
     about: dict[str, Any] = {}

@@ -138,11 +138,7 @@ def run(config: ExportConfig) -> Exported:
 
 
 def _checked_form(config: ExportConfig) -> Format:
-    """The form asked for, after everything that can be wrong before a checkpoint is read.
-
-    Raises:
-        InputError: No such form, a package or an ending is missing, or something is in the way.
-    """
+    """The form asked for, after everything that can be wrong before a checkpoint is read."""
     form = FORMATS[config.format]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"export runs in one process, got {os.environ['WORLD_SIZE']}; call it without torchrun")

@@ -74,12 +74,6 @@ def start_from(config: Config, student: Student, teacher: Teacher) -> str:
 def fit(weights: Weights, state: Mapping[str, Tensor], student: Student, config: Config) -> Fitted:
     """Bring weights into the shapes of a student.
 
-    Args:
-        weights: What the file says about them.
-        state: The tensors, the student's or the teacher's.
-        student: The model that is wanted.
-        config: Of the run that it is wanted for.
-
     Raises:
         InputError: The encoder has another width, depth or number of heads, or other parts.
     """
@@ -167,11 +161,7 @@ def _table(state: Mapping[str, Tensor], name: str) -> Tensor | None:
 
 
 def _source_grid(weights: Weights, table: Float[Tensor, "n d"]) -> tuple[int, int]:
-    """Rows and columns of the grid that a table was made for.
-
-    Raises:
-        InputError: A learnt table whose number of rows is no square.
-    """
+    """Rows and columns of the grid that a table was made for."""
     if weights.grid is not None and weights.grid[0] * weights.grid[1] == len(table):
         return weights.grid
     grid = table_grid(table)
@@ -186,9 +176,6 @@ def resample_positions(
     """A position table for another grid: bicubic in 2-D, prefix rows as they are.
 
     Args:
-        table: The table.
-        old: Its rows and columns.
-        new: Rows and columns that are wanted.
         num_prefix_tokens: Rows of the table before the first patch's.
     """
     resampled: Tensor = resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=num_prefix_tokens)
@@ -198,10 +185,6 @@ def resample_positions(
 def inflate_channels(weight: Float[Tensor, "d c h w"], channels: int) -> Float[Tensor, "d k h w"]:
     """A patch embedding for another number of channels, by timm's rule: to one, the sum; to others, the channels
     repeated in turn and scaled by old / new number, so that the size of the output stays.
-
-    Args:
-        weight: The convolution's weight.
-        channels: Channels that are wanted.
     """
     old = weight.shape[1]
     if channels == old:

@@ -124,11 +124,7 @@ def run(config: ConvertConfig) -> Converted:
 
 
 def _destination(config: ConvertConfig) -> tuple[Path, Kind]:
-    """The file to write and what it will be.
-
-    Raises:
-        InputError: Another ending, or it exists.
-    """
+    """The file to write and what it will be."""
     kinds: dict[str, Kind] = {".pt": "checkpoint", ".safetensors": "encoder", ".pth": "published"}
     to = Path(config.to).expanduser()
     if to.suffix not in kinds:
@@ -201,11 +197,7 @@ def _image_size(weights: Weights, given: ConvertConfig, patch: int) -> tuple[int
 
 
 def _check(weights: Weights, config: Config, *, whole: bool) -> None:
-    """Do all tensors have the shapes of the model that the config builds?
-
-    Raises:
-        InputError: Names the first that have not.
-    """
+    """Do all tensors have the shapes of the model that the config builds?"""
     with torch.device("meta"):
         wanted = build_student(config).state_dict() if whole else _encoder_state(config)
     for owner, state in (("its ", weights.student), ("its teacher's ", weights.teacher)):

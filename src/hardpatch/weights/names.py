@@ -150,11 +150,7 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None], complaint: str) -> dict[str, Tensor]:
-    """The tensors under their new names.
-
-    Raises:
-        InputError: Some have none; begins with ``complaint``.
-    """
+    """The tensors under their new names."""
     names = {name: rename(name) for name in state}
     if unknown := [name for name, new in names.items() if new is None]:
         raise InputError(f"{complaint} {handful(unknown)}")

@@ -254,11 +254,7 @@ def _is_hugging_face(names: Iterable[str]) -> bool:
 
 
 def _floats(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor as float32.
-
-    Raises:
-        InputError: Something is no tensor, or has values that are not finite.
-    """
+    """Every tensor as float32."""
     if wrong := [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]:
         raise InputError(f"holds no weights: no tensors but {handful(wrong)}")
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
@@ -267,11 +263,7 @@ def _floats(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _hugging_face_hints(path: Path) -> dict[str, Any]:
-    """Heads and grid from a ``config.json``.
-
-    Raises:
-        InputError: Damaged, or the model is none that timm's ViT computes.
-    """
+    """Heads and grid from a ``config.json``."""
     try:
         config = json.loads(path.read_text())
         size, patch = config.get("image_size"), config.get("patch_size")

@@ -100,9 +100,6 @@ def draw_confusions(confusions: Int[np.ndarray, "c c"], classes: Sequence[str], 
     """Draw what is taken for what: one row per true class, each row as shares of its images.
 
     Args:
-        confusions: From :func:`count_confusions`.
-        classes: Their names.
-        path: The .png to write.
         title: Above the picture.
     """
     shares = confusions / np.maximum(confusions.sum(axis=1, keepdims=True), 1)

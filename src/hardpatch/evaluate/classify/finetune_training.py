@@ -48,16 +48,7 @@ class Classified(NamedTuple):
 
 
 class Finetuning(Training):
-    """A classifier that starts from an encoder, and everything it needs.
-
-    Args:
-        settings: How.
-        config: Where to run, and how often to save and to look at the validation images.
-        contender: The encoder.
-        images: Both sides.
-        folder: For metrics and checkpoints.
-        device: Where to run.
-    """
+    """A classifier that starts from an encoder, and everything it needs."""
 
     model: VisionTransformer
 

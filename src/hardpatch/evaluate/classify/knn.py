@@ -75,12 +75,8 @@ def knn_votes(
     """Summed weights of the k nearest neighbours of each class.
 
     Args:
-        bank: Features to look among; need not be normalised.
-        labels: Their classes.
-        queries: Features to classify.
         k: Neighbours; at most n.
         temperature: Weight of a neighbour is exp(cosine / temperature).
-        num_classes: C.
         chunk: Queries per matrix product, bounding memory at chunk × n.
     """
     bank, votes = F.normalize(bank, dim=1), []

@@ -189,11 +189,7 @@ def _mean_and_spread(item: dict[str, Any]) -> str:
 
 
 def _check(config: LinearConfig) -> None:
-    """Refuse settings that cannot work, before any work.
-
-    Raises:
-        InputError: Names the field.
-    """
+    """Refuse settings that cannot work, before any work."""
     for field, values in (("learning_rates", config.learning_rates), ("inverse_penalties", config.inverse_penalties)):
         if len(set(values)) < len(values):
             raise InputError(f"{field}: must be different numbers, got {values}")

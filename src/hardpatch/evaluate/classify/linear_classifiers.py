@@ -71,12 +71,8 @@ def train_probes(
     Args:
         features: Of the training images, on the device that is to work.
         labels: Their classes, 0 to C - 1, on the same device.
-        num_classes: C.
         rates: Peak learning rates for batches of 256; multiplied by the batch over 256.
-        epochs: Passes over the features.
         batch_size: Features per step; all of them where there are fewer.
-        seed: Decides the start and the order.
-        bar: Show one.
 
     Raises:
         InputError: Fewer than two features: a BatchNorm has nothing to normalise by.
@@ -141,12 +137,8 @@ def probe(
         train: Training features, on the device that is to work, as all the others.
         labels: Their classes.
         val: Features to classify.
-        num_classes: C.
         rates: Learning rates for batches of 256.
-        epochs: Passes.
-        batch_size: Features per step.
         seed: Decides what is held out, the start and the order.
-        bar: Show one.
 
     Raises:
         InputError: Too few features.
@@ -219,10 +211,6 @@ def _fit_logistic(
 
 def held_out(labels: Int[Tensor, " n"], *, seed: int) -> Tensor:
     """Mark about a tenth of the training images, spread evenly over the classes; one of every class always stays.
-
-    Args:
-        labels: Classes of the training images.
-        seed: Decides which.
 
     Returns:
         Bool (n,), True = held out, on the labels' device.

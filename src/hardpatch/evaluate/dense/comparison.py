@@ -65,13 +65,6 @@ class Measured(Generic[Model, Figures]):
 class Comparison(ABC, Generic[Model, Figures]):
     """Trains and measures the same on every encoder.
 
-    Args:
-        config: How.
-        epochs: Passes over the training images.
-        folder: For checkpoints and pictures.
-        device: Where to run.
-        trained: Whether the encoders learn.
-
     Raises:
         InputError: No epoch.
     """
@@ -132,17 +125,7 @@ class Comparison(ABC, Generic[Model, Figures]):
 
 
 class DenseTraining(Training):
-    """AdamW with warm-up and half a cosine.
-
-    Args:
-        lesson: What is to be learnt.
-        plan: In which steps.
-        peak: Learning rate of the head.
-        name: Beside the bar.
-        folder: For checkpoints.
-        device: Where to run.
-        identity: Of :func:`identity`.
-    """
+    """AdamW with warm-up and half a cosine."""
 
     def __init__(
         self,

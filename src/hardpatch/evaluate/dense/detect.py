@@ -223,11 +223,7 @@ def describe(figures: dict[str, Any]) -> Section:
 
 
 def _check(config: DetectConfig) -> None:
-    """Refuse values that do not fit together, before any work.
-
-    Raises:
-        InputError: One of them.
-    """
+    """Refuse values that do not fit together, before any work."""
     try:
         import pycocotools  # noqa: F401
     except ImportError:
@@ -278,15 +274,7 @@ def open_data(config: DetectConfig, *, decoder: Decoder, image_size: tuple[int, 
 
 
 class Detection(Comparison[FasterRCNN, tuple[Precision, Precision]]):
-    """The same detector on one encoder after the other; its figures are the precision of boxes and of masks.
-
-    Args:
-        config: How.
-        data: The images.
-        size: Side of the square.
-        folder: For checkpoints and pictures.
-        device: Where to run.
-    """
+    """The same detector on one encoder after the other; its figures are the precision of boxes and of masks."""
 
     indifferent = frozenset({"train_images", "train_annotations", "val_annotations"})
 

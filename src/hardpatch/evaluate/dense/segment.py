@@ -189,11 +189,7 @@ def describe(figures: dict[str, Any]) -> Section:
 
 
 def _check(config: SegmentConfig) -> None:
-    """Refuse values that do not fit together, before any work.
-
-    Raises:
-        InputError: One of them.
-    """
+    """Refuse values that do not fit together, before any work."""
     try:
         import torchmetrics  # noqa: F401
     except ImportError:
@@ -211,15 +207,7 @@ def _check(config: SegmentConfig) -> None:
 
 
 class Segmentation(Comparison[Segmenter, Int64[Tensor, "k k"]]):
-    """The same head on one encoder after the other; its figures are confusion matrices.
-
-    Args:
-        config: How.
-        data: The images.
-        crop: Height and width of crops and windows.
-        folder: For checkpoints and pictures.
-        device: Where to run.
-    """
+    """The same head on one encoder after the other; its figures are confusion matrices."""
 
     indifferent = frozenset({"val_masks", "window_overlap", "cache_gb", "class_names"})
 

@@ -28,11 +28,6 @@ class Data(NamedTuple):
 def open_data(config: SegmentConfig, *, decoder: Decoder, size: tuple[int, int]) -> Data:
     """Open both sides and look at every image and mask once.
 
-    Args:
-        config: Names them.
-        decoder: How the images are read.
-        size: At which shapes are made.
-
     Raises:
         InputError: Anything that would go wrong later.
     """
@@ -92,12 +87,7 @@ def _open(
 
 
 def _class_names(config: SegmentConfig, train: Survey, val: Survey, *, brings_own: bool) -> list[str]:
-    """Names of all classes, after a check that both sides fit.
-
-    Raises:
-        InputError: A class out of range, none to tell apart, one that only validation has, or a list of names that
-            does not fit.
-    """
+    """Names of all classes, after a check that both sides fit."""
     if not train.pixels:
         raise InputError("masks: no pixel counts: all have ignore_index" +
                          (" or 0" if config.reduce_zero_label else ""))  # fmt: skip
