@@ -69,6 +69,7 @@ class Finding(NamedTuple):
 class ForegroundResult(Result):
     """One finding per measure, over all images and by group."""
 
+    kind = "foreground"
     measures: dict[str, Finding | None]
     """None for attention where the encoder has no class token, or blocks of another kind than timm's plain one."""
     by_group: dict[str, dict[str, Finding | None]]
@@ -78,11 +79,6 @@ class ForegroundResult(Result):
     """Images measured, without the damaged ones and those that have no box."""
     damaged: int
     """Images left out."""
-
-    @property
-    def name(self) -> str:
-        """There is one kind."""
-        return "foreground"
 
     def what_next(self, config: ForegroundConfig) -> list[str]:
         """See what is hard in these images."""

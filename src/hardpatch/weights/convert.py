@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from hardpatch.config.commands import ConvertConfig
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
+from hardpatch.method.choices import TARGETS
 from hardpatch.method.vit import LAYER_NORM_EPS
 from hardpatch.runs.build import build_encoder, build_student, input_config, timm_arguments
 from hardpatch.runs.checkpoint import save_pickle, save_weights
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import read_metrics
-from hardpatch.weights.adapt import PIXEL_TARGETS
 from hardpatch.weights.names import handful, to_published
 from hardpatch.weights.read import Weights, mismatches, read_weights, table_grid
 
@@ -88,7 +88,7 @@ def run(config: ConvertConfig) -> Converted:
             f"(--to FILE.safetensors), or start a run from it (hardpatch pretrain --init-from {config.source})"
         )
     resolved = weights.config or inferred_config(weights, config)
-    if kind == "published" and resolved.method.target not in PIXEL_TARGETS:
+    if kind == "published" and not TARGETS[resolved.method.target].of_pixels:
         raise InputError(
             f"from: {config.source!r} has no published counterpart: its reconstructor's target is "
             f"{resolved.method.target!r}, not pixels"

@@ -38,9 +38,8 @@ def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
         InputError: A name that no published model has, or a class token with a position in the decoder.
     """
     published = {theirs: ours for ours, theirs in _PREFIXES.items()}
-    encoder = lambda name: f"encoder.{name}" if _ENCODER.fullmatch(name) else None  # noqa: E731
     renamed = _renamed(
-        state, lambda name: _with_prefix(name, published) or encoder(name),
+        state, lambda name: _with_prefix(name, published) or ("encoder." + name if _ENCODER.fullmatch(name) else None),
         "a published HPM or MAE model has no parameter",
     )  # fmt: skip
     return _without_class_row(renamed)

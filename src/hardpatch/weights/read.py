@@ -29,7 +29,7 @@ from torch.serialization import safe_globals
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import validated
-from hardpatch.method.choices import MASKS
+from hardpatch.method.choices import MASKS, TARGETS
 from hardpatch.method.vit import sincos_positions
 from hardpatch.runs.build import build_encoder
 from hardpatch.runs.checkpoint import verify
@@ -122,7 +122,7 @@ def _from_run(source: str, saved: dict[str, Any]) -> Weights:
     config = validated(saved["config"])
     method = config.method
     # Where nobody asks the teacher it is never updated: what was saved is the random start.
-    learnt = method.predicted_loss != "none" or MASKS[method.mask].guide or method.target == "ema_features"
+    learnt = method.predicted_loss != "none" or MASKS[method.mask].guide or TARGETS[method.target].needs_teacher
     student = _floats(saved["student"])
     vertical, horizontal = student["encoder.patch_embed.proj.weight"].shape[-2:]
     with torch.device("meta"):

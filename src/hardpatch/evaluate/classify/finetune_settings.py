@@ -52,7 +52,6 @@ class FinetuneSettings:
     weight_decay: float
     betas: tuple[float, float]
     gradient_clip: float | None
-    ema_decay: float | None
     crop_scale: tuple[float, float]
     flip: bool
     rand_augment: str

@@ -19,7 +19,6 @@ from hardpatch.evaluate.contenders import Contender, folder_name
 from hardpatch.evaluate.harness import Examples, Plan, Training
 from hardpatch.method.schedules import adapted_warmup_steps, learning_rate
 from hardpatch.runs.checkpoint import CheckpointFolder
-from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked
@@ -114,10 +113,7 @@ class Comparison(ABC, Generic[Model, Figures]):
         decisive = {
             key: value for key, value in asdict(self.settings).items() if key not in INDIFFERENT | self.indifferent
         } | {"images": self.known_images(), "processes": distributed.world_size()}
-        training = DenseTraining(
-            lesson, plan, self.peak, name=contender.name, device=self.device,
-            folder=self.folder / folder_name(contender.name), identity=identity(decisive, lesson.model),
-        )  # fmt: skip
+        training = DenseTraining(self, contender, lesson, plan, identity(decisive, lesson.model))
         training.resume()
         training.run()
         lesson.model.eval()
@@ -128,22 +124,14 @@ class DenseTraining(Training):
     """AdamW with warm-up and half a cosine."""
 
     def __init__(
-        self,
-        lesson: Lesson[Any],
-        plan: Plan,
-        peak: float,
-        *,
-        name: str,
-        folder: Path,
-        device: torch.device,
-        identity: str,
+        self, task: Comparison[Any, Any], contender: Contender, lesson: Lesson[Any], plan: Plan, identity: str
     ) -> None:
-        optimizer = torch.optim.AdamW(lesson.groups, lr=peak, fused=device.type != "mps")
         super().__init__(
-            lesson.learner, optimizer, lesson.examples, plan,
-            checkpoints=CheckpointFolder(folder, keep_last=1, holds="optimizer"), device=device, identity=identity,
+            lesson.learner, torch.optim.AdamW(lesson.groups, lr=task.peak, fused=task.device.type != "mps"),
+            lesson.examples, plan, device=task.device, identity=identity,
+            checkpoints=CheckpointFolder(task.folder / folder_name(contender.name), keep_last=1, holds="optimizer"),
         )  # fmt: skip
-        self.lesson, self.peak, self.name = lesson, peak, name
+        self.lesson, self.peak, self.name = lesson, task.peak, contender.name
         self.last_loss = torch.zeros(())
 
     def loss(self, model: nn.Module, batch: Any, place: tuple[int, int, int]) -> Tensor:
@@ -181,23 +169,6 @@ def identity(values: Mapping[str, Any], model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def open_folder(config: DenseConfig, name: str) -> Path:
-    """The folder of pictures and checkpoints.
-
-    Raises:
-        InputError: No folder is named and the checkpoint is a file, or it cannot be made.
-    """
-    run = RunFolder(config.checkpoint)
-    if not config.out and not run.config_file.is_file():
-        raise InputError(f"out: name a folder; {config.checkpoint!r} is no run folder that could hold one")
-    folder = Path(config.out).expanduser() if config.out else run.evaluations / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make {str(folder)!r}: {error.strerror}") from error
-    return folder
 
 
 def mean_values(normalise: Normalise) -> list[int]:

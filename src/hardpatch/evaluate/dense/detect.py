@@ -32,7 +32,6 @@ from hardpatch.evaluate.dense.comparison import (
     Measured,
     held_back,
     mean_values,
-    open_folder,
     spread,
 )
 from hardpatch.evaluate.dense.detect_crops import InstanceCrops, Target, list_pairs
@@ -41,7 +40,7 @@ from hardpatch.evaluate.dense.feature_maps import DenseEncoder, parameter_groups
 from hardpatch.evaluate.dense.overlays import Detected, draw_detections
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.evaluate.harness import Examples
-from hardpatch.evaluate.result import Result, visualize_command
+from hardpatch.evaluate.result import Result, output_folder, visualize_command
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure
 from hardpatch.figures.sections import Picture, Section, Table, decimals
@@ -71,6 +70,7 @@ class Precision(NamedTuple):
 class DetectResult(Result):
     """Figures in percent."""
 
+    kind = "detect"
     ap: float | None
     """By boxes."""
     ap50: float | None
@@ -95,11 +95,6 @@ class DetectResult(Result):
     steps: int
     figure: str | None
     """Pictures of some validation images."""
-
-    @property
-    def name(self) -> str:
-        """There is one kind."""
-        return "detect"
 
     def what_next(self, config: DetectConfig) -> list[str]:
         """The control, then what is hard in the images."""
@@ -166,7 +161,7 @@ def run(config: DetectConfig) -> DetectResult:
             patch = check_patch(patch_size(contender.encoder))
             if size < 1 or size != fitting_size(size, patch):
                 raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
-        folder = open_folder(config, "detect" + ("-frozen" if config.freeze else ""))
+        folder = output_folder(config, "evaluate", "detect" + ("-frozen" if config.freeze else ""))
         data = open_data(config, decoder=build_decoder(data_config), image_size=data_config.size)
         detection = Detection(config, data, size, folder, loaded.device)
         measured = [detection.measure(contender) for contender in contenders]

@@ -26,7 +26,6 @@ from hardpatch.evaluate.dense.comparison import (
     Lesson,
     Measured,
     mean_values,
-    open_folder,
     spread,
 )
 from hardpatch.evaluate.dense.feature_maps import Bf16, DenseEncoder, check_size, choose_depths, parameter_groups
@@ -36,7 +35,7 @@ from hardpatch.evaluate.dense.segment_data import Data, open_data
 from hardpatch.evaluate.dense.segment_heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
 from hardpatch.evaluate.dense.windows import most_likely, slide
 from hardpatch.evaluate.harness import Examples
-from hardpatch.evaluate.result import Result, visualize_command
+from hardpatch.evaluate.result import Result, output_folder, visualize_command
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure
 from hardpatch.figures.sections import Picture, Section, Table, decimals
@@ -63,6 +62,7 @@ class ClassFigures(NamedTuple):
 class SegmentResult(Result):
     """Figures in percent."""
 
+    kind = "segment"
     miou: float
     """Mean over the classes that occur in the validation masks or are predicted there."""
     pixel_accuracy: float
@@ -81,11 +81,6 @@ class SegmentResult(Result):
     steps: int
     figure: str | None
     """Pictures of some validation images."""
-
-    @property
-    def name(self) -> str:
-        """There is one kind."""
-        return "segment"
 
     def what_next(self, config: SegmentConfig) -> list[str]:
         """After the frozen encoder what it can be trained to, then what is hard in the images."""
@@ -135,7 +130,7 @@ def run(config: SegmentConfig) -> SegmentResult:
         for contender in contenders:
             check_size(crop, contender.encoder, field="crop_size")
             choose_depths(config.depths, len(contender.encoder.blocks))
-        folder = open_folder(config, f"segment-{config.head}" + ("-finetuned" if config.finetune else ""))
+        folder = output_folder(config, "evaluate", f"segment-{config.head}" + ("-finetuned" if config.finetune else ""))
         data = open_data(config, decoder=build_decoder(loaded.config.data), size=loaded.config.data.size)
         segmentation = Segmentation(config, data, crop, folder, loaded.device)
         measured = [segmentation.measure(contender) for contender in contenders]
