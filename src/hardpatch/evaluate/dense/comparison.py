@@ -113,7 +113,10 @@ class Comparison(ABC, Generic[Model, Figures]):
         decisive = {
             key: value for key, value in asdict(self.settings).items() if key not in INDIFFERENT | self.indifferent
         } | {"images": self.known_images(), "processes": distributed.world_size()}
-        training = DenseTraining(self, contender, lesson, plan, identity(decisive, lesson.model))
+        training = DenseTraining(
+            lesson, plan, self.peak, name=contender.name, device=self.device,
+            folder=self.folder / folder_name(contender.name), identity=identity(decisive, lesson.model),
+        )  # fmt: skip
         training.resume()
         training.run()
         lesson.model.eval()
@@ -124,14 +127,15 @@ class DenseTraining(Training):
     """AdamW with warm-up and half a cosine."""
 
     def __init__(
-        self, task: Comparison[Any, Any], contender: Contender, lesson: Lesson[Any], plan: Plan, identity: str
-    ) -> None:
+        self, lesson: Lesson[Any], plan: Plan, peak: float, *,
+        name: str, folder: Path, device: torch.device, identity: str,
+    ) -> None:  # fmt: skip
         super().__init__(
-            lesson.learner, torch.optim.AdamW(lesson.groups, lr=task.peak, fused=task.device.type != "mps"),
-            lesson.examples, plan, device=task.device, identity=identity,
-            checkpoints=CheckpointFolder(task.folder / folder_name(contender.name), keep_last=1, holds="optimizer"),
+            lesson.learner, torch.optim.AdamW(lesson.groups, lr=peak, fused=device.type != "mps"), lesson.examples,
+            plan, checkpoints=CheckpointFolder(folder, keep_last=1, holds="optimizer"), device=device,
+            identity=identity,
         )  # fmt: skip
-        self.lesson, self.peak, self.name = lesson, task.peak, contender.name
+        self.lesson, self.peak, self.name = lesson, peak, name
         self.last_loss = torch.zeros(())
 
     def loss(self, model: nn.Module, batch: Any, place: tuple[int, int, int]) -> Tensor:
