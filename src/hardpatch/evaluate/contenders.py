@@ -28,7 +28,7 @@ from hardpatch.evaluate.features import SplitFeatures, split_features
 from hardpatch.figures.sections import Table, decimals
 from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
-from hardpatch.runs.load import LoadedRun, arguments_of_encoder, load_encoder
+from hardpatch.runs.load import LoadedRun, arguments_of_encoder, load_backbone
 from hardpatch.runtime.distributed import choose_device, has_bf16, process_group
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.read import load_timm
@@ -88,7 +88,7 @@ def open_contenders(
         found.append(_contender("untrained", "untrained", start, loaded.device, timm_arguments(loaded.config)))
     for spec in against:
         try:
-            other = load_timm(spec) if spec.startswith("timm:") else load_encoder(spec)
+            other = load_timm(spec) if spec.startswith("timm:") else load_backbone(spec)
             arguments = _timm_model(spec, other) if spec.startswith("timm:") else arguments_of_encoder(spec)
         except InputError as error:
             raise InputError(f"against: {spec!r}: {str(error).removeprefix('checkpoint: ')}") from error

@@ -138,6 +138,10 @@ def _fit_encoder(weights: Weights, state: Mapping[str, Tensor], student: Student
         found["encoder.pos_embed"] = resample_abs_pos_embed(table, list(grid), list(old_grid), num_prefix_tokens=prefix)
         if old_grid != grid:
             fitted.adapted.append(f"position tables: {_by(old_grid)} -> {_by(grid)} patches, resampled in 2-D")
+    if any(name.startswith("fc_norm.") for name in weights.left_aside) and "encoder.norm.weight" not in found:
+        # A model that normalises after pooling, as a fine-tuned classifier does, has no last norm.
+        wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("encoder.norm.")}
+        fitted.fresh.append("encoder's last norm (the file's model normalises after pooling)")
     if mismatches(found, wanted):
         wrong = {key for key in found.keys() | wanted.keys() if mismatches(_only(found, key), _only(wanted, key))}
         raise InputError(

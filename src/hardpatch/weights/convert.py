@@ -210,6 +210,12 @@ def _check(weights: Weights, config: Config, *, whole: bool) -> None:
                 f"{len(wanted['reconstructor.head.bias'])}: it was trained on another target, such as features"
             )
         found = state if whole else {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+        if any(name.startswith("fc_norm.") for name in weights.left_aside) and "encoder.norm.weight" not in found:
+            raise InputError(
+                f"from: {weights.source!r} normalises after pooling and has no last norm, as a fine-tuned classifier: "
+                "hardpatch.load_classifier and hardpatch export read one of hardpatch's, and pretrain --init-from "
+                "starts from its encoder"
+            )
         if different := mismatches(found, wanted):
             raise InputError(
                 f"from: {weights.source!r} is damaged or no such model; of {owner}tensors\n  "

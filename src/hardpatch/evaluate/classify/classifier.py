@@ -13,11 +13,11 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from hardpatch.runs.checkpoint import save_weights
+from hardpatch.runs.kinds import CLASSIFIER_FILE, what_it_is
 from hardpatch.runs.load import load_timm_weights
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import Stream, derive_seed
 
-CLASSIFIER_FILE = "classifier.safetensors"
 HEAD_DEVIATION = 2e-5
 INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
 """How a model wants its images, in ``pretrained_cfg``."""
@@ -85,4 +85,7 @@ def load_classifier(path: str | Path) -> VisionTransformer:
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise InputError(f"classifier: no {CLASSIFIER_FILE} in {str(given)!r}; hardpatch evaluate finetune makes one")
-    return load_timm_weights(file, field="classifier")
+    model = load_timm_weights(file, field="classifier")
+    if not model.num_classes:
+        raise InputError(f"classifier: {str(file)!r} is {what_it_is(file)}, and no classifier")
+    return model

@@ -38,7 +38,7 @@ from hardpatch.evaluate.classify.accuracy import (
     per_class_accuracy,
     wilson_interval,
 )
-from hardpatch.evaluate.classify.classifier import CLASSIFIER_FILE, save_classifier
+from hardpatch.evaluate.classify.classifier import save_classifier
 from hardpatch.evaluate.classify.finetune_settings import FinetuneSettings, differences, resolve_settings
 from hardpatch.evaluate.classify.finetune_training import Classified, Finetuning
 from hardpatch.evaluate.classify.labelled_images import (
@@ -60,6 +60,7 @@ from hardpatch.evaluate.contenders import (
 from hardpatch.evaluate.result import Result, output_folder
 from hardpatch.figures.sections import Picture, Section, Tile
 from hardpatch.runs.folder import RunFolder, about_this_run
+from hardpatch.runs.kinds import CLASSIFIER_FILE
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically, write_text_atomically

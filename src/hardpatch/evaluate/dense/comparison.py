@@ -132,7 +132,9 @@ class DenseTraining(Training):
     ) -> None:  # fmt: skip
         super().__init__(
             lesson.learner, torch.optim.AdamW(lesson.groups, lr=peak, fused=device.type != "mps"), lesson.examples,
-            plan, checkpoints=CheckpointFolder(folder, keep_last=1, holds="optimizer"), device=device,
+            plan, checkpoints=CheckpointFolder(
+                folder, keep_last=1, holds="optimizer", if_damaged="remove that folder to train again"
+            ), device=device,
             identity=identity,
         )  # fmt: skip
         self.lesson, self.peak, self.name = lesson, peak, name
