@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import hardpatch
 from hardpatch.cli import main
@@ -39,8 +40,9 @@ WHAT = {
     "segment": "a training of an evaluation", "segment/checkpoint": "a training of an evaluation",
     "exported timm": "a folder of timm|timm:local-dir", "exported timm/model": "a folder of timm",
     "exported hf": "a folder of Hugging Face", "exported hf/model": "a folder of Hugging Face",
-    "exported.pt2": "torch.export", "runs": "a folder of 1 run", "picture": "neither|no torch.save|no file of torch.save|no encoder",
-    "figures": "neither|no file of torch.save|no encoder",
+    "exported.pt2": "torch.export", "runs": "a folder of 1 run",
+    "picture": "neither|no file of torch.save|no encoder|no checkpoint",
+    "figures": "neither|no file of torch.save|no encoder|no checkpoint",
 }  # fmt: skip
 """What is said of a file where it does not fit (one of them); of runs where only a classifier is asked for, too."""
 
@@ -56,7 +58,7 @@ def files(tmp_path_factory):
         checkpoint=str(run), images="shapes:8", val_images="shapes:4@1", epochs=1, batch_size=4, untrained=False,
         num_pictures=0, device="cpu",
     ))  # fmt: skip
-    for form, name in (("timm", "timm"), ("hf", "hf"), ("safetensors", "x.safetensors"), ("torch", "x.pt2")):
+    for form, name in (("timm", "timm"), ("hf", "hf"), ("safetensors", "x.safetensors"), ("torch", "y.pt2")):
         export.run(ExportConfig(str(run), form, str(base / name)))
     convert.run(ConvertConfig(str(run), str(base / "ours.pth")))
     convert.run(
@@ -65,10 +67,6 @@ def files(tmp_path_factory):
         )
     )
     convert.run(ConvertConfig(str(run), str(base / "back.safetensors")))
-    hardpatch_figures = run / "evaluate/segment.json"
-    hardpatch_figures.write_text("{}")
-    from PIL import Image
-
     Image.new("RGB", (8, 8)).save(base / "picture.png")
     return {
         "run": run, "checkpoints": run / "checkpoints", "checkpoint": run / "checkpoints/last",
@@ -78,10 +76,10 @@ def files(tmp_path_factory):
         "segment/checkpoint": run / "evaluate/segment-linear/this-run/last",
         "exported timm": base / "timm", "exported timm/model": base / "timm/model.safetensors",
         "exported hf": base / "hf", "exported hf/model": base / "hf/model.safetensors",
-        "exported.safetensors": base / "x.safetensors", "exported.pt2": base / "x.pt2",
+        "exported.safetensors": base / "x.safetensors", "exported.pt2": base / "y.pt2",
         "converted.pth": base / "ours.pth", "converted.pt": base / "back.pt",
         "converted.safetensors": base / "back.safetensors", "runs": base / "runs",
-        "picture": base / "picture.png", "figures": hardpatch_figures,
+        "picture": base / "picture.png", "figures": run / "finetune/result.json",
     }  # fmt: skip
 
 
@@ -119,7 +117,9 @@ READERS = {
     "embed": (command("embed", "--checkpoint", "{}", "--data", "shapes:4", "--out", "OUT.npz"), IS_RUN),
     "visualize": (command("visualize", "--checkpoint", "{}", "--images", "shapes:2", "--out", "OUT.png"), IS_RUN),
     "knn": (command("evaluate", "knn", "--checkpoint", "{}", *SPLIT), IS_RUN),
-    "foreground": (command("evaluate", "foreground", "--checkpoint", "{}", "--images", "shapes:4", "--no-untrained"), IS_RUN),
+    "foreground": (
+        command("evaluate", "foreground", "--checkpoint", "{}", "--images", "shapes:4", "--no-untrained"), IS_RUN
+    ),
     "against": (
         command("evaluate", "knn", "--checkpoint", "RUN", *SPLIT, "--against", "{}"), IS_RUN | ENCODERS | {"classifier"}
     ),
@@ -152,7 +152,7 @@ def test_every_file_works_or_says_what_it_is(files, reader, tmp_path, capsys):
         except InputError as raised:
             code, error = 2, str(raised)
         said = error + capsys.readouterr().err
-        words = WHAT.get(name, "fine-tun|no classifier").split("|")
+        words = WHAT.get(name, "a checkpoint of a run|no classifier").split("|")
         if code != (0 if name in works else 2):
             wrong.append(f"{name}: ended with {code}: {said[-400:]}")
         elif code and not (any(word in said for word in words) and str(file) in said):

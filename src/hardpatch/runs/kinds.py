@@ -82,6 +82,9 @@ def _file(path: Path) -> str:
             "a checkpoint of a training of an evaluation (fine-tuning, segmentation or detection), for going on with "
             "it: give the run that was evaluated"
         )
+    inside = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    if not any(str(name).endswith("patch_embed.proj.weight") for name in inside):
+        return ""
     return (
         "a file of weights of another origin: hardpatch convert makes a checkpoint of hardpatch's of published HPM and "
         "MAE files, and hardpatch pretrain --init-from starts from one"

@@ -93,7 +93,9 @@ def read_weights(source: str | Path, *, field: str = "weights") -> Weights:
         return _from_file(str(source), path)
     except WrongKind as error:
         what = what_it_is(source) if Path(source).expanduser().exists() else ""
-        raise InputError(f"{field}: {str(source)!r}: {error}" + (f"; it is {what}" if what else "")) from error
+        raise InputError(
+            f"{field}: {str(source)!r} is {what}" if what else f"{field}: {str(source)!r}: {error}"
+        ) from error
     except InputError as error:
         raise InputError(f"{field}: {str(source)!r}: {error}") from error
 

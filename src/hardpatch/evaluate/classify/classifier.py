@@ -84,7 +84,10 @@ def load_classifier(path: str | Path) -> VisionTransformer:
     candidates = [given / CLASSIFIER_FILE, given / "finetune" / CLASSIFIER_FILE] if given.is_dir() else [given]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        raise InputError(f"classifier: no {CLASSIFIER_FILE} in {str(given)!r}; hardpatch evaluate finetune makes one")
+        what = f", which is {found}" if given.exists() and (found := what_it_is(given)) else ""
+        raise InputError(
+            f"classifier: no {CLASSIFIER_FILE} in {str(given)!r}{what}; hardpatch evaluate finetune makes one"
+        )
     model = load_timm_weights(file, field="classifier")
     if not model.num_classes:
         raise InputError(f"classifier: {str(file)!r} is {what_it_is(file)}, and no classifier")
