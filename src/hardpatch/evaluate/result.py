@@ -20,6 +20,7 @@ from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say
+from hardpatch.runtime.outputs import make_output_folder
 
 
 class Result(ABC):
@@ -63,7 +64,7 @@ def keep(result: Result, config: Any) -> None:
     if not out and not run.config_file.is_file():
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_folder(folder)
         write_text_atomically(folder / f"{result.name}.json", json.dumps(result.figures(), indent=2) + "\n")
         if not out:
             write_report(run)
@@ -82,7 +83,7 @@ def output_folder(config: Any, *below: str) -> Path:
         raise InputError(f"out: name a folder; {config.checkpoint!r} is no run folder that could hold one")
     folder = Path(config.out).expanduser() if config.out else run.path.joinpath(*below)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_folder(folder)
     except OSError as error:
         raise InputError(f"out: cannot make {str(folder)!r}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):

@@ -8,17 +8,18 @@ from hardpatch.config.config import Config
 from hardpatch.data.loader.loading import default_workers
 from hardpatch.data.sources import Source, class_indices, open_source
 from hardpatch.evaluate.classify.knn import knn_top1
-from hardpatch.evaluate.classify.labelled_images import LabelledImages, Subset
+from hardpatch.evaluate.classify.labelled_images import LabelledImages, Subset, without_labels
 from hardpatch.evaluate.features import split_features
 from hardpatch.evaluate.foreground import predicted_loss_auroc
 from hardpatch.figures.display import build_display
-from hardpatch.figures.hardness import draw_hardness, measure_hardness, save_figure, spread_images, told_correlation
+from hardpatch.figures.hardness import draw_hardness, measure_hardness, spread_images, told_correlation
 from hardpatch.method.student import Student, Teacher
 from hardpatch.method.vit import grid_size
 from hardpatch.runs.build import build_decoder, build_downloads, build_normalise
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import warn
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.training.state import Run
 
@@ -35,7 +36,7 @@ def labelled_validation(config: Config) -> Source | None:
         downloads=build_downloads(config),
     )  # fmt: skip
     if source.labels is None:
-        raise InputError(f"val: {config.run.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
+        raise InputError(without_labels(source, config.run.val, "val"))
     return source
 
 
@@ -116,14 +117,12 @@ class Watcher:
             generator=torch.Generator().manual_seed(derive_seed(run.config.optimisation.seed, Stream.FIGURES)),
             valid=valid,
         )  # fmt: skip
-        figure = draw_hardness(
-            images, hardness, build_display(run.config, self.images.pixels), grid_size(student.encoder),
-            f"step {step}" + told_correlation(hardness), valid,
+        try_picture(
+            lambda: draw_hardness(
+                images, hardness, build_display(run.config, self.images.pixels), grid_size(student.encoder),
+                f"step {step}" + told_correlation(hardness), valid,
+            ), run.folder.hardness_figure(step),
         )  # fmt: skip
-        try:
-            save_figure(figure, run.folder.hardness_figure(step))
-        except OSError as error:
-            warn(f"could not save the hardness figure of step {step}: {error}")
         if self.val is None or self.val.groups() is None or student.predictor is None:
             return {}
         auroc = predicted_loss_auroc(

@@ -63,7 +63,8 @@ from hardpatch.runs.folder import RunFolder, about_this_run
 from hardpatch.runs.kinds import CLASSIFIER_FILE
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.files import write_atomically, write_text_atomically
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.signals import stopped_by_signals
 
 
@@ -291,14 +292,13 @@ def conclude(training: Finetuning, classified: Classified, folder: RunFolder) ->
     )
     if distributed.is_main():
         save_classifier(folder.path / CLASSIFIER_FILE, training.model, training.contender.arguments, classes)
-        title = f"{folder.path.name}: top-1 {outcome.top1:.1f} % of {outcome.num_val:,} images"
-        write_atomically(
-            folder.path / "confusion.png", lambda path: draw_confusions(confusions, classes, path, title=title)
-        )
         table = io.StringIO()
         csv.writer(table).writerows([ClassAccuracy._fields, *outcome.per_class])
         write_text_atomically(folder.path / "per_class.csv", table.getvalue())
         write_text_atomically(folder.result_file, json.dumps(outcome._asdict(), indent=2) + "\n")
+        title = f"{folder.path.name}: top-1 {outcome.top1:.1f} % of {outcome.num_val:,} images"
+        picture = folder.path / "confusion.png"
+        try_picture(lambda: draw_confusions(confusions, classes, title=title), picture, dpi=130)
     return outcome
 
 

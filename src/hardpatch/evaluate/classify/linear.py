@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,8 +47,9 @@ from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.distributed import from_main, is_main
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import tracked, warn
+from hardpatch.runtime.outputs import make_output_folder
+from hardpatch.runtime.pictures import try_picture
 
 
 class FewLabels(NamedTuple):
@@ -255,10 +257,8 @@ def _draw(confusions: Int[np.ndarray, "c c"], images: LabelledImages, config: Li
         return ""
     path = folder / f"{name}_confusion.png"
     title = f"{name} on frozen features: {top1:.1f} % of {confusions.sum():,} images"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: draw_confusions(confusions, images.classes, file, title=title))
-    except OSError as error:
-        warn(f"could not save the picture in {folder}: {error.strerror}")
-        return ""
-    return str(path)
+    if config.out:
+        with suppress(OSError):  # said with the picture
+            make_output_folder(folder)
+    made = try_picture(lambda: draw_confusions(confusions, images.classes, title=title), path, dpi=130)
+    return str(path) if made else ""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
@@ -42,7 +43,6 @@ from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.evaluate.harness import Examples
 from hardpatch.evaluate.result import Result, output_folder, visualize_command
 from hardpatch.figures.display import build_display
-from hardpatch.figures.hardness import save_figure
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.method.vit import patch_size
 from hardpatch.runs.build import build_decoder
@@ -50,6 +50,7 @@ from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install
 from hardpatch.runtime.log import say, tracked
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.signals import stopped_by_signals
 
@@ -355,10 +356,12 @@ class Detection(Comparison[FasterRCNN, tuple[Precision, Precision]]):
         image = self.data.val.read(index).image.to(self.device).float() / 255
         return {name: value.cpu() for name, value in model([image])[0].items()}
 
-    def draw(self, measured: list[Measured[FasterRCNN, tuple[Precision, Precision]]], run_config: Config) -> Path:
+    def draw(
+        self, measured: list[Measured[FasterRCNN, tuple[Precision, Precision]]], run_config: Config
+    ) -> Path | None:
         """Pictures of some validation images; the main process alone writes."""
-        path = self.folder / "detections.png"
-        if distributed.is_main():
+
+        def drawn() -> Figure:
             names = [str(category["name"]) for category in self.data.train.categories]
             rows = []
             for index in spread(len(self.data.val), self.config.num_pictures):
@@ -370,8 +373,10 @@ class Detection(Comparison[FasterRCNN, tuple[Precision, Precision]]):
                 rows.append((image, columns))
             display = build_display(run_config, [image for image, _ in rows])
             about = f"detection, scores above {SHOWN_SCORE:g}, else the best"
-            save_figure(draw_detections(rows, display, f"{self.config.checkpoint}: {about}"), path)
-        return path
+            return draw_detections(rows, display, f"{self.config.checkpoint}: {about}")
+
+        path = self.folder / "detections.png"
+        return path if not distributed.is_main() or try_picture(drawn, path) else None
 
     def _drawable(self, model: FasterRCNN, index: int, names: list[str]) -> Detected:
         found = self.predict(model, index)

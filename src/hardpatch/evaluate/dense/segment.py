@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int64
+from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -37,13 +38,13 @@ from hardpatch.evaluate.dense.windows import most_likely, slide
 from hardpatch.evaluate.harness import Examples
 from hardpatch.evaluate.result import Result, output_folder, visualize_command
 from hardpatch.figures.display import build_display
-from hardpatch.figures.hardness import save_figure
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.runs.build import build_decoder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install
 from hardpatch.runtime.log import tracked
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.signals import stopped_by_signals
 
@@ -286,10 +287,10 @@ class Segmentation(Comparison[Segmenter, Int64[Tensor, "k k"]]):
         )
         return most_likely(logits, (height, width))
 
-    def draw(self, measured: list[Measured[Segmenter, Int64[Tensor, "k k"]]], run_config: Config) -> Path:
+    def draw(self, measured: list[Measured[Segmenter, Int64[Tensor, "k k"]]], run_config: Config) -> Path | None:
         """Overlays of some validation images; the main process alone writes."""
-        path = self.folder / "segmentations.png"
-        if distributed.is_main():
+
+        def drawn() -> Figure:
             rows = []
             for position in spread(len(self.data.val), self.config.num_pictures):
                 image, mask = self.data.val.read(position)
@@ -297,5 +298,7 @@ class Segmentation(Comparison[Segmenter, Int64[Tensor, "k k"]]):
                 rows.append(Segmented(image, np.asarray(mask.numpy()), found))
             title = f"{self.config.checkpoint}: {self.config.head}" + (", fine-tuned" if self.config.finetune else "")
             display = build_display(run_config, [row.image for row in rows])
-            save_figure(draw_segmentations(rows, self.data.names, display, title), path)
-        return path
+            return draw_segmentations(rows, self.data.names, display, title)
+
+        path = self.folder / "segmentations.png"
+        return path if not distributed.is_main() or try_picture(drawn, path) else None
