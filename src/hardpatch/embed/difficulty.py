@@ -69,9 +69,8 @@ def measure_difficulty(
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         said = run.method.ask(run.teacher, normalised)
         target = run.method.target(normalised, said.features)
-        error = average_loss(
-            run.student, run.method, normalised, target, order.to(images.device).expand(len(images), -1)
-        ).loss
+        orders = order.to(images.device).expand(len(images), -1)
+        error, _ = average_loss(run.student, run.method, normalised, target, orders)
     patch = patch_size(run.student.encoder)
     variance = patch_variance(images / 255, patch)
     scores = None if said.scores is None else said.scores.float()

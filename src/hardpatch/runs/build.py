@@ -19,11 +19,12 @@ from hardpatch.data.images.decode import Decoder
 from hardpatch.data.images.value_range import find_value_range, has_shallow_images
 from hardpatch.data.loader.loading import Normalise, measure_statistics, read_or_next
 from hardpatch.data.sources import Downloads, Source, open_source
+from hardpatch.method.decoder import CrossAttention, CrossBlock
 from hardpatch.method.hpm import HPM, make_method, make_target
 from hardpatch.method.method import Method
 from hardpatch.method.student import Student
 from hardpatch.method.targets.target import FittedTarget, Target, TargetContext
-from hardpatch.method.vit import CrossAttention, CrossBlock, Geometry, create_encoder, grid_size
+from hardpatch.method.vit import Geometry, create_encoder, grid_size
 from hardpatch.runtime.distributed import is_main_of_environment
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say, warn
