@@ -48,9 +48,9 @@ class Made:
     """In it, with their labels."""
     labelled: bool
     """Can the source have labels?"""
-    standing: bytes
+    standing: Path
     """The folder in which the command is given."""
-    folder: bytes | None = None
+    folder: Path | None = None
     """The folder of the data, where it lies on this machine."""
 
 
@@ -104,157 +104,134 @@ class Servers:
             child.wait()
 
 
-def make_source(case: Any, word: bytes, pictures: Sequence[Picture], work: Path, servers: Servers) -> Made:
+def make_source(case: Any, word: str, pictures: Sequence[Picture], work: Path, servers: Servers) -> Made:
     """Write the images of a case as its source.
+
+    Args:
+        case: What is wanted.
+        word: What is called so is in the case; bytes that are no UTF-8 are as Python has them in names.
+        pictures: What is put in.
+        work: A folder of the case's own.
+        servers: For what is to lie far away.
 
     Raises:
         OSError: The file system has no such name.
     """
-    classes = [word, b"dog"] if case.where == "class" else [b"cat", b"dog"]
+    twins = case.name == "case twins"
+    classes = (word, "dog") if case.where == "class" else CLASSES
+    if case.where == "class" and twins:
+        classes = ("Cat", "cat")
     labels = [classes[n % 2] for n in range(len(pictures))]
-    if case.name == "case twins" and case.where == "class":
-        labels = [(b"Cat", b"cat")[n % 2] for n in range(len(pictures))]
-    stems = []
-    for n in range(len(pictures)):
-        stem = word + b"_%d" % n if case.where == "file" else b"%d" % n
-        if case.where == "file" and case.name == "case twins":
-            stem = (b"Photo_%d" if n % 2 else b"photo_%d") % (n // 2)
-        stems.append(stem)
-    files = [b"%s.%s" % (stem, picture.ending.encode()) for stem, picture in zip(stems, pictures)]
-    labelled = [picture._replace(label=os.fsdecode(label)) for picture, label in zip(pictures, labels)]
-    called = word if case.where == "source" else b"data"
-    data = os.fsencode(work) + b"/" + (b"place/" if case.source.startswith(("folder", "flat")) else b"") + called
+    stems = [str(n) for n in range(len(pictures))]
+    if case.where == "file":
+        stems = [
+            f"{word if n % 2 or not twins else word.lower()}_{n // 2 if twins else n}" for n in range(len(pictures))
+        ]
+    files = [f"{stem}.{picture.ending}" for stem, picture in zip(stems, pictures)]
+    labelled = [picture._replace(label=label) for picture, label in zip(pictures, labels)]
+    data = work / "place" / (word if case.where == "source" else "data")
+    data.mkdir(parents=True)
     made = _KINDS[case.source](case, data, files, labels, labelled, servers)
-    return _placed(case, made, os.fsencode(work))
+    return _placed(case, made, work)
 
 
-def _write(path: bytes, content: bytes) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(content)
-
-
-def _folder(case: Any, data: bytes, files: list[bytes], labels: list[bytes], pictures: list[Picture], _: Any) -> Made:
+def _folder(case: Any, data: Path, files: list[str], labels: list[str], pictures: list[Picture], _: Any) -> Made:
     nested = case.labelled and case.source == "folder"
     for file, label, picture in zip(files, labels, pictures):
-        _write(data + b"/" + (label + b"/" if nested else b"") + file, picture.content)
-    return Made(os.fsdecode(data), pictures, nested, b"", data)
+        path = data / label / file if nested else data / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture.content)
+    return Made(str(data), pictures, nested, data, data)
 
 
-def _images_beside(data: bytes, files: list[bytes], pictures: list[Picture]) -> list[bytes]:
+def _images_beside(data: Path, files: list[str], pictures: list[Picture]) -> list[str]:
     """Images in a folder beside a table; their paths from there."""
+    (data / "in").mkdir()
     for file, picture in zip(files, pictures):
-        _write(data + b"/in/" + file, picture.content)
-    return [b"in/" + file for file in files]
+        (data / "in" / file).write_bytes(picture.content)
+    return [f"in/{file}" for file in files]
 
 
-def _list(case: Any, data: bytes, files: list[bytes], labels: list[bytes], pictures: list[Picture], _: Any) -> Made:
-    paths = _images_beside(data, files, pictures)
-    _write(data + b"/list.txt", b"".join(path + b"\n" for path in paths))
-    return Made(os.fsdecode(data + b"/list.txt"), pictures, False, b"", data)
+def _list(case: Any, data: Path, files: list[str], labels: list[str], pictures: list[Picture], _: Any) -> Made:
+    lines = "".join(f"{path}\n" for path in _images_beside(data, files, pictures))
+    (data / "list.txt").write_bytes(_encoded(lines))
+    return Made(str(data / "list.txt"), pictures, False, data, data)
 
 
-def _as_csv(case: Any, paths: list[bytes], labels: list[bytes]) -> bytes:
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _csv(case: Any, data: Path, files: list[str], labels: list[str], pictures: list[Picture], _: Any) -> Made:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["path", "label"] if case.labelled else ["path"])
-    for path, label in zip(paths, labels):
-        writer.writerow([os.fsdecode(path), os.fsdecode(label)][: 1 + case.labelled])
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    writer.writerow(["path", "label"][: 1 + case.labelled])
+    for row in zip(_images_beside(data, files, pictures), labels):
+        writer.writerow(row[: 1 + case.labelled])
+    (data / "table.csv").write_bytes(_encoded(text.getvalue()))
+    return Made(str(data / "table.csv"), pictures, case.labelled, data, data)
 
 
-def _csv(case: Any, data: bytes, files: list[bytes], labels: list[bytes], pictures: list[Picture], _: Any) -> Made:
-    paths = _images_beside(data, files, pictures)
-    _write(data + b"/table.csv", _as_csv(case, paths, labels))
-    return Made(os.fsdecode(data + b"/table.csv"), pictures, case.labelled, b"", data)
-
-
-def _parquet(case: Any, data: bytes, files: list[bytes], labels: list[bytes], pictures: list[Picture], _: Any) -> Made:
+def _parquet(case: Any, data: Path, files: list[str], labels: list[str], pictures: list[Picture], _: Any) -> Made:
     import pyarrow
     import pyarrow.parquet
 
-    os.makedirs(data, exist_ok=True)
-    names = [label.decode() for label in labels]
-    if case.source == "parquet":
-        columns: dict[str, Any] = {"path": [path.decode() for path in _images_beside(data, files, pictures)]}
-    else:
-        columns = {
-            "image": [{"bytes": picture.content, "path": file.decode()} for file, picture in zip(files, pictures)]
-        }
+    inside = case.source == "parquet images"
+    columns: dict[str, Any] = (
+        {"image": [{"bytes": picture.content, "path": file} for file, picture in zip(files, pictures)]}
+        if inside else {"path": _images_beside(data, files, pictures)}
+    )  # fmt: skip
     if case.labelled:
-        columns["label"] = names
-    half = len(files) // 2 if case.source == "parquet images" else len(files)
-    for part, start in enumerate(range(0, len(files), half)):
-        some = pyarrow.table({name: values[start : start + half] for name, values in columns.items()})
-        pyarrow.parquet.write_table(some, io_path(data + b"/part-%d.parquet" % part))
-    spec = b"/part-*.parquet" if half < len(files) else b"/part-0.parquet"
-    return Made(os.fsdecode(data + spec), pictures, case.labelled, b"", data)
+        columns["label"] = labels
+    size = len(files) // 2 if inside else len(files)
+    for start in range(0, len(files), size):
+        some = pyarrow.table({name: values[start : start + size] for name, values in columns.items()})
+        with (data / f"part-{start // size}.parquet").open("wb") as file:
+            pyarrow.parquet.write_table(some, file)
+    return Made(str(data / f"part-{'*' if inside else '0'}.parquet"), pictures, case.labelled, data, data)
 
 
-def io_path(path: bytes) -> Any:
-    """A path for a library that takes no bytes."""
-    return open(path, "wb")
-
-
-def _tar(
-    case: Any, data: bytes, files: list[bytes], labels: list[bytes], pictures: list[Picture], servers: Servers
-) -> Made:
-    packed = case.source == "tar.gz"
-    os.makedirs(data, exist_ok=True)
+def _tar(case: Any, data: Path, files: list[str], labels: list[str], pictures: list[Picture], _: Any) -> Made:
+    gz = ".gz" if case.source == "tar.gz" else ""
     half = len(files) // 2
+    form = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)[case.number % 2]
     for shard in range(2):
-        buffer = io.BytesIO()
-        with tarfile.open(
-            fileobj=buffer,
-            mode="w:gz" if packed else "w",
-            format=(tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)[case.number % 2],
-        ) as archive:
+        with tarfile.open(data / f"s-{shard}.tar{gz}", "w:gz" if gz else "w", format=form) as archive:
             for n in range(shard * half, shard * half + half):
-                for name, content in (
-                    (files[n], pictures[n].content),
-                    (files[n].rpartition(b".")[0] + b".cls", labels[n]),
-                ):
-                    if name.endswith(b".cls") and not case.labelled:
-                        continue
-                    entry = tarfile.TarInfo(os.fsdecode(name))
+                members = {files[n]: pictures[n].content}
+                if case.labelled:
+                    members[f"{files[n].rpartition('.')[0]}.cls"] = _encoded(labels[n])
+                for name, content in members.items():
+                    entry = tarfile.TarInfo(name)
                     entry.size = len(content)
                     archive.addfile(entry, io.BytesIO(content))
-        _write(data + b"/s-%d.tar%s" % (shard, b".gz" if packed else b""), buffer.getvalue())
-    return Made(os.fsdecode(data + b"/s-{0..1}.tar" + (b".gz" if packed else b"")), pictures, case.labelled, b"", data)
+    return Made(str(data / f"s-{{0..1}}.tar{gz}"), pictures, case.labelled, data, data)
 
 
-def _saved(case: Any, data: bytes, files: list[bytes], labels: list[bytes], pictures: list[Picture], _: Any) -> Made:
+def _saved(case: Any, data: Path, files: list[str], labels: list[str], pictures: list[Picture], _: Any) -> Made:
     import datasets
 
     datasets.disable_progress_bars()
     features: dict[str, Any] = {"image": datasets.Image()}
-    columns: dict[str, Any] = {
-        "image": [{"bytes": picture.content, "path": file.decode()} for file, picture in zip(files, pictures)]
-    }
+    columns: dict[str, Any] = {"image": [{"bytes": p.content, "path": file} for file, p in zip(files, pictures)]}
     if case.labelled:
-        features["label"] = datasets.ClassLabel(names=sorted({label.decode() for label in labels}))
-        columns["label"] = [label.decode() for label in labels]
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(os.fsdecode(data))
-    return Made(os.fsdecode(data), pictures, case.labelled, b"", data)
+        features["label"] = datasets.ClassLabel(names=sorted(set(labels)))
+        columns["label"] = labels
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(str(data))
+    return Made(str(data), pictures, case.labelled, data, data)
 
 
-def _far(
-    case: Any, data: bytes, files: list[bytes], labels: list[bytes], pictures: list[Picture], servers: Servers
-) -> Made:
+def _far(case: Any, data: Path, files: list[str], labels: list[str], pictures: list[Picture], servers: Any) -> Made:
     """The table or the shards, served from far away."""
     near = (_tar if case.source.endswith("tar") else _csv)(case, data, files, labels, pictures, servers)
-    below = f"{case.seed}-{case.number}/{os.fsdecode(os.path.basename(data))}"
-    last = os.path.basename(near.spec)
+    below, last = f"{case.seed}-{case.number}/{data.name}", Path(near.spec).name
     if case.source.startswith("http"):
-        os.makedirs(servers.root / f"{case.seed}-{case.number}", exist_ok=True)
-        os.rename(data, os.fsencode(servers.root / below))
-        return Made(f"{servers.web}/{quote(os.fsencode(below))}/{last}", pictures, near.labelled, b"")
-    for folder, _, names in os.walk(data):
-        for name in names:
-            path = os.path.join(folder, name)
-            with open(path, "rb") as file:
-                servers.put(f"{below}/{os.path.relpath(path, data).decode()}", file.read())
-    return Made(f"s3://photos/{below}/{last}", pictures, near.labelled, b"")
+        (servers.root / below).parent.mkdir()
+        data.rename(servers.root / below)
+        return Made(f"{servers.web}/{quote(_encoded(below))}/{last}", pictures, near.labelled, data.parent)
+    for path in filter(Path.is_file, data.rglob("*")):
+        servers.put(f"{below}/{path.relative_to(data)}", path.read_bytes())
+    return Made(f"s3://photos/{below}/{last}", pictures, near.labelled, data.parent)
 
 
 _KINDS = {
@@ -264,26 +241,26 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _placed(case: Any, made: Made, work: bytes) -> Made:
+def _placed(case: Any, made: Made, work: Path) -> Made:
     """The source where a person has it, and the words that name it from there."""
     made.standing = work
     if made.folder is None:
         return made
-    spec, folder = os.fsencode(made.spec), made.folder
-    beyond = spec[len(folder) :]
+    folder, beyond = made.folder, made.spec[len(str(made.folder)) :]
     match case.place:
         case "relative":
-            made.spec = os.fsdecode(os.path.relpath(folder, work) + beyond)
+            made.standing = folder.parent
+            made.spec = f"{folder.name}{beyond}"
         case "inside" | "nested":
             made.standing = folder
-            made.spec = os.fsdecode(beyond.lstrip(b"/") or b".")
+            made.spec = beyond.lstrip("/") or "."
         case "dotdot":
-            os.makedirs(work + b"/elsewhere")
-            made.standing = work + b"/elsewhere"
-            made.spec = os.fsdecode(b"../" + os.path.relpath(folder, work) + beyond)
+            made.standing = work / "elsewhere"
+            made.standing.mkdir()
+            made.spec = f"../{folder.relative_to(work)}{beyond}"
         case "link":
-            os.symlink(folder, work + b"/link")
-            made.spec = os.fsdecode(work + b"/link" + beyond)
+            (work / "link").symlink_to(folder)
+            made.spec = f"{work}/link{beyond}"
         case "slash" if not beyond:
             made.spec += "/"
         case "read-only":
