@@ -21,10 +21,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import encodings
 import importlib
 import io
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -39,14 +41,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from people_cases import NUM_IMAGES, TINY, Case, Outcome, do_case
+from people_images import make_picture
 from people_sources import Servers
 
 LIMIT = 60.0
 """Seconds that a case may take on a quiet machine."""
 PRELOADED = (
-    "aiohttp", "boto3", "datasets", "encodings.idna", "encodings.utf_8_sig", "encodings.unicode_escape",
-    "fsspec.implementations.http", "importlib.readers", "importlib.resources.readers", "jinja2.ext",
-    "matplotlib.backends.backend_agg", "numpy.random", "PIL.BmpImagePlugin", "PIL.GifImagePlugin",
+    "aiohttp", "boto3", "datasets", "fsspec.implementations.http", "importlib.readers", "importlib.resources.readers",
+    "jinja2.ext", "matplotlib.backends.backend_agg", "numpy.random", "PIL.BmpImagePlugin", "PIL.GifImagePlugin",
     "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.TiffImagePlugin", "PIL.WebPImagePlugin", "pyarrow.dataset",
     "pyarrow.parquet", "rich.progress", "s3fs", "simplejpeg", "tensorboard", "tifffile", "torch.utils.tensorboard",
     "tyro", "zoneinfo",
@@ -87,12 +89,11 @@ def outcome_of(case: Case, work: Path, *, hung: bool) -> Outcome:
     return Outcome(case, **json.loads((work / "outcome.json").read_text()))
 
 
-def make_checkpoints(root: Path) -> dict[int, Path]:
-    """A run of each number of channels, for the commands that need one."""
-    from people_images import CHANNELS
-
+def make_checkpoints(root: Path, cases: list[Case]) -> dict[int, Path]:
+    """A run of each number of channels that a case needs."""
+    needed = {case.format for case in cases if case.command in ("knn", "embed", "visualize")}
     found = {}
-    for channels in CHANNELS:
+    for channels in sorted({make_picture(kind, 0).channels for kind in needed}):
         folder = root / f"photos-{channels}"
         folder.mkdir(parents=True)
         import numpy as np
@@ -153,12 +154,21 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def run_all(
-    cases: list[Case], *, jobs: int, limit: float = LIMIT, keep: bool = False, say: Any = print
+    cases: list[Case],
+    *,
+    jobs: int,
+    limit: float = LIMIT,
+    keep: bool = False,
+    outcomes: list[Outcome] | None = None,
+    say: Any = print,
 ) -> list[Outcome]:
     """Every case, several at once."""
     for module in PRELOADED:  # a user id that has no name may not be allowed to read them
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    for codec in pkgutil.iter_modules(encodings.__path__, "encodings."):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(codec.name)
     import torch
 
     import hardpatch.cli
@@ -173,7 +183,7 @@ def run_all(
     os.umask(0)
     root = Path(tempfile.mkdtemp(prefix="people-"))
     root.chmod(0o777)
-    outcomes: list[Outcome] = []
+    outcomes = [] if outcomes is None else outcomes
     running: dict[int, tuple[Case, Path, float]] = {}
     waiting = [case for case in cases if not case.impossible]
     outcomes += [Outcome(case, "impossible") for case in cases if case.impossible]
@@ -181,7 +191,7 @@ def run_all(
         with Servers(root) as servers:
             sources = {case.source.split()[0] for case in waiting}
             servers.start(web="http" in sources, store="s3" in sources)
-            checkpoints = make_checkpoints(root)
+            checkpoints = make_checkpoints(root, waiting)
             while waiting or running:
                 while waiting and len(running) < jobs:
                     case = waiting.pop(0)
@@ -200,7 +210,7 @@ def run_all(
                         del running[child]
                         if not keep:
                             shutil.rmtree(work, ignore_errors=True)
-                        if len(outcomes) % 100 == 0:
+                        if len(outcomes) % 50 == 0:
                             say(
                                 f"{len(outcomes)} of {len(cases)}: {Counter(found.kind for found in outcomes)}",
                                 flush=True,
@@ -234,14 +244,17 @@ def main() -> None:
         cases = [Case.of(asked.seed, asked.first + n, only) for n in range(asked.cases)]
     print(f"seed {asked.seed}, cases {cases[0].number} to {cases[-1].number}", flush=True)
     start = time.monotonic()
-    outcomes = run_all(cases, jobs=asked.jobs, keep=bool(asked.case))
-    told = f"{len(cases)} cases of seed {asked.seed} in {time.monotonic() - start:.0f} s: {table(outcomes)}"
-    print(told)
-    if asked.out:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        (asked.out / "table.md").write_text(told)
-        rows = [dataclasses.asdict(outcome) for outcome in outcomes if outcome.kind not in ("well", "impossible")]
-        (asked.out / "found.json").write_text(json.dumps(rows, indent=1))
+    outcomes: list[Outcome] = []
+    try:
+        run_all(cases, jobs=asked.jobs, keep=bool(asked.case), outcomes=outcomes)
+    finally:  # also what was found until Ctrl-C
+        told = f"{len(outcomes)} cases of seed {asked.seed} in {time.monotonic() - start:.0f} s: {table(outcomes)}"
+        print(told)
+        if asked.out:
+            asked.out.mkdir(parents=True, exist_ok=True)
+            (asked.out / "table.md").write_text(told)
+            rows = [dataclasses.asdict(outcome) for outcome in outcomes if outcome.kind not in ("well", "impossible")]
+            (asked.out / "found.json").write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

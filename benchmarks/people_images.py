@@ -9,8 +9,6 @@ import numpy as np
 from PIL import Image
 
 SIDE = 16
-CHANNELS = (1, 3, 4, 5)
-"""Of the formats below."""
 
 
 class Picture(NamedTuple):
@@ -26,6 +24,8 @@ class Picture(NamedTuple):
     tolerance: float
     label: str
     """Of two classes."""
+    name: str
+    """Of its file."""
     cut: bool
     """Is the end of the file missing?"""
 
@@ -194,4 +194,4 @@ def make_picture(kind: str, n: int, *, cut: bool = False) -> Picture:
         expected = (expected - value_range[0]) / (value_range[1] - value_range[0]) * 255
     if cut:
         content = content[: len(content) // 2]
-    return Picture(content, ending, expected, len(expected), value_range, tolerance, "", cut)
+    return Picture(content, ending, expected, len(expected), value_range, tolerance, "", "", cut)

@@ -128,7 +128,7 @@ def make_source(case: Any, word: str, pictures: Sequence[Picture], work: Path, s
             f"{word if n % 2 or not twins else word.lower()}_{n // 2 if twins else n}" for n in range(len(pictures))
         ]
     files = [f"{stem}.{picture.ending}" for stem, picture in zip(stems, pictures)]
-    labelled = [picture._replace(label=label) for picture, label in zip(pictures, labels)]
+    labelled = [p._replace(label=label, name=file) for p, label, file in zip(pictures, labels, files)]
     data = work / "place" / (word if case.where == "source" else "data")
     data.mkdir(parents=True)
     made = _KINDS[case.source](case, data, files, labels, labelled, servers)
