@@ -123,7 +123,10 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     file = out / ".progress.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"out: must be a folder, got the file {str(out)!r}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot write to {str(out)!r}: {error.strerror}") from error
     if not file.is_file():
         if there := [path.name for path in out.iterdir()]:
             raise InputError(
