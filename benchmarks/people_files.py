@@ -183,6 +183,8 @@ def run_all(
     os.umask(0)
     root = Path(tempfile.mkdtemp(prefix="people-"))
     root.chmod(0o777)
+    (root / "home").mkdir()
+    os.environ["HOME"] = str(root / "home")  # downloads go with the rest, and another user may write there, too
     outcomes = [] if outcomes is None else outcomes
     running: dict[int, tuple[Case, Path, float]] = {}
     waiting = [case for case in cases if not case.impossible]
