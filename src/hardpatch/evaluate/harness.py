@@ -225,6 +225,7 @@ class Training(ABC):
             batch = next(batches)
             if number == 0:  # after the first batch, for which a loader that starts draws a seed of its own
                 torch.manual_seed(derive_seed(plan.seed, Stream.STEP, step, rank))
+            distributed.arrived()
             with exchanging(model, last=number == plan.num_micro_batches - 1):
                 loss = self.loss(model, batch, (step, rank, number)) / plan.num_micro_batches
                 loss.backward()
