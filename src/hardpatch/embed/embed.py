@@ -43,7 +43,16 @@ from hardpatch.figures.hardness import save_figure
 from hardpatch.method.vit import encode, grid_size
 from hardpatch.runs.build import build_decoder, build_downloads, choose_attention
 from hardpatch.runs.load import LoadedRun
-from hardpatch.runtime.distributed import barrier, choose_device, from_main, has_bf16, process_group, rank, world_size
+from hardpatch.runtime.distributed import (
+    barrier,
+    choose_device,
+    from_main,
+    has_bf16,
+    process_group,
+    rank,
+    require_same,
+    world_size,
+)
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import say, tracked, warn
@@ -118,6 +127,7 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
     part_images = max(1, min(PART_IMAGES, PART_BYTES // bytes_per_image) // config.batch_size) * config.batch_size
     cuts = [range(first, min(len(source), first + part_images)) for first in range(0, len(source), part_images)]
     job = Job(loaded, source, config, cuts, _settings(loaded, source, config, part_images))
+    require_same(job.settings)
     parts = Parts(out.with_name(out.name + ".parts"))
 
     def claim() -> list[int]:

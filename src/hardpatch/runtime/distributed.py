@@ -56,9 +56,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if size == 1 or not _is_lost(error):
             raise
-        raise Interrupted(
-            f"another process has gone, or cannot be reached ({str(error).splitlines()[0]}); {what_is_kept()}"
-        ) from error
+        text = f"another process has gone, or cannot be reached ({str(error).splitlines()[0]}); {what_is_kept()}"
+        if not is_main():  # whose last word is said on standard output
+            warn(f"rank {number}: {text}")
+        raise Interrupted(text) from error
     finally:
         while _watches:
             _watches.pop().leave()
