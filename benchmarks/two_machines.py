@@ -205,8 +205,10 @@ def main() -> None:
         run = str(base / "run")
         alone(["pretrain", *TINY, "--out", run])
         pretrain = ["pretrain", *TINY]
-        finetune = ["evaluate", "finetune", "--checkpoint", run, "--train", "shapes:32", "--val", "shapes:16@1",
-                    "--epochs", "2", "--batch-size", "8", "--workers", "0", "--precision", "float32", "--device", "cpu"]  # fmt: skip
+        finetune = [
+            "evaluate", "finetune", "--checkpoint", run, "--train", "shapes:32", "--val", "shapes:16@1",
+            "--epochs", "2", "--batch-size", "8", "--workers", "0", "--precision", "float32", "--device", "cpu",
+        ]  # fmt: skip
         embed = ["embed", "--checkpoint", run, "--data", "shapes:64", "--device", "cpu"]
         jobs = {
             "pretrain": (pretrain, (f"/{weights}", "")),
