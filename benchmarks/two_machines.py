@@ -147,7 +147,7 @@ def largest_difference(a: Path, b: Path) -> float:
     return max(float(np.abs(one[k].astype("f8") - two[k].astype("f8")).max()) for k in one if one[k].dtype.kind == "f")
 
 
-def compare(machines: Machines, base: Path, name: str, words: list[str], result: str) -> dict[str, Any]:
+def compare(machines: Machines, base: Path, name: str, words: list[str], result: tuple[str, str]) -> dict[str, Any]:
     """A command on two machines and in one process: exit codes, and how far the results are apart."""
     flag = "--out"
     both = ended(machines.start([*words, flag, str(base / f"{name}-two{result[1]}")]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.waiting import LIMIT, wait_limit
+from hardpatch.runtime.waiting import LIMIT, wait_limit, watched_by
 from tiny import TINY, flags
 
 EXCHANGE = """
@@ -72,6 +72,15 @@ def test_a_limit_that_is_none_is_refused(monkeypatch, given):
     monkeypatch.setenv(LIMIT, given)
     with pytest.raises(InputError, match=f"{LIMIT}: must be a positive number of minutes, got '{given}'"):
         wait_limit()
+
+
+@pytest.mark.parametrize("size", [2, 32, 33, 1000])
+def test_every_process_is_looked_at_by_the_main_one_and_by_others(size):
+    watched = {rank: watched_by(rank, size) for rank in range(size)}
+    assert watched[0] == list(range(1, size))
+    assert all(0 in watched[rank] and rank not in watched[rank] for rank in range(1, size))
+    assert all(sum(rank in seen for seen in watched.values()) >= min(8, size - 1) for rank in range(size))
+    assert sum(map(len, watched.values())) <= 32 * size
 
 
 def test_a_paused_process_is_named_and_given_up():

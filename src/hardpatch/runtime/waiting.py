@@ -30,6 +30,8 @@ LIMIT = "HARDPATCH_WAIT_MINUTES"
 """Environment variable: minutes after which a process that gives no sign of life is given up; default 10."""
 BEAT = 2.0
 """Seconds between two signs of life."""
+FEW = 32
+"""Processes of which each looks at all others: the store answers each of them."""
 SAID_AFTER = 30.0
 """Seconds of silence, or of waiting, after which it is said."""
 
@@ -61,6 +63,14 @@ def wait_limit() -> timedelta:
     if limit <= timedelta():
         raise InputError(f"{LIMIT}: must be a positive number of minutes, got {given!r}")
     return limit
+
+
+def watched_by(rank: int, world_size: int) -> list[int]:
+    """Whom a process looks at: all others, or of very many the main process and the next few; the main one at all."""
+    others = [other for other in range(world_size) if other != rank]
+    if rank == 0 or world_size <= FEW:
+        return others
+    return sorted({0, *((rank + ahead) % world_size for ahead in range(1, 9))} - {rank})
 
 
 class Watch:
@@ -115,13 +125,12 @@ class Watch:
 
     def _talk(self) -> None:
         """Show that this process is alive, and read what the others show."""
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        others = watched_by(self.rank, self.world_size)
         while not self._leaving.wait(BEAT):
             try:
                 self._show()
-                there = [rank for rank in others if self._store.check([f"{self._prefix}{rank}"])]
-                for rank in there:
-                    sign = json.loads(self._store.get(f"{self._prefix}{rank}"))
+                signs = self._store.multi_get([f"{self._prefix}{rank}" for rank in others])
+                for rank, sign in zip(others, map(json.loads, signs), strict=True):
                     if rank not in self._seen or self._seen[rank][0] != sign:
                         self._seen[rank] = (sign, time.monotonic())
                 self._answered = time.monotonic()
@@ -135,7 +144,7 @@ class Watch:
             now = time.monotonic()
             if now - last > self.said_after / 2:  # it was this process that was paused
                 self._answered = now
-                self._seen = {rank: (sign, now) for rank, (sign, _) in self._seen.items()}
+                self._seen = {rank: (sign, now) for rank, (sign, _) in dict(self._seen).items()}
             last = now
             if self.steps != self._moved[0]:
                 self._moved = (self.steps, now)
@@ -147,13 +156,12 @@ class Watch:
         if now - self._answered > self.said_after:
             who, since, told_by_me = f"the machine of the main process ({self.place})", self._answered, _is_first_here()
         else:
-            quiet = {
-                rank: at for rank, (sign, at) in self._seen.items() if sign[0] != -1 and now - at > self.said_after
-            }
+            seen = dict(self._seen)  # the other thread adds to it
+            quiet = {rank: at for rank, (sign, at) in seen.items() if sign[0] != -1 and now - at > self.said_after}
             if not quiet:
                 return False
             who, since = (
-                ", ".join(f"rank {rank} on {self._seen[rank][0][2]}" for rank in sorted(quiet)),
+                ", ".join(f"rank {rank} on {seen[rank][0][2]}" for rank in sorted(quiet)),
                 min(quiet.values()),
             )
             told_by_me = self.rank == min({*range(self.world_size)} - quiet.keys())
@@ -170,16 +178,13 @@ class Watch:
 
     def _slow(self, now: float) -> None:
         """Tell of processes that are alive, and have not come yet to the exchange where this one waits."""
-        steps = {rank: int(str(sign[1])) for rank, (sign, _) in self._seen.items() if sign[0] != -1} | {
-            self.rank: self.steps
-        }
+        seen = {rank: sign for rank, (sign, _) in dict(self._seen).items() if sign[0] != -1}
+        steps = {rank: int(str(sign[1])) for rank, sign in seen.items()} | {self.rank: self.steps}
         late = [rank for rank, count in steps.items() if count == min(steps.values())]
         if now - self._moved[1] < self.said_after or self.rank in late:
             self._told = ("", 0.0, 0.0)
             return
-        who = ", ".join(
-            f"rank {rank} on {self._seen[rank][0][2]} (alive, in {self._seen[rank][0][3]})" for rank in late
-        )
+        who = ", ".join(f"rank {rank} on {seen[rank][2]} (alive, in {seen[rank][3]})" for rank in late)
         since = self._moved[1]
         first = min(rank for rank in steps if rank not in late)
         self._tell(
