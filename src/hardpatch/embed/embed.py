@@ -53,6 +53,7 @@ from hardpatch.runtime.distributed import (
     is_main_of_environment,
     process_group,
     rank,
+    require_same,
     world_size,
 )
 from hardpatch.runtime.errors import InputError
@@ -133,6 +134,7 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
     part_images = max(1, min(PART_IMAGES, PART_BYTES // bytes_per_image) // config.batch_size) * config.batch_size
     cuts = [range(first, min(len(source), first + part_images)) for first in range(0, len(source), part_images)]
     job = Job(loaded, source, config, cuts, _settings(loaded, source, config, part_images))
+    require_same(job.settings)
     parts = Parts(out.with_name(out.name + ".parts"))
 
     def claim() -> list[int]:

@@ -29,7 +29,7 @@ from hardpatch.figures.sections import Table, decimals
 from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
 from hardpatch.runs.load import LoadedRun, arguments_of_encoder, load_backbone
-from hardpatch.runtime.distributed import choose_device, has_bf16, process_group
+from hardpatch.runtime.distributed import choose_device, has_bf16, on_every, process_group, require_same
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.read import load_timm
 
@@ -45,7 +45,9 @@ def open_run(checkpoint: str, *, device: Literal["auto", "cpu", "cuda", "mps"]) 
     """
     chosen = choose_device(device)
     with process_group(chosen):
-        yield LoadedRun(checkpoint, device=chosen)
+        loaded = on_every(lambda: LoadedRun(checkpoint, device=chosen))
+        require_same({"checkpoint": f"step {loaded.step}", "config": loaded.config, "device": chosen.type})
+        yield loaded
 
 
 class Contender(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from hardpatch.config.evaluations import Pooling
 from hardpatch.data.loader.loading import Damage, Normalise, ordered_batches
-from hardpatch.data.sources import Source, class_indices
+from hardpatch.data.sources import Source, class_indices, fingerprint
 from hardpatch.evaluate.classify.labelled_images import LabelledImages
 from hardpatch.method.student import Teacher
 from hardpatch.method.vit import encode
-from hardpatch.runtime.distributed import gather_objects, is_main_of_environment, rank, world_size
+from hardpatch.runtime.distributed import gather_objects, is_main_of_environment, rank, require_same, world_size
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked, warn
+
+_compared: WeakSet[Source] = WeakSet()
+"""Sources of which all processes have been found to see the same."""
 
 
 class Features(NamedTuple):
@@ -100,6 +104,9 @@ def extract_features(
         pooling: Which tokens to keep.
         teacher: Whose predicted loss is the feature, for pooling ``hardness``.
     """
+    if world_size() > 1 and source not in _compared:
+        require_same({f"images ({description})": fingerprint(source)})
+        _compared.add(source)
     mine = list(range(len(source)))[rank() :: world_size()]
     was_training = vit.training
     vit.eval()

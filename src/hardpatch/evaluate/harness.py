@@ -30,6 +30,7 @@ from hardpatch.runtime.log import say, tracked
 from hardpatch.runtime.parallel import exchanging, parallel
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.signals import StopSignal
+from hardpatch.runtime.waiting import note_kept
 
 CHECK_STEPS = 50
 """Steps between two looks at the loss; each makes the host wait for the device."""
@@ -168,6 +169,7 @@ class Training(ABC):
             Interrupted: A signal arrived; the state is saved.
             InputError: The loss is not finite any more.
         """
+        distributed.require_same({"images": self.examples.number, "settings": self.identity, "steps done": self.step})
         if self.step < self.plan.total_steps:
             steps = self.progress(range(self.step, self.plan.total_steps))
             # Workers leave before the process does.
@@ -220,6 +222,7 @@ class Training(ABC):
             batch = next(batches)
             if number == 0:  # after the first batch, for which a loader that starts draws a seed of its own
                 torch.manual_seed(derive_seed(plan.seed, Stream.STEP, step, rank))
+            distributed.arrived()
             with exchanging(model, last=number == plan.num_micro_batches - 1):
                 loss = self.loss(model, batch, (step, rank, number)) / plan.num_micro_batches
                 loss.backward()
@@ -231,6 +234,7 @@ class Training(ABC):
 
     def save(self) -> None:
         """Write a checkpoint; the main process alone does."""
+        note_kept(self.checkpoints.file(self.step))
         if distributed.is_main():
             self.checkpoints.save({
                 "step": self.step, "seconds": self.seconds, "identity": self.identity,

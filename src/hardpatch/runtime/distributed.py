@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
+from importlib.metadata import version
+from itertools import count
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import warn
+from hardpatch.runtime.waiting import SAID_AFTER, Watch, wait_limit, what_is_kept
 
 Item = TypeVar("Item")
 
-_TIMEOUT = timedelta(minutes=30)
+_TIMEOUT = timedelta(days=7)
+"""Of an exchange: whom to wait for, and how long, is for :mod:`hardpatch.runtime.waiting` to say."""
+_watches: list[Watch] = []
+_groups = count()
 
 
 @contextmanager
@@ -30,15 +38,92 @@ def process_group(device: torch.device) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-    else:
+    if "RANK" not in os.environ:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+        return
+    store, number, size = _meet()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_TIMEOUT)
+    if size > 1:
+        _watches.append(Watch(number, size, next(_groups)))
     try:
+        require_same({name: version(name) for name in ("hardpatch", "torch", "timm")})
         yield
+    except RuntimeError as error:
+        if size == 1 or not _is_lost(error):
+            raise
+        text = f"another process has gone, or cannot be reached ({str(error).splitlines()[0]}); {what_is_kept()}"
+        if not is_main():  # whose last word is said on standard output
+            warn(f"rank {number}: {text}")
+        raise Interrupted(text) from error
     finally:
+        while _watches:
+            _watches.pop().leave()
         dist.destroy_process_group()
+
+
+def _meet() -> tuple[Any, int, int]:
+    """The store of the group, the number of this process and that of all.
+
+    Raises:
+        Interrupted: They have not all come within the limit.
+    """
+    limit, place = wait_limit(), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    since = f"{datetime.now():%H:%M:%S}"
+    told = threading.Timer(SAID_AFTER, lambda: warn(f"waiting for the other processes at {place} since {since}"))
+    told.daemon = True
+    told.start()
+    try:
+        met: tuple[Any, int, int] = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+        return met
+    except dist.DistError as error:
+        raise Interrupted(
+            f"not all {os.environ.get('WORLD_SIZE')} processes have come to {place} since {since}: {error}"
+        ) from error
+    finally:
+        told.cancel()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Did an exchange fail because another process has ended or cannot be reached?"""
+    signs = (
+        "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "timed out",
+        "remote process exited",
+    )  # fmt: skip
+    return any(sign in str(error) for sign in signs)
+
+
+def arrived() -> None:
+    """This process has come to an exchange with the others; for those that do not go through this module."""
+    if _watches:
+        _watches[-1].arrived()
+
+
+def require_same(about: Mapping[str, object]) -> None:
+    """Refuse to begin where the processes do not see the same; every process has to ask.
+
+    Args:
+        about: What has to be the same, by what it is to be called.
+
+    Raises:
+        InputError: Names a process and what it has; on every process.
+    """
+    (main_host, ours), *others = gather_objects((socket.gethostname(), {k: str(v) for k, v in about.items()}))
+    for number, (host, theirs) in enumerate(others, 1):
+        different = [
+            f"{name}: {ours.get(name, 'nothing')} on rank 0 ({main_host}), "
+            f"{theirs.get(name, 'nothing')} on rank {number} ({host})"
+            for name in {**ours, **theirs}
+            if ours.get(name) != theirs.get(name)
+        ]
+        if different:
+            raise InputError(
+                "processes: do not see the same, so they cannot work on it together:\n  " + "\n  ".join(different)
+            )
 
 
 def rank() -> int:
@@ -64,6 +149,7 @@ def is_main_of_environment() -> bool:
 def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
+        arrived()
         dist.barrier()
 
 
@@ -71,6 +157,7 @@ def any_process(flag: bool) -> bool:
     """True on every process if ``flag`` is true on one."""
     if world_size() == 1:
         return flag
+    arrived()
     message = torch.tensor(int(flag))
     dist.all_reduce(message, op=dist.ReduceOp.MAX)
     return bool(message.item())
@@ -80,6 +167,7 @@ def gather_objects(item: Any) -> list[Any]:
     """What every process holds, in the order of ranks, on every process."""
     if world_size() == 1:
         return [item]
+    arrived()
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, item)
     return gathered
@@ -94,10 +182,31 @@ def from_main(make: Callable[[], Item]) -> Item:
         except InputError as error:
             made = [error]
     if world_size() > 1:
+        arrived()
         dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
     if isinstance(made[0], InputError):
         raise made[0]
     item: Item = made[0]
+    return item
+
+
+def on_every(make: Callable[[], Item]) -> Item:
+    """What ``make`` returns on each process; an :class:`InputError` of one is raised on every one, and names it."""
+    made, problem = None, None
+    try:
+        made = make()
+    except InputError as error:
+        problem = error
+    told = gather_objects(problem and (str(problem), socket.gethostname()))
+    failed = [number for number, found in enumerate(told) if found is not None]
+    if problem is not None and len(failed) == len(told):
+        raise problem
+    if failed:
+        text, host = told[failed[0]]
+        raise InputError(
+            f"{text}\n(on rank {failed[0]}, {host}; {len(told) - len(failed)} other process(es) had no such problem)"
+        )
+    item: Item = made  # type: ignore[assignment]
     return item
 
 

@@ -68,6 +68,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
                 read, news = meter.next_batch(batches)
                 report.damaged(news)
                 fetched.append(read)
+            distributed.arrived()  # where gradients are exchanged
             step_loss, correlation = torch.zeros(2, device=device)
             for number, (batch, weights) in enumerate(masked_batches(run, normalise, fetched, noise, slices)):
                 with exchanging(student, last=number == len(slices) - 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -58,12 +59,8 @@ def prepare(
         InputError: Names the field, the rule and the value.
     """
     distributed.from_main(lambda: check_trackers(config.run.trackers))  # only the main process needs them
-    config, source = open_images(config)
-    schedule, position, images = (
-        resolve_schedule(config.optimisation, len(source)),
-        _position(config),
-        fingerprint(source),
-    )
+    config, source, images = _open_alike(config, device)
+    schedule, position = resolve_schedule(config.optimisation, len(source)), _position(config)
     target = build_target(config)
     student = build_student(config, target_dim=target.dim)
     method = build_method(config, student, target)
@@ -89,7 +86,10 @@ def prepare(
     if branch is not None:
         distributed.from_main(lambda: branch.start(device))
     distributed.barrier()
-    if saved := checkpoints.load_latest():
+    saved = distributed.on_every(checkpoints.load_latest)
+    there = "no checkpoint" if saved is None else f"a checkpoint of step {saved['step']}"
+    distributed.require_same({f"newest in {str(folder.path)!r} (has every machine the same disk?)": there})
+    if saved is not None:
         if saved["images"] != images:
             raise InputError(
                 f"data: {config.data.data!r} does not hold the images this run began with ({saved['images']}; now "
@@ -101,6 +101,23 @@ def prepare(
         folder.write_config(config, device, schedule)
     bf16 = distributed.is_bf16(config.run.precision, device)
     return Run(config, folder, device, bf16, compiled, source, schedule, position, state, checkpoints, images)
+
+
+def _open_alike(config: Config, device: torch.device) -> tuple[Config, Source, str]:
+    """The config with what is found in the images, the images, and their fingerprint: the same in every process.
+
+    Raises:
+        InputError: Nothing there, or processes do not see the same.
+    """
+    config, source = distributed.on_every(lambda: open_images(config))
+    images = fingerprint(source)
+    fields = {name: value for part in asdict(config).values() for name, value in part.items()}
+    own = ("data", "val", "download_dir", "workers", "device")  # paths and machines may differ
+    distributed.require_same(
+        {"images": images, "device": device.type, "bf16": distributed.is_bf16(config.run.precision, device)}
+        | {name: value for name, value in fields.items() if name not in own}
+    )
+    return config, source, images
 
 
 def _put_together(

@@ -21,6 +21,7 @@ from hardpatch.runs.checkpoint import CheckpointFolder, save_weights
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runs.schedule import Schedule
 from hardpatch.runtime import distributed
+from hardpatch.runtime.waiting import note_kept
 from hardpatch.training.gate import MiningGate
 from hardpatch.training.sharding import gathered, gathered_on_main, is_sharded, shares_of, shares_of_optimizer
 
@@ -121,6 +122,7 @@ class Run:
     def save(self) -> None:
         """Save the state and the encoder; every process has to ask, the main process alone writes."""
         state = self.state.to_dict(self.config, self.images)
+        note_kept(self.checkpoints.file(self.state.step))
         if distributed.is_main():
             self.checkpoints.save(state)
             prefix = "encoder."

@@ -5,6 +5,7 @@ epoch need. Where the images are too many and too far away for any order, a sour
 
     base.py           what a source is; fingerprints
     opening.py        from the user's words to a source
+    patterns.py       braces, stars, folders of parts
     files.py          folders; files one by one
     tables.py         lists and tables of paths or URLs
     parquet.py        parquet files: paths, or images inside

@@ -247,6 +247,7 @@ def fine_tune(
         "val": labelled_fingerprint(images.val),
         "encoder": _weights_digest(contender.encoder),
     }
+    distributed.require_same(decisive)
     check_folder(folder, decisive, restart=config.resume == "restart")
     distributed.barrier()  # before any process makes anything there
     try:

@@ -113,6 +113,7 @@ class Comparison(ABC, Generic[Model, Figures]):
         decisive = {
             key: value for key, value in asdict(self.settings).items() if key not in INDIFFERENT | self.indifferent
         } | {"images": self.known_images(), "processes": distributed.world_size()}
+        distributed.require_same(decisive)
         training = DenseTraining(
             lesson, plan, self.peak, name=contender.name, device=self.device,
             folder=self.folder / folder_name(contender.name), identity=identity(decisive, lesson.model),

@@ -63,6 +63,7 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
         times = _step_times(config, rows, device)
         jobs = plan(config, rows, times)
         done = [outcome for job in jobs if (outcome := _outcome(job, images))]
+        distributed.require_same({"runs that are done (has every machine the same disk?)": len(done)})
         say(f"{config.suite}: {chosen_suite(config).about}\n{len(jobs)} runs, {len(done)} of them done")
         untrained = _untrained(Path(config.out).expanduser(), jobs, images, device)
         _write(config, fields, rows, jobs, images, untrained, times)
