@@ -61,7 +61,12 @@ def export(arguments: list[str]) -> None:
             ("size", f"{result.bytes / 1e6:,.1f} MB"),
             (
                 "puts out",
-                {"tokens": "all tokens", "class": "class token", "mean": "mean of the patches"}[result.output],
+                {
+                    "tokens": "all tokens",
+                    "class": "class token",
+                    "mean": "mean of the patches",
+                    "scores": "scores of the classes",
+                }[result.output],
             ),
             ("checked", f"loaded back; features differ by at most {result.max_difference:.1e}"),
             ("model card", f"{result.card}  (data and licence are yours to fill in)"),

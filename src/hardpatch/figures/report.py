@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +16,7 @@ from hardpatch.figures.sections import Picture, Section, Table, Tile
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.files import write_text_atomically
-from hardpatch.runtime.log import read_metrics, warn
+from hardpatch.runtime.log import read_metrics, read_object, warn
 from hardpatch.runtime.pictures import as_png
 from hardpatch.runtime.text import printable
 
@@ -75,8 +74,8 @@ def describe_evaluations(folder: RunFolder) -> list[Section]:
     for name, evaluation in EVALUATIONS.items():
         for kept in evaluation.kept_as or (name,):
             file = folder.evaluations / f"{kept}.json"
-            if file.is_file():  # imported only here: a run without evaluations need not wait for them
-                sections.append(import_module(evaluation.module).describe(json.loads(file.read_text())))
+            if figures := read_object(file):  # imported only here: a run without evaluations need not wait for them
+                sections.append(import_module(evaluation.module).describe(figures))
     return sections
 
 

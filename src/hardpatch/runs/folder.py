@@ -20,12 +20,13 @@ import timm
 import torch
 
 from hardpatch.config.config import Config
-from hardpatch.config.values import differences, load_config, to_yaml
+from hardpatch.config.values import differences, load_config, to_yaml, validated
+from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.schedule import Schedule
 from hardpatch.runs.trackers import RUNS_FILE
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
-from hardpatch.runtime.log import warn
+from hardpatch.runtime.log import read_object, warn
 from hardpatch.runtime.outputs import make_output_folder
 from hardpatch.runtime.text import printable
 
@@ -47,6 +48,8 @@ class RunFolder:
         self.report_file = self.path / "report.html"
         self.damaged_file = self.path / "damaged.csv"
         self.evaluations = self.path / "evaluate"
+        self.is_config_damaged = False
+        """Does the config file say something else than the checkpoints? Known after :meth:`check_usable`."""
         self._claim: IO[str] | None = None
 
     def claim(self) -> None:
@@ -84,7 +87,7 @@ class RunFolder:
             raise InputError(
                 f"out: {str(self.path)!r} has bytes that are not UTF-8, or control characters; choose another"
             )
-        if self.config_file.is_file():
+        if self.config_file.is_file() or CheckpointFolder(self.checkpoints).steps():
             if resume == "never":
                 raise InputError(f"out: {str(self.path)!r} holds a run already and resume is 'never'")
             if resume == "auto" and (changed := self._differences(config)):
@@ -104,13 +107,24 @@ class RunFolder:
         """Fields that decide the result and differ from the run's in this folder.
 
         Data may be named in another way and may have been moved: where there are checkpoints, the fingerprint of the
-        images in them decides.
+        images in them decides. They hold the config, too, and are verified: ``config.yaml`` may be damaged.
         """
-        before = load_config(self.config_file)
-        old, new = (os.path.abspath(Path(c.data.data).expanduser()) for c in (before, config))  # noqa: PTH100 (drops ..)
-        if old == new or any(self.checkpoints.glob("step_*.pt")):
-            before = replace(before, data=replace(before.data, data=config.data.data))
-        return differences(before, config)
+        has_checkpoints = bool(CheckpointFolder(self.checkpoints).steps())
+
+        def changed_from(before: Config) -> list[str]:
+            paths = (os.path.abspath(Path(c.data.data).expanduser()) for c in (before, config))  # noqa: PTH100 (drops ..)
+            if has_checkpoints or len(set(paths)) == 1:
+                before = replace(before, data=replace(before.data, data=config.data.data))
+            return differences(before, config)
+
+        try:
+            changed = changed_from(load_config(self.config_file))
+        except InputError as error:  # without a checkpoint nothing is lost: the run begins again
+            changed = [str(error)] if has_checkpoints else []
+        if changed and has_checkpoints and (saved := CheckpointFolder(self.checkpoints).load_latest()):
+            changed = changed_from(validated(saved["config"]))
+            self.is_config_damaged = not changed
+        return changed
 
     def save_damaged(self, damaged: dict[str, str]) -> None:
         """Keep the names of damaged images and what is wrong with them."""
@@ -126,8 +140,14 @@ class RunFolder:
         """What :meth:`save_damaged` has kept."""
         if not self.damaged_file.is_file():
             return {}
-        with self.damaged_file.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+        try:
+            with self.damaged_file.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                rows = list(csv.reader(file))
+        except (ValueError, csv.Error):
+            rows = []
+        if rows[:1] != [["path", "reason"]]:
+            warn(f"{self.damaged_file} is damaged itself, and begun again")
+        return {row[0]: row[1] for row in rows[1:] if rows[0] == ["path", "reason"] and len(row) == 2}
 
     def clear(self) -> None:
         """Forget the run that is in this folder, so that another can start: checkpoints, metrics, result."""
@@ -166,11 +186,8 @@ class RunFolder:
         write_text_atomically(self.evaluations / f"{name}.json", json.dumps(figures, indent=2) + "\n")
 
     def result(self) -> dict[str, Any] | None:
-        """The figures of a finished run, or None."""
-        if not self.result_file.is_file():
-            return None
-        content: dict[str, Any] = json.loads(self.result_file.read_text())
-        return content
+        """The figures of a finished run; None where there are none, or damaged ones."""
+        return read_object(self.result_file)
 
 
 def about_this_run(device: torch.device) -> dict[str, str]:

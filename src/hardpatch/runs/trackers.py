@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
-from hardpatch.runtime.log import warn
+from hardpatch.runtime.log import read_object, warn
 
 RUNS_FILE = "trackers.json"
 """In the run folder: by which name each tracker knows the run."""
@@ -162,7 +162,7 @@ def start_trackers(names: Sequence[str], project: str, folder: Path, config: Map
         InputError: A tracker of a new run cannot be started.
     """
     file = folder / RUNS_FILE
-    known: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    known: dict[str, str] = read_object(file) or {}
     started: dict[str, Tracker] = {}
     for name in names:
         try:

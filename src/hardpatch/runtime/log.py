@@ -122,15 +122,32 @@ def summary_line(metrics: Mapping[str, float | int | None]) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; a half-written last line of a killed run is left out."""
+    """The records of a run, oldest first; lines that are damaged or half-written, by a kill or a disk, are left out."""
     file = folder / "metrics.jsonl"
     records = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
     return records
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """What a JSON file of ours holds; None where it is not there, and with a warning where it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        warn(f"{file} is damaged and not used: {error}")
+        return None
+    if not isinstance(content, dict):
+        warn(f"{file} is damaged and not used: it holds a {type(content).__name__}")
+        return None
+    return content
 
 
 def _bar(*extra: ProgressColumn) -> Progress:

@@ -97,7 +97,7 @@ def prepare(
             )
         state.load(saved)
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
-    elif distributed.is_main():
+    if distributed.is_main() and (saved is None or folder.is_config_damaged):
         folder.write_config(config, device, schedule)
     bf16 = distributed.is_bf16(config.run.precision, device)
     return Run(config, folder, device, bf16, compiled, source, schedule, position, state, checkpoints, images)

@@ -113,6 +113,7 @@ def finish(run: Run) -> dict[str, Any]:
         )
     records = read_metrics(run.folder.path)
     training = [record for record in records if "reconstruction_loss" in record]
+    last = training[-1] if training else {}
     knn = {record["step"]: record["knn_top1"] for record in records if "knn_top1" in record}
     result: dict[str, Any] = {
         "run": str(run.folder.path),
@@ -120,9 +121,7 @@ def finish(run: Run) -> dict[str, Any]:
         "samples_seen": run.state.step * run.config.optimisation.batch_size,
         "seconds": run.state.seconds,
         "images_per_second": run.state.step * run.config.optimisation.batch_size / max(run.state.seconds, 1e-9),
-        "reconstruction_loss": training[-1]["reconstruction_loss"] if training else None,
-        "prediction_loss": training[-1]["prediction_loss"] if training else None,
-        "predictor_rank_correlation": training[-1]["predictor_rank_correlation"] if training else None,
+        **{name: last.get(name) for name in ("reconstruction_loss", "prediction_loss", "predictor_rank_correlation")},
     }
     if knn:
         result |= {"knn_top1": knn[max(knn)], "knn_top1_untrained": knn.get(0)}
@@ -131,5 +130,8 @@ def finish(run: Run) -> dict[str, Any]:
         if run.config.run.figures:
             from hardpatch.figures.report import write_report
 
-            write_report(run.folder)
+            try:
+                write_report(run.folder)
+            except Exception as error:  # drawn from files that may be damaged: the run is done, and its result written
+                warn(f"could not write {run.folder.report_file}: {type(error).__name__}: {error}")
     return result

@@ -99,8 +99,6 @@ def draw_confusions(confusions: Int[np.ndarray, "c c"], classes: Sequence[str], 
     """Draw what is taken for what: one row per true class, each row as shares of its images.
 
     Args:
-        confusions: From :func:`count_confusions`.
-        classes: Their names.
         title: Above the picture.
     """
     shares = confusions / np.maximum(confusions.sum(axis=1, keepdims=True), 1)

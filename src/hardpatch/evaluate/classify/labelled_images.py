@@ -21,12 +21,7 @@ from hardpatch.runtime.text import as_bytes
 
 
 class Subset(Source):
-    """Some images of a source, numbered anew.
-
-    Args:
-        source: All images.
-        indices: Which of them.
-    """
+    """Some images of a source, numbered anew."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source = source
@@ -119,11 +114,7 @@ def _natural(name: str) -> tuple[int, int, str]:
 
 
 def _check_readable(source: Source, *, field: str, channels: int, patience: int = 8) -> None:
-    """Refuse a source of which the first images cannot be read as so many channels.
-
-    Raises:
-        InputError: Not one of the first ``patience`` can.
-    """
+    """Refuse a source of which the first images cannot be read as so many channels."""
     problems = []
     for index in range(min(patience, len(source))):
         try:
@@ -140,11 +131,6 @@ def _check_readable(source: Source, *, field: str, channels: int, patience: int 
 
 def choose_per_class(labels: Sequence[str], count: int, *, seed: int) -> list[int]:
     """Draw ``count`` images of every class; fewer are a part of more, for the same seed.
-
-    Args:
-        labels: Class of every image.
-        count: Images per class.
-        seed: Of the draw.
 
     Returns:
         Positions in ``labels``, ascending.

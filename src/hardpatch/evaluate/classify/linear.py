@@ -42,7 +42,6 @@ from hardpatch.evaluate.contenders import (
     standings,
     standings_table,
 )
-from hardpatch.evaluate.features import damage_of_split, whole_split
 from hardpatch.evaluate.result import Result, visualize_command
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.runs.folder import RunFolder
@@ -123,13 +122,12 @@ def run(config: LinearConfig) -> LinearResult:
         for count in config.labels_per_class:  # before any work: are there so many?
             choose_per_class(images.train.labels or (), count, seed=config.seed)
         contenders = open_contenders(loaded, config.against, pooling=config.pooling)
-        split = whole_split(images.train, images.val, images.classes)
         fitted: list[Probed] = []
         few_labels: list[FewLabels] = []
-        for contender, features in features_by_contender(contenders, split, config, loaded.device):
+        for contender, features in features_by_contender(contenders, images, config, loaded.device):
             if contender.kind == "run":
-                damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
-                labels, truth = split.labels_of(features)
+                damaged = features.report_damage(images, max_damaged=config.max_damaged)
+                labels, truth = features.labels(images)
             if not all(side.values.isfinite().all() for side in features):
                 raise InputError(
                     f"{contender.name}: the encoder's features are not all finite; its weights are damaged"
@@ -193,11 +191,7 @@ def _mean_and_spread(item: dict[str, Any]) -> str:
 
 
 def _check(config: LinearConfig) -> None:
-    """Refuse settings that cannot work, before any work.
-
-    Raises:
-        InputError: Names the field.
-    """
+    """Refuse settings that cannot work, before any work."""
     for field, values in (("learning_rates", config.learning_rates), ("inverse_penalties", config.inverse_penalties)):
         if len(set(values)) < len(values):
             raise InputError(f"{field}: must be different numbers, got {values}")

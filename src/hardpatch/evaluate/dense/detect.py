@@ -33,7 +33,6 @@ from hardpatch.evaluate.dense.comparison import (
     Measured,
     held_back,
     mean_values,
-    open_folder,
     spread,
 )
 from hardpatch.evaluate.dense.detect_crops import InstanceCrops, Target, list_pairs
@@ -42,7 +41,7 @@ from hardpatch.evaluate.dense.feature_maps import DenseEncoder, parameter_groups
 from hardpatch.evaluate.dense.overlays import Detected, draw_detections
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.evaluate.harness import Examples
-from hardpatch.evaluate.result import Result, visualize_command
+from hardpatch.evaluate.result import Result, output_folder, visualize_command
 from hardpatch.figures.display import build_display
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.method.vit import patch_size
@@ -72,6 +71,7 @@ class Precision(NamedTuple):
 class DetectResult(Result):
     """Figures in percent."""
 
+    kind = "detect"
     ap: float | None
     """By boxes."""
     ap50: float | None
@@ -96,11 +96,6 @@ class DetectResult(Result):
     steps: int
     figure: str | None
     """Pictures of some validation images."""
-
-    @property
-    def name(self) -> str:
-        """There is one kind."""
-        return "detect"
 
     def what_next(self, config: DetectConfig) -> list[str]:
         """The control, then what is hard in the images."""
@@ -167,7 +162,7 @@ def run(config: DetectConfig) -> DetectResult:
             patch = check_patch(patch_size(contender.encoder))
             if size < 1 or size != fitting_size(size, patch):
                 raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
-        folder = open_folder(config, "detect" + ("-frozen" if config.freeze else ""))
+        folder = output_folder(config, "evaluate", "detect" + ("-frozen" if config.freeze else ""))
         data = open_data(config, decoder=build_decoder(data_config), image_size=data_config.size)
         detection = Detection(config, data, size, folder, loaded.device)
         measured = [detection.measure(contender) for contender in contenders]
@@ -224,11 +219,7 @@ def describe(figures: dict[str, Any]) -> Section:
 
 
 def _check(config: DetectConfig) -> None:
-    """Refuse values that do not fit together, before any work.
-
-    Raises:
-        InputError: One of them.
-    """
+    """Refuse values that do not fit together, before any work."""
     try:
         import pycocotools  # noqa: F401
     except ImportError:
@@ -279,15 +270,7 @@ def open_data(config: DetectConfig, *, decoder: Decoder, image_size: tuple[int, 
 
 
 class Detection(Comparison[FasterRCNN, tuple[Precision, Precision]]):
-    """The same detector on one encoder after the other; its figures are the precision of boxes and of masks.
-
-    Args:
-        config: How.
-        data: The images.
-        size: Side of the square.
-        folder: For checkpoints and pictures.
-        device: Where to run.
-    """
+    """The same detector on one encoder after the other; its figures are the precision of boxes and of masks."""
 
     indifferent = frozenset({"train_images", "train_annotations", "val_annotations"})
 
