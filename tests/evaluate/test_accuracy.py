@@ -17,6 +17,7 @@ from hardpatch.evaluate.classify.accuracy import (
 )
 from hardpatch.evaluate.classify.labelled_images import Subset, choose_per_class, labelled_fingerprint, open_labelled
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.pictures import write_picture
 from tiny import tiny_config
 
 torch.set_num_threads(1)
@@ -52,8 +53,9 @@ def test_class_table_equals_scikit_learn():
 @pytest.mark.parametrize("num_classes", [2, 12, 46, 200])
 def test_a_confusion_picture_is_drawn(tmp_path, num_classes):
     confusions = np.eye(num_classes, dtype=np.int64) * 3
-    draw_confusions(confusions, [f"class {i}" for i in range(num_classes)], tmp_path / "c.tmp", title="t")
-    with Image.open(tmp_path / "c.tmp") as picture:
+    classes = [f"price_${i}_to_$x" for i in range(num_classes)]
+    write_picture(draw_confusions(confusions, classes, title="t"), tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as picture:
         assert min(picture.size) > 200
 
 

@@ -149,8 +149,11 @@ def find_missing(stored: Stored, no_data: float | None) -> Bool[np.ndarray, "h w
     missing = None if stored.present is None else ~stored.present
     value = stored.no_data if no_data is None else no_data
     dtype = stored.pixels.dtype
-    if dtype.kind == "f" and not (usable := (np.abs(stored.pixels) < NO_QUANTITY).all(axis=2)).all():
-        missing = ~usable if missing is None else missing | ~usable
+    if dtype.kind == "f":
+        limit = dtype.type(min(NO_QUANTITY, float(np.finfo(dtype).max)))
+        usable = ((stored.pixels <= limit) & (stored.pixels >= -limit)).all(axis=2)
+        if not usable.all():
+            missing = ~usable if missing is None else missing | ~usable
     if value is not None and _fits(value, dtype):
         empty = (stored.pixels == dtype.type(value)).all(axis=2)
         if empty.any():
