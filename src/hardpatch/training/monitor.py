@@ -34,7 +34,10 @@ def labelled_validation(config: Config) -> Source | None:
         downloads=build_downloads(config),
     )  # fmt: skip
     if source.labels is None:
-        raise InputError(f"val: {config.run.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
+        raise InputError(
+            f"val: {config.run.val!r} has no labels (sub-folders, a column 'label', or .cls files)"
+            f"{source.without_labels()}"
+        )
     return source
 
 

@@ -84,7 +84,9 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
             spec, decoder=decoder, image_size=size or run.data.size, field=field, downloads=build_downloads(run)
         )
         if source.labels is None:
-            raise InputError(f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)")
+            raise InputError(
+                f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files){source.without_labels()}"
+            )
         _check_readable(source, field=field, channels=decoder.channels)
         sources.append(source)
     classes = sorted(set(sources[0].labels or ()), key=_natural)
