@@ -30,7 +30,7 @@ class Source(ABC):
 
     decoder: Decoder | None = None
     """How the bytes of :meth:`content` become what :meth:`read` returns; None where they are no file."""
-    unlabelled: Sequence[int] = ()
+    unlabelled: Sequence[int] | np.ndarray = ()
     """Images without a label in a source in which others have one; such labels are not used, see :attr:`labels`."""
 
     @abstractmethod

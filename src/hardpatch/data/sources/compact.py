@@ -20,6 +20,8 @@ from pyarrow import compute
 
 _CHUNK = 65_536
 
+_NAN = ("nan", "NaN")
+
 
 class _Compact(Sequence[str]):
     """An immutable list that makes its strings when they are asked for."""
@@ -98,14 +100,14 @@ def clean_label(value: object) -> str | None:
     """The class that a label stands for, however it is written; None where it is none: empty, NaN, or no single value.
 
     Spaces around it do not count, and an accent is the same in both ways in which Unicode writes it. What ``str`` made
-    of NaN is one too.
+    of NaN is NaN.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if value is None or isinstance(value, (list, tuple, dict, set, np.ndarray)):
         return None
     name = unicodedata.normalize("NFC", str(value).strip())
-    return None if name in ("", "nan", "NaN") else name
+    return None if not name or name in _NAN else name
 
 
 class Labels(_Compact):
@@ -122,8 +124,13 @@ class Labels(_Compact):
         self._names = (*self.classes, "")
 
     @classmethod
-    def of(cls, labels: Iterable[object]) -> Labels:
-        """From one label after the other, as people write them (:func:`clean_label`)."""
+    def of(cls, labels: Iterable[object], *, nan_is_a_name: bool = False) -> Labels:
+        """From one label after the other, as people write them (:func:`clean_label`).
+
+        Args:
+            labels: Of the images.
+            nan_is_a_name: ``nan`` is a class, as of folders, which nobody calls so for want of a label.
+        """
         classes: dict[str, int] = {}
         known: dict[str, int] = {}
 
@@ -132,7 +139,7 @@ class Labels(_Compact):
             if written is None:
                 return -1
             if written not in known:
-                name = clean_label(written)
+                name = written if nan_is_a_name and written in _NAN else clean_label(written)
                 known[written] = -1 if name is None else classes.setdefault(name, len(classes))
             return known[written]
 
@@ -147,7 +154,7 @@ class Labels(_Compact):
         """
         if len(codes) and not -1 <= codes.min() <= codes.max() < len(names):
             raise ValueError(f"labels from {codes.min()} to {codes.max()}, and {len(names)} names of classes")
-        meant = cls.of(names)
+        meant = cls.of(names, nan_is_a_name=True)
         return cls(np.append(meant.codes, -1)[codes], meant.classes)
 
     def __len__(self) -> int:

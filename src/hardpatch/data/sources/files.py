@@ -87,7 +87,8 @@ def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:
         InputError: A folder cannot be read.
     """
     paths = Strings(_walk(folder, field))
-    labels = Labels.of(path.partition("/")[0] for path in paths) if all("/" in path for path in paths) else None
+    below = all("/" in path for path in paths)
+    labels = Labels.of((path.partition("/")[0] for path in paths), nan_is_a_name=True) if below else None
     root = "" if str(folder) == "." else f"{str(folder).rstrip('/')}/"
     several = labels is not None and len(labels.classes) > 1
     return FileSource(paths, decoder=decoder, folder=root, labels=labels if several else None)

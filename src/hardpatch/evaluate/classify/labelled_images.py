@@ -85,7 +85,8 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
         )
         if source.labels is None:
             raise InputError(
-                f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files){source.without_labels()}"
+                f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)"
+                f"{source.without_labels()}"
             )
         _check_readable(source, field=field, channels=decoder.channels)
         sources.append(source)
