@@ -81,19 +81,19 @@ def _full(tensor):
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)")
 
 
-@pytest.mark.parametrize("read", ["training", "in order", "statistics"])
+@pytest.mark.parametrize("read", ["training", "in order", "any"])
 def test_full_in_the_middle_is_an_error_with_what_helps(monkeypatch, read):
     monkeypatch.setattr(
         torch.Tensor, "share_memory_", lambda tensor: tensor if tensor.dtype == torch.int64 else _full(tensor)
     )
     source = open_source("shapes:32", image_size=SIZE)
+    made = {
+        "training": batches,
+        "in order": lambda: ordered_batches(source, size=SIZE, batch_size=4, workers=2),
+        "any": lambda: processes.batches_of(Full(), [[0, 1], [2]], collate=torch.stack, workers=1),
+    }[read]()
     with pytest.raises(InputError, match=r"^workers: the shared memory .* is full; .*--shm-size 8g.*--workers 0"):
-        if read == "training":
-            list(batches())
-        elif read == "in order":
-            list(ordered_batches(source, size=SIZE, batch_size=4, workers=2))
-        else:
-            list(processes.batches_of(Full(), [[0, 1], [2]], collate=torch.stack, workers=1))
+        list(made)
 
 
 def test_full_before_anything_is_read(monkeypatch):

@@ -1,13 +1,20 @@
 """One set of images, however it is spelt: relative, absolute, by links, braces, stars or as a folder of parts."""
 
 import os
+import subprocess
+import sys
+from pathlib import PurePosixPath
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from test_sources import png, refusal, values, write, write_tar
 
 from hardpatch.data.sources import Downloads, fingerprint, open_source
+from hardpatch.data.sources.opening import as_spec
+from hardpatch.runtime.errors import InputError
 from web_server import serving
 
 
@@ -72,7 +79,8 @@ def test_a_spelling_changes_neither_images_nor_fingerprint(tmp_path, opened, spe
     name = name.format()
     as_is, spelt = opened(f"{data}/{name}"), opened(spelling.format(name=name, absolute=data))
     assert values(spelt) == values(as_is) == ([0, 1] if name == "part-0.parquet" else [0, 1, 2])
-    assert "link" in spelling or name == "table.csv" or fingerprint(spelt) == fingerprint(as_is)
+    if not (name == "table.csv" and ("link" in spelling or "~" in spelling)):  # its absolute path goes another way
+        assert fingerprint(spelt) == fingerprint(as_is)
 
 
 def test_a_table_of_relative_and_absolute_paths_is_the_same_from_within_its_folder(tmp_path, opened):
@@ -196,3 +204,54 @@ def test_some_images_inside_and_some_named(tmp_path, opened):
     os.utime(data / "some.parquet", (1, 1))
     with pytest.raises(Exception, match=r"some\.parquet.*x/0\.png"):
         opened("some.parquet")
+
+
+# What is no path
+
+
+class Picture:
+    """An object of the user's own."""
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (np.zeros((50, 8, 8, 3)), r"numpy.ndarray of shape \(50, 8, 8, 3\); save its images"),
+        (torch.zeros(50, 3, 8, 8), r"torch.Tensor of shape \(50, 3, 8, 8\); save its images"),
+        (["a.png", "b.png"], "list; write the paths into list.txt"),
+        (("a.png",), "tuple; write the paths"),
+        (torch.utils.data.TensorDataset(torch.zeros(2)), r"TensorDataset; .*save_to_disk"),
+        (pyarrow.table({"path": ["a.png"]}), r"pyarrow.lib.Table of shape \(1, 1\); write it"),
+        (Picture(), "Picture; save its images as files"),
+        (None, "NoneType"),
+        (5, "int"),
+    ],
+)
+def test_what_is_no_path_is_called_by_its_type(data, named):
+    with pytest.raises(InputError, match=rf"^data: must name a folder, .*got a .*{named}"):
+        as_spec(data)
+
+
+def test_arrays_handed_to_a_run_end_before_it_begins(tmp_path):
+    program = (  # in a process of its own: here the tests check all types
+        "import hardpatch, numpy\n"
+        "for data in (numpy.zeros((50, 8, 8, 3)), ['a.png'], {}):\n"
+        "    try:\n"
+        "        hardpatch.pretrain(data, 'run')\n"
+        "    except hardpatch.InputError as error:\n"
+        "        print(error)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240
+    )
+    told = done.stdout.splitlines()
+    assert len(told) == 3, done.stderr
+    assert ["numpy.ndarray" in told[0], "a list" in told[1], "a dict" in told[2]] == [True] * 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_of_all_kinds_are_paths(tmp_path):
+    write(tmp_path, "0.png")
+    assert as_spec(tmp_path) == as_spec(str(tmp_path)) == as_spec(PurePosixPath(tmp_path)) == str(tmp_path)
+    assert len(open_source(tmp_path)) == 1

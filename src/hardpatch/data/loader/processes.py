@@ -59,7 +59,7 @@ def batches_of(
         workers, ahead = _fitting(_one(images, order, collate), free, workers, ahead)
     loader = DataLoader(
         images,
-        batch_sampler=order,  # type: ignore[arg-type]  # any iterable will do
+        batch_sampler=order,
         collate_fn=IntoSharedMemory(collate) if workers else collate,
         num_workers=workers,
         pin_memory=pin_memory,
@@ -133,6 +133,11 @@ class IntoSharedMemory(Generic[Item, Stacked]):
         self.collate = collate
 
     def __call__(self, items: list[Item]) -> Stacked:
+        """What a data process hands over.
+
+        Raises:
+            InputError: Shared memory is full.
+        """
         batch = self.collate(items)
         if get_worker_info() is not None:
             try:
@@ -175,7 +180,7 @@ def _fitting(batch_bytes: int, free: int, workers: int, ahead: int) -> tuple[int
     fewer = (min(workers, fit), max(1, fit // workers)) if fit else (0, ahead)
     made = f"{fewer[0]} data processes with {fewer[1]} batches ahead each" if fit else "no data processes"
     say(
-        f"workers: {made} instead of {workers} with {ahead}: a batch takes {batch_bytes / 1e6:,.1f} MB and {FOLDER} has "
-        f"{free / 1e6:,.0f} MB free; a container gets more by docker run --shm-size 8g"
+        f"workers: {made} instead of {workers} with {ahead}: a batch takes {batch_bytes / 1e6:,.1f} MB and {FOLDER} "
+        f"has {free / 1e6:,.0f} MB free; a container gets more by docker run --shm-size 8g"
     )
     return fewer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,37 @@ from hardpatch.runtime.log import say
 FORMS = "a folder, list.txt, table.csv, table.parquet, tar shards, a URL of one of these, hf:NAME or shapes:N"
 
 
+_INSTEAD = {
+    "ndarray": "save its images as files of a folder, such as .npy or .png, and give the folder",
+    "Tensor": "save its images as files of a folder, such as .npy or .png, and give the folder",
+    "Dataset": "call its save_to_disk(FOLDER) if it has one, or save its images as files, and give the folder",
+    "DatasetDict": "call its save_to_disk(FOLDER) and give the folder",
+    "DataFrame": "call its to_csv('table.csv') with a column 'path', and give 'table.csv'",
+    "Table": "write it with pyarrow.parquet.write_table, and give the file",
+    "list": "write the paths into list.txt, one a line, and give 'list.txt'",
+    "tuple": "write the paths into list.txt, one a line, and give 'list.txt'",
+}
+"""What to do with what is no path, by the name of its type or of one that it derives from."""
+
+
+def as_spec(data: object, *, field: str = "data") -> str:
+    """What a caller in Python names as data, as the command line would have it.
+
+    Raises:
+        InputError: It is no path or name.
+    """
+    if isinstance(data, str | os.PathLike):
+        return os.fsdecode(data)
+    kinds = [kind.__name__ for kind in type(data).__mro__]
+    hint = next((_INSTEAD[kind] for kind in kinds if kind in _INSTEAD), "save its images as files, and give the folder")
+    about = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
+    if (shape := getattr(data, "shape", None)) is not None:
+        about += f" of shape {tuple(shape)}"
+    raise InputError(f"{field}: must name {FORMS}, got a {about}; {hint}")
+
+
 def open_source(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     decoder: Decoder = RGB,
     image_size: tuple[int, int] = (224, 224),
@@ -50,6 +80,7 @@ def open_source(
     Raises:
         InputError: Nothing there, nothing readable, or no images in it.
     """
+    spec = as_spec(spec, field=field)
     if not spec:
         raise InputError(f"{field}: needs {FORMS}, got nothing")
     source = _open(spec, decoder, image_size, field, downloads or Downloads())
