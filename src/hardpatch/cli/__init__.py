@@ -11,8 +11,10 @@ import errno
 import os
 import select
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import TextIOWrapper
 from typing import NamedTuple, NoReturn
 
 from hardpatch.cli.ablate import ablate
@@ -71,6 +73,9 @@ GROUPS = {"evaluate": "evaluation", "data": "command for data", "benchmark": "be
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that is not UTF-8 shows escapes, and nothing ends for it
+            stream.reconfigure(errors="backslashreplace")
     try:
         _dispatch(given)
         sys.stdout.flush()
@@ -80,6 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise SystemExit(141) from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
+            complain(f"{error.strerror}: {error.filename}")
+            raise SystemExit(2) from None
+        if not _temporary_folder():
+            complain(
+                "TMPDIR: must name a folder that can be written to, as there is no other for temporary files (/tmp, "
+                f"/var/tmp, the current folder), got {os.environ.get('TMPDIR', '')!r}"
+            )
+            raise SystemExit(2) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         complain(
@@ -95,6 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             say_plainly(str(stopped))
         raise SystemExit(3) from None
     raise SystemExit(0)
+
+
+def _temporary_folder() -> bool:
+    """Is there one? Packages that commands import make files in it and end in an OSError of their own without."""
+    try:
+        return bool(tempfile.gettempdir())
+    except FileNotFoundError:
+        return False
 
 
 def _nobody_reads() -> bool:

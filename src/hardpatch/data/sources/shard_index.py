@@ -15,6 +15,7 @@ import numpy as np
 
 from hardpatch.data.images.decode import EXTENSIONS
 from hardpatch.data.sources.compact import Labels, Strings
+from hardpatch.runtime.text import as_bytes, as_text
 
 COMPRESSED = (".tar.gz", ".tgz")
 ARCHIVES = (".tar", *COMPRESSED)
@@ -50,7 +51,7 @@ class ShardIndex(NamedTuple):
         left_out, left_out_ends = Strings(self.left_out).arrays()
         np.savez(
             file, offsets=self.offsets, sizes=self.sizes, keys=content, ends=ends,
-            codes=self.labels.codes, classes=np.frombuffer("\0".join(self.labels.classes).encode(), np.uint8),
+            codes=self.labels.codes, classes=np.frombuffer(as_bytes("\0".join(self.labels.classes)), np.uint8),
             num_classes=len(self.labels.classes), left_out=left_out, left_out_ends=left_out_ends,
         )  # fmt: skip
 
@@ -58,7 +59,7 @@ class ShardIndex(NamedTuple):
     def load(cls, file: Path) -> ShardIndex:
         """What :meth:`save` wrote."""
         with np.load(file, allow_pickle=False) as saved:
-            names = saved["classes"].tobytes().decode().split("\0") if saved["num_classes"] else []
+            names = as_text(saved["classes"].tobytes()).split("\0") if saved["num_classes"] else []
             keys = Strings.from_arrays(saved["keys"], saved["ends"])
             left_out = Strings.from_arrays(saved["left_out"], saved["left_out_ends"])
             return cls(saved["offsets"], saved["sizes"], keys, Labels(saved["codes"], names), left_out)
@@ -87,7 +88,7 @@ def index_tar(file: BufferedIOBase) -> ShardIndex:
     """
     try:
         found, classes, left_out = _listed(file)
-    except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise DamagedShardError(str(error)) from error
     best: dict[str, int] = {}
     for image in found:
@@ -124,7 +125,7 @@ def _listed(file: BufferedIOBase) -> tuple[list[_Found], dict[str, str], list[st
             if is_image:
                 found.append(_Found(f"{folder}/{stem}", _rank(kind), member.name, member.offset_data, member.size))
             elif member.isfile():
-                classes[_stem(member.name)] = _text(file, member.offset_data, member.size)
+                classes[_stem(member.name)] = _text(file, member.name, member.offset_data, member.size)
         if any(_rest(archive)):
             raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
     if not links:
@@ -132,7 +133,7 @@ def _listed(file: BufferedIOBase) -> tuple[list[_Found], dict[str, str], list[st
     places = _followed(file, links)
     for name in links:
         if name in places and name.lower().endswith(".cls"):
-            classes[_stem(name)] = _text(file, *places[name])
+            classes[_stem(name)] = _text(file, name, *places[name])
     found = [image._replace(offset=places[image.name][0], size=places[image.name][1]) if image.name in places else image
              for image in found if image.name in places or image.name not in links]  # fmt: skip
     return found, classes, [name for name in links if name not in places]
@@ -173,9 +174,13 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _text(file: BufferedIOBase, offset: int, size: int) -> str:
+def _text(file: BufferedIOBase, name: str, offset: int, size: int) -> str:
+    """The label that a member holds."""
     file.seek(offset)
-    return file.read(size).decode().strip()
+    text = as_text(file.read(size)).strip()
+    if "\0" in text:
+        raise tarfile.ReadError(f"the label {name} is no text")
+    return text
 
 
 def _rank(kind: str) -> int:
