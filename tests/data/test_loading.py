@@ -1,5 +1,6 @@
 """Order, crops and batches: functions of the seed and the step, whatever machine they are made on."""
 
+import multiprocessing
 import os
 import signal
 
@@ -253,10 +254,12 @@ def test_ordered_batches_leave_out_the_damaged_and_name_them():
 
 
 def test_workers_of_evaluations_outlive_a_signal_to_the_process_group():
+    before = set(multiprocessing.active_children())
     batches = ordered_batches(Memory(64), size=(8, 8), batch_size=4, workers=1)
+    (worker,) = set(multiprocessing.active_children()) - before
     seen = next(batches).indices
     for number in SIGNALS:
-        os.kill(batches._workers[0].pid, number)
+        os.kill(worker.pid, number)
     for batch in batches:
         seen += batch.indices
     assert seen == list(range(64))

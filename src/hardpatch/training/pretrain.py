@@ -14,6 +14,7 @@ import torch
 from hardpatch.config.config import Config
 from hardpatch.config.recipes import recipe as named_recipe
 from hardpatch.config.values import load_config, with_fields
+from hardpatch.data.sources.opening import as_spec
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
@@ -62,7 +63,7 @@ def pretrain(
         base, parent = beginning_of_branch(branch_from, out, resume=resume)
     else:
         base = load_config(Path(config)) if config is not None else named_recipe(recipe)
-    return train(with_fields(base, {"data": str(data), **fields}), Path(out), resume=resume, parent=parent)
+    return train(with_fields(base, {"data": as_spec(data), **fields}), Path(out), resume=resume, parent=parent)
 
 
 def train(config: Config, out: Path, *, resume: Resume = "auto", parent: RunFolder | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from hardpatch.data.images import jpeg
 from hardpatch.data.images.batched_crops import crop_batch, crop_masks
@@ -28,11 +28,11 @@ from hardpatch.data.loader.loading import (
     batches_in_order,
     first_readable,
 )
+from hardpatch.data.loader.processes import batches_of
 from hardpatch.data.loader.reading import read_whole
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked
 from hardpatch.runtime.machine import free_memory
-from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 SHARE_OF_DEVICE = 0.6
 """A cache may take at most this share of the device's free memory."""
@@ -99,12 +99,9 @@ class ImagesOnDevice:
         self.images, self.device = images, device
         self._check()
         self.kept: list[Whole | Damage] = []
-        loader = DataLoader(
-            _Once(images), batch_size=16, collate_fn=list, num_workers=workers, worker_init_fn=ignore_in_worker
-        )
-        with signals_held():
-            read = iter(loader)
-        for some in tracked(read, "decoding onto the device", total=len(loader), images_per_item=16):
+        order = BatchSampler(range(len(images.source)), 16, drop_last=False)
+        read = batches_of(_Once(images), order, collate=list, workers=workers)
+        for some in tracked(read, "decoding onto the device", total=len(order), images_per_item=16):
             for item in some:
                 self.kept.append(item if isinstance(item, Damage) else _moved(item, device))
 

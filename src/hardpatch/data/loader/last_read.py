@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from hardpatch.data.loader.processes import shortage
 from hardpatch.runtime.errors import InputError
 
 Item = TypeVar("Item", covariant=True)
@@ -91,6 +92,8 @@ class LastRead(Dataset[Item]):
         names = [f"#{number}" if source is None else source.name(number) for number in numbers]
         killed = re.search(r"killed by signal: ([^.]+)", f"{error} {error.__cause__} {error.__context__}")
         cause = killed[1] if killed else "exited unexpectedly"
+        if "Bus error" in cause:  # how the system says that shared memory is full; no image does that
+            return shortage()
         return InputError(
             f"data: a data worker died ({cause}) while it read {', '.join(names) or 'its first image'}; look at it "
             "with hardpatch data check, and leave it out if it is damaged "

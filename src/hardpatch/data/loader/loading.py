@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from hardpatch.data.images.crops import Box, covering, crop_numbers, draw_box, resample, resample_mask
@@ -21,12 +21,12 @@ from hardpatch.data.loader.last_read import LOADER_ERRORS, LastRead
 from hardpatch.data.loader.order import Ahead
 from hardpatch.data.loader.order import Position as Position
 from hardpatch.data.loader.order import TrainingOrder as TrainingOrder
+from hardpatch.data.loader.processes import batches_of, shortage
 from hardpatch.data.loader.reading import View, read_views
 from hardpatch.data.loader.statistics import measure_statistics as measure_statistics
 from hardpatch.data.sources import Source
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.machine import usable_cores
-from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 Item = TypeVar("Item")
 Stacked = TypeVar("Stacked")
@@ -288,8 +288,15 @@ def training_batches(
 
 
 def last_read(images: Dataset[Item], workers: int) -> LastRead[Item]:
-    """Images with a note of which one every worker reads."""
-    noted = LastRead(images, workers)
+    """Images with a note of which one every worker reads.
+
+    Raises:
+        InputError: Shared memory is full.
+    """
+    try:
+        noted = LastRead(images, workers)
+    except RuntimeError as error:
+        raise shortage() from error
     if isinstance(images, TrainingImages):
         images.on_read = noted.note
     return noted
@@ -318,27 +325,14 @@ def batches_in_order(
         InputError: Too many images in a row cannot be read, or a worker died; it is named with what it was reading.
     """
     noted = images if isinstance(images, LastRead) else last_read(images, workers)
-    loader = DataLoader(
-        noted,
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_in_worker,
-    )
     batches = None
     try:
         with Ahead(order, prepare) as ahead:
-            with signals_held():
-                batches = iter(loader)
+            batches = batches_of(noted, order, collate=collate, workers=workers, pin_memory=pin_memory, ahead=4)
             for number, batch in enumerate(batches):
                 ahead.reached(number)
                 yield batch
         return
-    except InputError as error:  # a worker's comes with its traceback in front
-        problem: Exception = InputError(str(error).rpartition("InputError: ")[2].strip())
-        error.__traceback__ = None  # it holds on to the workers; collected as garbage, they keep torch waiting for 10 s
     except LOADER_ERRORS as error:
         problem = noted.explained(error)
         problem.__cause__ = error if problem is not error else error.__cause__
@@ -426,12 +420,6 @@ def ordered_batches(
         workers: Data processes.
     """
     chosen = list(range(len(source))) if indices is None else indices
-    loader = DataLoader(
-        _OrderedImages(source, chosen, size),
-        batch_size=batch_size,
-        collate_fn=_stack_ordered,
-        num_workers=workers,
-        worker_init_fn=ignore_in_worker,
-    )
-    with signals_held():
-        return iter(loader)
+    images = _OrderedImages(source, chosen, size)
+    order = BatchSampler(range(len(chosen)), batch_size, drop_last=False)
+    return batches_of(images, order, collate=_stack_ordered, workers=workers)

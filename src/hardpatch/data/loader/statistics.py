@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float64
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from hardpatch.data.images.decode import DecodeError, Sample
+from hardpatch.data.loader.processes import batches_of
 from hardpatch.data.loader.reading import read_whole
 from hardpatch.data.sources import Source
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked
-from hardpatch.runtime.signals import ignore_in_worker, signals_held
 
 _BATCH = 16
 
@@ -119,15 +119,11 @@ def measure(source: Source, *, workers: int = 0, indices: Sequence[int] | None =
         InputError: No pixel can be read.
     """
     chosen = range(len(source)) if indices is None else indices
-    loader = DataLoader(
-        _Read(source, chosen), batch_size=_BATCH, collate_fn=_merged, num_workers=workers,
-        worker_init_fn=ignore_in_worker,
-    )  # fmt: skip
-    with signals_held():
-        parts = iter(loader)
+    order = BatchSampler(range(len(chosen)), _BATCH, drop_last=False)
+    parts = batches_of(_Read(source, chosen), order, collate=_merged, workers=workers)
     whole, images = None, 0
     damaged: list[tuple[str, str]] = []
-    for part in tracked(parts, "measuring", total=len(loader), images_per_item=_BATCH) if indices is None else parts:
+    for part in tracked(parts, "measuring", total=len(order), images_per_item=_BATCH) if indices is None else parts:
         images, damaged = images + part.images, damaged + part.damaged
         if part.moments is not None:
             whole = part.moments if whole is None else whole.and_of(part.moments)

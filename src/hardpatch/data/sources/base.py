@@ -31,6 +31,8 @@ class Source(ABC):
 
     decoder: Decoder | None = None
     """How the bytes of :meth:`content` become what :meth:`read` returns; None where they are no file."""
+    unlabelled: Sequence[int] | np.ndarray = ()
+    """Images without a label in a source in which others have one; such labels are not used, see :attr:`labels`."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -60,7 +62,22 @@ class Source(ABC):
     @property
     @abstractmethod
     def labels(self) -> Sequence[str] | None:
-        """Class of every image, or None where the source has none."""
+        """Class of every image, or None where one of them has none."""
+
+    def without_labels(self) -> str:
+        """Which images have no label where others have one; nothing where that is not so."""
+        if not len(self.unlabelled):
+            return ""
+        first = self.name(int(self.unlabelled[0]))
+        return f": {len(self.unlabelled):,} of {len(self):,} images have none, {first} first"
+
+    def _only_complete(self, labels: Labels | None) -> Labels | None:
+        """These labels, or None where some images have none, which :attr:`unlabelled` then says."""
+        if labels is None or labels.complete:
+            return labels
+        if labels.present - {""}:
+            self.unlabelled = labels.gaps
+        return None
 
     def groups(self) -> Sequence[str] | None:
         """A name per image by which results may be split, or None."""

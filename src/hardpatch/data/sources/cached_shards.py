@@ -33,6 +33,9 @@ _THREADS = 8
 _FEW = 8
 """So many shards are looked at for statistics of a set that the disk cannot hold."""
 
+_FORM = "2"
+"""Of what is kept, index and labels: another one is fetched anew rather than misread."""
+
 SIDECAR = "index.json"
 """Beside the shards: ``{"shards": [{"name", "samples", "bytes"}, ...]}``."""
 
@@ -69,7 +72,7 @@ class CachedShard(Shard):
         self.downloads = downloads
         self.field = field
         self._file = remote.ending(listed.url)
-        self.key = downloads.key(listed.url, str(listed.size), listed.version)
+        self.key = downloads.key(_FORM, listed.url, str(listed.size), listed.version)
         self._index: ShardIndex | None = None
 
     @property
@@ -138,7 +141,7 @@ class CachedShard(Shard):
                     index = index_tar(plain)
             elif self._file.endswith(".parquet"):
                 with file.open("wb") as images:
-                    index = index_parquet(raw, images)
+                    index = index_parquet(raw, images, folder=None if remote.is_url(self.name) else raw.parent)
             else:
                 with raw.open("rb") as plain:
                     index = index_tar(plain)
@@ -201,7 +204,7 @@ def open_shards(urls: Sequence[str], *, decoder: Decoder, downloads: Downloads, 
         InputError: A shard cannot be had or is damaged, or the folder is too small for two of them.
     """
     try:
-        listed = _list(urls, field)
+        listed = _list([url if remote.is_url(url) else str(Path(url).absolute()) for url in urls], field)
     except UnreachableError as error:
         raise InputError(f"{field}: cannot reach {error}") from error
     shards = [CachedShard(each, downloads, field=field) for each in listed]
@@ -224,7 +227,7 @@ def open_shards(urls: Sequence[str], *, decoder: Decoder, downloads: Downloads, 
 
 
 def _list(urls: Sequence[str], field: str) -> list[Listed]:
-    """What is known of shards without fetching them."""
+    """What is known of shards without fetching them; every shard has one name, a URL or an absolute path."""
     listed: dict[str, Listed] = {}
     first = _describe(urls[0])  # so that what is wrong with all of them is said of what the user named
     for folder in sorted({_folder(url) for url in urls if remote.is_url(url)}):
@@ -243,7 +246,7 @@ def _folder(url: str) -> str:
 def _describe(url: str) -> Listed:
     if not remote.is_url(url):
         status = Path(url).stat()
-        return Listed(str(Path(url).absolute()), status.st_size, str(status.st_mtime_ns), None)
+        return Listed(url, status.st_size, str(status.st_mtime_ns), None)
     about = remote.describe(url)
     footer = remote.parquet_footer(url) if remote.ending(url).endswith(".parquet") else None
     return Listed(url, about.size, about.version, None if footer is None else footer[1])

@@ -7,6 +7,7 @@ forked processes share untouched and spawned ones receive in milliseconds.
 
 from __future__ import annotations
 
+import unicodedata
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ from pyarrow import compute
 from hardpatch.runtime.text import as_bytes, as_text
 
 _CHUNK = 65_536
+
+_NAN = ("nan", "NaN")
 
 
 class _Compact(Sequence[str]):
@@ -95,6 +98,20 @@ class Strings(_Compact):
         return list(map(as_text, self.array[part].to_pylist()))
 
 
+def clean_label(value: object) -> str | None:
+    """The class that a label stands for, however it is written; None where it is none: empty, NaN, or no single value.
+
+    Spaces around it do not count, and an accent is the same in both ways in which Unicode writes it. What ``str`` made
+    of NaN is NaN.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if value is None or isinstance(value, (list, tuple, dict, set, np.ndarray)):
+        return None
+    name = unicodedata.normalize("NFC", str(value).strip())
+    return None if not name or name in _NAN else name
+
+
 class Labels(_Compact):
     """The class of every image: one number each, and the names of the classes.
 
@@ -109,11 +126,38 @@ class Labels(_Compact):
         self._names = (*self.classes, "")
 
     @classmethod
-    def of(cls, labels: Iterable[str | None]) -> Labels:
-        """From one label after the other; None where an image has none."""
+    def of(cls, labels: Iterable[object], *, nan_is_a_name: bool = False) -> Labels:
+        """From one label after the other, as people write them (:func:`clean_label`).
+
+        Args:
+            labels: Of the images.
+            nan_is_a_name: ``nan`` is a class, as of folders, which nobody calls so for want of a label.
+        """
         classes: dict[str, int] = {}
-        codes = array("i", (-1 if name is None else classes.setdefault(name, len(classes)) for name in labels))
-        return cls(np.array(codes, np.int32), classes)
+        known: dict[str, int] = {}
+
+        def code(label: object) -> int:
+            written = label if isinstance(label, str) else clean_label(label)
+            if written is None:
+                return -1
+            if written not in known:
+                name = written if nan_is_a_name and written in _NAN else clean_label(written)
+                known[written] = -1 if name is None else classes.setdefault(name, len(classes))
+            return known[written]
+
+        return cls(np.array(array("i", map(code, labels)), np.int32), classes)
+
+    @classmethod
+    def numbered(cls, codes: np.ndarray, names: Sequence[str]) -> Labels:
+        """From numbers and what each means; -1 where an image has no label.
+
+        Raises:
+            ValueError: A number means nothing.
+        """
+        if len(codes) and not -1 <= codes.min() <= codes.max() < len(names):
+            raise ValueError(f"labels from {codes.min()} to {codes.max()}, and {len(names)} names of classes")
+        meant = cls.of(names, nan_is_a_name=True)
+        return cls(np.append(meant.codes, -1)[codes], meant.classes)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -128,6 +172,11 @@ class Labels(_Compact):
     def complete(self) -> bool:
         """Has every image a label?"""
         return bool((self.codes >= 0).all())
+
+    @property
+    def gaps(self) -> np.ndarray:
+        """Numbers of the images without a label."""
+        return np.flatnonzero(self.codes < 0)
 
     @property
     def present(self) -> set[str]:

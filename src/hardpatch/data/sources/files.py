@@ -27,18 +27,21 @@ class FileSource(Source):
     """
 
     def __init__(
-        self, paths: Sequence[str], *, decoder: Decoder, folder: str = "", labels: Sequence[str] | None = None
+        self, paths: Sequence[str], *, decoder: Decoder, folder: str = "", labels: Labels | None = None
     ) -> None:
         self.paths = paths if isinstance(paths, Strings) else Strings(paths)
         self.decoder: Decoder = decoder
         self.folder = folder
-        self._labels = labels
+        self._labels = self._only_complete(labels)
         self.others: Sequence[str] = ()
         """Files of a folder that are no images by their endings, below the folder."""
         absolute = compute.or_(
             compute.starts_with(self.paths.array, "/"), compute.match_substring(self.paths.array, "://")
         )
         self._all_relative = not compute.any(absolute).as_py()
+        if not self._all_relative and not remote.is_url(folder):  # all alike, however the folder was spelt
+            self.folder = os.path.join(os.path.abspath(folder), "")  # noqa: PTH100, PTH118  (with its slash)
+        self._quoted = folder.startswith(("http://", "https://"))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,17 +65,22 @@ class FileSource(Source):
     def names(self) -> Iterator[str]:
         """All paths."""
         if self._all_relative:
-            return map(self.folder.__add__, self.paths)
+            return map(self.folder.__add__, map(_quoted, self.paths) if self._quoted else self.paths)
         return map(self._located, self.paths)
 
     def _located(self, path: str) -> str:
         relative = self._all_relative or not (path.startswith("/") or remote.is_url(path))
-        return self.folder + path if relative else path
+        return self.folder + (_quoted(path) if self._quoted else path) if relative else path
 
     @property
     def labels(self) -> Sequence[str] | None:
         """Class of every file."""
         return self._labels
+
+
+def _quoted(path: str) -> str:
+    """A file name as a part of a URL, where these three characters mean something else."""
+    return path.replace("%", "%25").replace("#", "%23").replace("?", "%3F")
 
 
 def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:
@@ -83,7 +91,8 @@ def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:
     """
     others: list[str] = []
     paths = Strings(_walk(folder, field, others))
-    labels = Labels.of(path.partition("/")[0] for path in paths) if all("/" in path for path in paths) else None
+    below = all("/" in path for path in paths)
+    labels = Labels.of((path.partition("/")[0] for path in paths), nan_is_a_name=True) if below else None
     root = "" if str(folder) == "." else f"{str(folder).rstrip('/')}/"
     several = labels is not None and len(labels.classes) > 1
     source = FileSource(paths, decoder=decoder, folder=root, labels=labels if several else None)

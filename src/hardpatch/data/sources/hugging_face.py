@@ -39,7 +39,9 @@ class HubName(NamedTuple):
         Raises:
             InputError: None of these.
         """
-        path, at, split = spec.partition("@")
+        path, at, split = (spec, "", "") if Path(spec).expanduser().is_dir() else spec.rpartition("@")
+        if not at:
+            path, split = spec, ""
         if not path or (at and not split):
             raise InputError(f"{field}: must be hf:NAME, hf:NAME/CONFIG or either with @split, got {spec!r}")
         if Path(path).expanduser().is_dir():
@@ -69,7 +71,7 @@ class HuggingFaceSource(Source):
         self.decoder: Decoder = decoder
         self.title = title
         self.column = _image_column(dataset.features, title, field)
-        self._labels = _labels(dataset)
+        self._labels = self._only_complete(_labels(dataset, title, field))
         self.dataset = dataset.select_columns([self.column]).with_format(None)
         if isinstance(dataset.features[self.column], Image):
             self.dataset = self.dataset.cast_column(self.column, Image(decode=False))  # the bytes: decoding is ours
@@ -123,8 +125,12 @@ def _image_column(features: Any, title: str, field: str) -> str:
     return column
 
 
-def _labels(dataset: Any) -> Labels | None:
-    """Classes of all rows: a column of classes, or one that is called like one; None where a row has none."""
+def _labels(dataset: Any, title: str, field: str) -> Labels | None:
+    """Classes of all rows: a column of classes, or one that is called like one; None without such a column.
+
+    Raises:
+        InputError: Some are numbers that stand for no class.
+    """
     from datasets import ClassLabel, Value
 
     features = dataset.features
@@ -136,11 +142,12 @@ def _labels(dataset: Any) -> Labels | None:
     columns = dataset.select_columns([column]).with_format("arrow")
     if column in typed:
         parts = [batch.column(column).fill_null(-1).to_numpy() for batch in columns.iter(100_000)]
-        labels = Labels(np.concatenate(parts or [np.zeros(0, np.int64)]), features[column].names)
-    else:
-        batches = (batch.column(column).to_pylist() for batch in columns.iter(100_000))
-        labels = Labels.of(None if value is None else str(value) for batch in batches for value in batch)
-    return labels if labels.complete else None
+        try:
+            return Labels.numbered(np.concatenate(parts or [np.zeros(0, np.int64)]), features[column].names)
+        except ValueError as error:
+            raise InputError(f"{field}: {title} has {error} in its column {column!r}") from error
+    batches = (batch.column(column).to_pylist() for batch in columns.iter(100_000))
+    return Labels.of(value for batch in batches for value in batch)
 
 
 def is_saved(folder: Path) -> bool:

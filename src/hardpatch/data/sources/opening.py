@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from braceexpand import braceexpand
-
 from hardpatch.data.images.decode import EXTENSIONS, RGB, Decoder
 from hardpatch.data.sources import hugging_face, parquet, remote
 from hardpatch.data.sources.base import Source
 from hardpatch.data.sources.cached_shards import open_shards
+from hardpatch.data.sources.compact import Labels
 from hardpatch.data.sources.downloads import Downloads
 from hardpatch.data.sources.files import FileSource, open_folder
 from hardpatch.data.sources.left_out import told_of_others
+from hardpatch.data.sources.patterns import existing, expand, is_parts
 from hardpatch.data.sources.remote import UnreachableError
 from hardpatch.data.sources.shapes import ShapeLabel, ShapesSource
 from hardpatch.data.sources.shard_index import ARCHIVES
 from hardpatch.data.sources.shards import LocalShard, ShardSource
 from hardpatch.data.sources.tables import TABLES, read_table
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import say
 
 FORMS = "a folder, list.txt, table.csv, table.parquet, tar shards, a URL of one of these, hf:NAME or shapes:N"
 
 
+_INSTEAD = {
+    "ndarray": "save its images as files of a folder, such as .npy or .png, and give the folder",
+    "Tensor": "save its images as files of a folder, such as .npy or .png, and give the folder",
+    "Dataset": "call its save_to_disk(FOLDER) if it has one, or save its images as files, and give the folder",
+    "DatasetDict": "call its save_to_disk(FOLDER) and give the folder",
+    "DataFrame": "call its to_csv('table.csv') with a column 'path', and give 'table.csv'",
+    "Table": "write it with pyarrow.parquet.write_table, and give the file",
+    "list": "write the paths into list.txt, one a line, and give 'list.txt'",
+    "tuple": "write the paths into list.txt, one a line, and give 'list.txt'",
+}
+"""What to do with what is no path, by the name of its type or of one that it derives from."""
+
+
+def as_spec(data: object, *, field: str = "data") -> str:
+    """What a caller in Python names as data, as the command line would have it.
+
+    Raises:
+        InputError: It is no path or name.
+    """
+    if isinstance(data, str | os.PathLike):
+        return os.fsdecode(data)
+    kinds = [kind.__name__ for kind in type(data).__mro__]
+    hint = next((_INSTEAD[kind] for kind in kinds if kind in _INSTEAD), "save its images as files, and give the folder")
+    about = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
+    if (shape := getattr(data, "shape", None)) is not None:
+        about += f" of shape {tuple(shape)}"
+    raise InputError(f"{field}: must name {FORMS}, got a {about}; {hint}")
+
+
 def open_source(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     decoder: Decoder = RGB,
     image_size: tuple[int, int] = (224, 224),
@@ -50,18 +81,35 @@ def open_source(
     Raises:
         InputError: Nothing there, nothing readable, or no images in it.
     """
+    spec = as_spec(spec, field=field)
     if not spec:
         raise InputError(f"{field}: needs {FORMS}, got nothing")
     source = _open(spec, decoder, image_size, field, downloads or Downloads())
     if len(source) == 0:
         endings = ", ".join(sorted(EXTENSIONS))
         folder = Path(spec).expanduser()
-        shards = next((kind for kind in ("*.tar", "*.tar.gz") if folder.is_dir() and any(folder.glob(kind))), None)
+        kinds = ("*.tar", "*.tar.gz", "*.parquet")
+        shards = next((kind for kind in kinds if folder.is_dir() and any(folder.glob(kind))), None)
         hint = f"; it holds shards: give {str(folder / shards)!r}" if shards else ""
         if isinstance(source, FileSource) and (told := told_of_others(source)):
             hint += f". {told}"
         raise InputError(f"{field}: no images in {spec!r} (looked for {endings}){hint}")
+    _tell(source, spec, field)
     return source
+
+
+def _tell(source: Source, spec: str, field: str) -> None:
+    """Say what of a source is not used, or looks like a slip."""
+    if told := source.without_labels():
+        say(f"{field}: the labels of {spec!r} are not used{told}")
+    if isinstance(source, ShardSource) and (left_out := source.left_out()):
+        say(f"{field}: {left_out}")
+    if isinstance(source.labels, Labels):
+        alike: dict[str, list[str]] = {}
+        for name in source.labels.classes:
+            alike.setdefault(name.casefold(), []).append(name)
+        if twins := next((names for names in alike.values() if len(names) > 1), None):
+            say(f"{field}: {twins} are different classes in {spec!r}, though they differ only in upper and lower case")
 
 
 def _open(spec: str, decoder: Decoder, image_size: tuple[int, int], field: str, downloads: Downloads) -> Source:
@@ -73,22 +121,23 @@ def _open(spec: str, decoder: Decoder, image_size: tuple[int, int], field: str, 
         urls = hugging_face.shard_urls(spec.removeprefix("hf-stream:"), field=field)
         return open_shards(urls, decoder=decoder, downloads=downloads, field=field)
     ending = remote.ending(spec).lower() if remote.is_url(spec) else spec
-    if ending.endswith(ARCHIVES):
-        files = _expand(spec, field)
+    path = None if remote.is_url(spec) else existing(spec, field)
+    is_folder = path is not None and path.is_dir() and not is_parts(path)
+    if ending.endswith(ARCHIVES) and not is_folder:
+        files = expand(spec, field)
         if remote.is_url(files[0]):
             return open_shards(files, decoder=decoder, downloads=downloads, field=field)
         return ShardSource([LocalShard(Path(file), field=field) for file in files], decoder=decoder)
-    if ending.endswith(".parquet"):
+    if ending.rstrip("/").endswith(".parquet") and not is_folder:
         return _open_parquet(spec, decoder, field, downloads)
     if remote.is_url(spec):
         return _open_remote_table(spec, decoder, field)
-    path = _local(spec, field)
+    if path is None:
+        raise InputError(f"{field}: {spec!r} does not exist")
     if path.is_dir():
         if hugging_face.is_saved(path):
             return hugging_face.open_saved(path, decoder=decoder, field=field)
         return open_folder(path, decoder=decoder, field=field)
-    if not path.exists():
-        raise InputError(f"{field}: {spec!r} does not exist")
     if path.suffix.lower() in TABLES:
         return read_table(path, folder=_folder(path), shown=str(path), decoder=decoder, field=field)
     raise InputError(f"{field}: must be a folder, .txt, .csv, .parquet or .tar, got the file {spec!r}")
@@ -111,20 +160,20 @@ def _open_shapes(spec: str, decoder: Decoder, image_size: tuple[int, int], field
 
 def _open_parquet(spec: str, decoder: Decoder, field: str, downloads: Downloads) -> Source:
     """A table of paths, or files with images inside."""
-    files = _expand(spec, field)
+    files = expand(spec, field)
     if remote.is_url(files[0]):
         holds_images = _holds_images(files[0], field)
     else:
-        with parquet.open_parquet(Path(files[0]), field=field) as table:
-            holds_images = parquet.image_columns(table.schema_arrow) is not None
+        holds_images = any(parquet.holds_images(Path(file), field=field) for file in files)
     if holds_images:
         return open_shards(files, decoder=decoder, downloads=downloads, field=field)
-    if len(files) > 1:
-        raise InputError(f"{field}: {files[0]} holds no images; give one table of paths at a time")
     if remote.is_url(files[0]):
+        if len(files) > 1:
+            raise InputError(f"{field}: {files[0]} holds no images; give one table of paths at a time")
         return _open_remote_table(files[0], decoder, field)
-    path = Path(files[0])
-    return read_table(path, folder=_folder(path), shown=str(path), decoder=decoder, field=field)
+    path = existing(spec, field)
+    beside = Path(files[0]) if path is None else path  # of a folder of parts: the folder, which stands for the table
+    return read_table(*map(Path, files), folder=_folder(beside), shown=spec, decoder=decoder, field=field)
 
 
 def _holds_images(url: str, field: str) -> bool:
@@ -159,64 +208,5 @@ def _fetched(url: str) -> Iterator[Path]:
         yield file
 
 
-def _local(spec: str, field: str) -> Path:
-    """A path of this machine.
-
-    Raises:
-        InputError: It cannot be one.
-    """
-    try:
-        path = Path(spec).expanduser()
-        path.exists()
-    except RuntimeError as error:  # an unknown user's home folder
-        raise InputError(f"{field}: {spec!r} does not exist: {error}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{field}: cannot read {spec!r}: {getattr(error, 'strerror', None) or error}") from error
-    return path
-
-
 def _folder(file: Path) -> str:
     return "" if str(file.parent) == "." else f"{str(file.parent).rstrip('/')}/"
-
-
-def _expand(spec: str, field: str) -> list[str]:
-    """Files named by braces and stars, in sorted order.
-
-    Raises:
-        InputError: One of them does not exist.
-    """
-    try:
-        patterns = list(braceexpand(spec))
-    except ValueError as error:
-        raise InputError(f"{field}: unbalanced braces in {spec!r}") from error
-    files: list[str] = []
-    for pattern in patterns:
-        if remote.is_url(pattern):
-            files += _expand_url(pattern, field)
-            continue
-        path = _local(pattern, field)
-        found = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", pattern) else [path]
-        if not found or not all(file.is_file() for file in found):
-            missing = f"no shard {pattern!r}" if pattern.endswith(ARCHIVES) else f"{pattern!r} does not exist"
-            raise InputError(f"{field}: {missing}")
-        files += map(str, found)
-    return files
-
-
-def _expand_url(pattern: str, field: str) -> list[str]:
-    if pattern.startswith(("http://", "https://")):
-        if "*" in pattern:
-            raise InputError(
-                f"{field}: a web server cannot be asked which files match {pattern!r}; use braces: "
-                "shards-{000000..000099}.tar"
-            )
-        return [pattern]
-    if not re.search(r"[*?\[]", pattern):
-        return [pattern]
-    try:
-        found = remote.find(pattern)
-    except UnreachableError as error:
-        raise InputError(f"{field}: cannot list {error}") from error
-    if not found:
-        raise InputError(f"{field}: no shard {pattern!r}")
-    return found

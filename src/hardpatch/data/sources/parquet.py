@@ -27,15 +27,19 @@ class ImageColumns(NamedTuple):
     """Where a parquet file holds images and their classes."""
 
     image: str
-    label: str | None
+    label_column: str | None
     classes: tuple[str, ...]
     """Names of the classes where labels are numbers and the file says what they mean."""
 
-    def label_name(self, value: object) -> str | None:
-        """The class that a cell stands for; None where it has none."""
-        if value is None or (self.classes and value == -1):
-            return None
-        return self.classes[value] if self.classes and isinstance(value, int) else str(value)
+    def label(self, value: object) -> object:
+        """What a cell of the column of labels stands for; None where it is no label."""
+        if not self.classes or not isinstance(value, int):
+            return value
+        if not -1 <= value < len(self.classes):
+            raise ValueError(
+                f"a label {value} in the column {self.label_column!r}, which has {len(self.classes)} classes"
+            )
+        return None if value == -1 else self.classes[value]
 
 
 def open_parquet(file: Path, *, field: str) -> Any:
@@ -50,21 +54,50 @@ def open_parquet(file: Path, *, field: str) -> Any:
         raise InputError(f"{field}: cannot read {file}: {error}") from error
 
 
-def table_rows(file: Path, *, field: str) -> Iterator[tuple[object, object]]:
-    """Cells of the columns ``path`` and ``label`` of every row; no label column: ``...``.
+def holds_images(file: Path, *, field: str) -> bool:
+    """Are there images inside? Not where every row only names a file, as ``datasets`` may write it.
 
     Raises:
-        InputError: Damaged, or no column ``path``.
+        InputError: This is no parquet file.
+    """
+    with open_parquet(file, field=field) as table:
+        columns = image_columns(table.schema_arrow)
+        return columns is not None and not _only_paths(table, columns.image)
+
+
+def _only_paths(table: Any, image: str) -> bool:
+    """Has no row bytes of its own, though there are rows and they may name files?"""
+    kind = table.schema_arrow.field(image).type
+    if not pyarrow.types.is_struct(kind) or kind.get_field_index("path") < 0 or not table.metadata.num_rows:
+        return False
+    batches = table.iter_batches(64, columns=[f"{image}.bytes"], use_threads=False)
+    return all(cell is None or cell["bytes"] is None for batch in batches for cell in batch.column(0).to_pylist())
+
+
+def table_rows(file: Path, *, field: str) -> Iterator[tuple[object, object]]:
+    """Path and label of every row: of the columns ``path`` and ``label``, or of images that only name their files.
+
+    Where there is no column of labels, a label is ``...``.
+
+    Raises:
+        InputError: Damaged, or without paths.
     """
     with open_parquet(file, field=field) as table:
         names = table.schema_arrow.names
-        if "path" not in names:
+        images = image_columns(table.schema_arrow)
+        if "path" in names:
+            columns, wanted = ImageColumns("path", "label" if "label" in names else None, ()), ["path"]
+        elif images is not None:
+            columns, wanted = images, [f"{images.image}.path"]
+        else:
             raise InputError(f"{field}: {file} needs a column 'path', got {names}")
-        columns = [name for name in ("path", "label") if name in names]
+        wanted += [columns.label_column] if columns.label_column else []
         try:
-            for batch in table.iter_batches(columns=columns):
-                paths = batch.column("path").to_pylist()
-                yield from zip(paths, batch.column("label").to_pylist() if "label" in names else [...] * len(paths))
+            for batch in table.iter_batches(columns=wanted):
+                for row in batch.to_pylist():
+                    cell = row[columns.image]
+                    label = columns.label(row[columns.label_column]) if columns.label_column else ...
+                    yield cell["path"] if isinstance(cell, dict) else cell, label
         except (ValueError, OSError) as error:
             raise InputError(f"{field}: cannot read {file}: {error}") from error
 
@@ -103,36 +136,46 @@ def _features(schema: Any) -> dict[str, Any]:
     return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
 
 
-def index_parquet(shard: Path, images: BufferedIOBase) -> ShardIndex:
+def index_parquet(shard: Path, images: BufferedIOBase, *, folder: Path | None = None) -> ShardIndex:
     """List the images that lie in a parquet file, and write their bytes one after another to ``images``.
 
+    Args:
+        shard: The file.
+        images: Where the bytes go.
+        folder: Where files lie that it names instead of holding them; None: they cannot be had.
+
     Raises:
-        DamagedShardError: Damaged, or without images.
+        DamagedShardError: Damaged, without images, or it names a file that is not there.
     """
     sizes: list[int] = []
     keys: list[str] = []
-    labels: list[str | None] = []
+    labels: list[object] = []
     try:
         with parquet.ParquetFile(shard) as file:
             columns = image_columns(file.schema_arrow)
             if columns is None:
                 raise DamagedShardError(f"no column of images among {file.schema_arrow.names}")
-            wanted = [name for name in (columns.image, columns.label) if name]
+            wanted = [name for name in (columns.image, columns.label_column) if name]
             for batch in file.iter_batches(batch_size=64, columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
-                    content, path = _cell(row[columns.image])
+                    content, path = _cell(row[columns.image], folder)
                     images.write(content)
                     sizes.append(len(content))
                     keys.append(path or f"row {len(keys)}")
-                    labels.append(columns.label_name(row[columns.label]) if columns.label else None)
+                    labels.append(columns.label(row[columns.label_column]) if columns.label_column else None)
     except (ValueError, IndexError, OSError) as error:  # pyarrow's own errors derive from them
         raise DamagedShardError(str(error)) from error
     ends = np.cumsum(sizes, dtype=np.int64)
     return ShardIndex(ends - np.array(sizes, np.int64), np.array(sizes, np.int64), Strings(keys), Labels.of(labels))
 
 
-def _cell(cell: Any) -> tuple[bytes, str | None]:
+def _cell(cell: Any, folder: Path | None) -> tuple[bytes, str | None]:
     """Bytes and file name of one image; no bytes where there is none, which reading reports as damage."""
-    if isinstance(cell, dict):
-        return cell["bytes"] or b"", cell.get("path")
-    return cell or b"", None
+    if not isinstance(cell, dict):
+        return cell or b"", None
+    content, path = cell["bytes"], cell.get("path")
+    if content is None and path:
+        if folder is None:
+            raise ValueError(f"it does not hold the image {path!r}, only names it")
+        content = (folder / path).read_bytes()
+    return content or b"", path

@@ -109,8 +109,8 @@ class ShardSource(Source):
         indexes = [shard.known_index() for shard in shards]
         if known := [index for index in indexes if index is not None and len(index.labels)]:
             labels = Labels.join([index.labels for index in known])
-            if len(labels) == len(self) and labels.complete:
-                self._labels = labels
+            if len(labels) == len(self):
+                self._labels = self._only_complete(labels)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -142,6 +142,15 @@ class ShardSource(Source):
             members = shard.known_index()
             for key in range(shard.num_images) if members is None else members.keys:
                 yield f"{shard.name}:{key}"
+
+    def left_out(self) -> str:
+        """Members of the shards that are called images and cannot be read; nothing where there are none."""
+        indexes = ((shard, index) for shard in self.shards if (index := shard.known_index()) is not None)
+        members = [f"{shard.name}:{member}" for shard, index in indexes for member in index.left_out]
+        some = ", ".join(members[:3]) + (", ..." if len(members) > 3 else "")
+        return (
+            f"{len(members):,} members are links to what is not in their archive and left out: {some}" if some else ""
+        )
 
     @property
     def labels(self) -> Sequence[str] | None:

@@ -21,29 +21,28 @@ _CHECK_SOME = 1_000
 """Up to so many rows all files are looked for; of more, so many spread over the table. A run reports the others."""
 
 
-def read_table(file: Path, *, folder: str, shown: str, decoder: Decoder, field: str) -> FileSource:
+def read_table(*files: Path, folder: str, shown: str, decoder: Decoder, field: str) -> FileSource:
     """A list of paths, or a table with columns ``path`` and optionally ``label``.
 
     Args:
-        file: The table, on the disk.
+        files: The table, on the disk, or its parts.
         folder: What relative paths start from, with its closing slash; a folder or a URL.
         shown: What to call the table in a message.
         decoder: How the images are read.
         field: What to call the argument in a message.
 
     Raises:
-        InputError: It cannot be read, has no column ``path``, or a row lacks something or names no file.
+        InputError: It cannot be read, has no column ``path``, or a row has no path or names no file.
     """
-    labels: list[str] = []
+    labels: list[object] = []
 
     def paths() -> Iterator[str]:
-        for number, (path, label) in enumerate(_rows(file, shown, field), 1):
+        rows = (row for file in files for row in _rows(file, shown, field))
+        for number, (path, label) in enumerate(rows, 1):
             if not isinstance(path, str) or not path:
                 raise InputError(f"{field}: {shown}: row {number} has no path, got {path!r}")
-            if label is not ...:
-                if label is None or label == "":
-                    raise InputError(f"{field}: {shown} has a column 'label' but no label in row {number}")
-                labels.append(sys.intern(str(label)))  # one string per class, however many rows
+            if label is not ...:  # one string per class, however many rows
+                labels.append(sys.intern(label) if isinstance(label, str) else label)
             yield _tidy(path)
 
     found = Strings(paths())
@@ -101,7 +100,7 @@ def _without_zeros(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _csv_rows(rows: Iterator[list[str]], shown: str, field: str) -> Iterator[tuple[object, object]]:
-    header = next(rows, [])
+    header = [name.strip() for name in next(rows, [])]
     if header and "path" not in header:
         raise InputError(f"{field}: {shown} needs a column 'path', got {header}")
     path = header.index("path") if header else 0

@@ -99,8 +99,8 @@ def without_labels(source: Source, spec: str, field: str) -> str:
     stray = (
         [path for path in source.paths if "/" not in path] if isinstance(source, FileSource) and source.folder else []
     )
-    told = f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)"
-    if stray and len(stray) < len(source):
+    told = f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files){source.without_labels()}"
+    if not source.without_labels() and stray and len(stray) < len(source):
         told += (
             f": {len(stray):,} of {len(source):,} images lie beside the folders of the classes, {stray[0]!r} first; "
         )

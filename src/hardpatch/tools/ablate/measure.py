@@ -62,7 +62,9 @@ def open_images(base: Config, val_spec: str) -> Images:
     val = _open(val_spec, base, "val")
     for name, source in (("data", data), ("val", val)):
         if source.labels is None:
-            raise InputError(f"{name}: for accuracies both data and val need labels, and {name} has none")
+            raise InputError(
+                f"{name}: for accuracies both data and val need labels, and {name} has none{source.without_labels()}"
+            )
     class_indices(val.labels or [], sorted(set(data.labels or [])))
     if len(data) < NEIGHBOURS:
         raise InputError(f"data: needs at least {NEIGHBOURS} images for {NEIGHBOURS}-NN, got {len(data)}")
