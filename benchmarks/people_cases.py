@@ -172,6 +172,8 @@ def do_case(case: Case, servers: Servers, checkpoints: dict[int, Path], work: Pa
         kind = hold(case, made, work, code)
     except WrongError as wrong:
         return Outcome(case, wrong.kind, str(wrong))
+    except ValueError as error:  # what the command wrote cannot be opened
+        return Outcome(case, "wrong", f"{type(error).__name__}: {error}")
     said = (work / "stderr").read_text(errors="backslashreplace")
     told = next((line for line in said.splitlines() if line.startswith("hardpatch:")), said[-300:])
     return Outcome(case, kind, told if kind == "refused" else "")
