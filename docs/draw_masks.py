@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hardpatch.data.sources.drawn_shapes import make_shape
-from hardpatch.figures.hardness import save_figure
 from hardpatch.method.choices import MASKS, resolve
 from hardpatch.method.masks import MaskInput, hide_top, num_hidden_patches
 from hardpatch.method.vit import patchify, unpatchify
+from hardpatch.runtime.pictures import write_picture
 
 GRID = (14, 14)
 PATCH = (8, 8)
@@ -89,4 +89,4 @@ def draw() -> Figure:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("masks.png"))
-    save_figure(draw(), parser.parse_args().out)
+    write_picture(draw(), parser.parse_args().out)

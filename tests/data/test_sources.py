@@ -138,6 +138,16 @@ def test_list_that_is_no_text_is_refused(tmp_path):
     assert "cannot read" in refusal(tmp_path / "list.txt")
 
 
+@pytest.mark.parametrize("name", ["list.txt", "table.csv"])
+def test_names_in_a_table_are_the_bytes_of_the_disk(name, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(png())
+    (tmp_path / name).write_bytes(b"path\n" * name.endswith("csv") + b"caf\xe9.png\n")
+    source = open_source(str(tmp_path / name))
+    assert source.name(0) == str(path)
+    source.read(0)
+
+
 # Shards
 
 MEMBERS = [
@@ -221,7 +231,7 @@ def test_damaged_header_in_the_middle_of_a_tar_is_no_silent_end(tmp_path):
 
 
 def test_label_that_is_no_text_is_refused(tmp_path):
-    assert "cannot read the shard" in refusal(write_tar(tmp_path / "a.tar", [("1.cls", b"\xff"), ("1.png", png())]))
+    assert "cannot read the shard" in refusal(write_tar(tmp_path / "a.tar", [("1.cls", b"\xff\0"), ("1.png", png())]))
 
 
 # Shapes

@@ -1,17 +1,14 @@
-"""Boxes: read from both forms, found in maps of scores; torchvision and plain loops are the oracles."""
+"""Boxes: read from both forms, and what they cover of an image."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import ndimage
-from torchvision.ops import box_iou
 
 from hardpatch.config.evaluations import ForegroundConfig
 from hardpatch.data.sources import open_source
 from hardpatch.evaluate import foreground
-from hardpatch.evaluate.boxes import QUANTILES, box_overlaps, extents, largest_parts, overlap, read_boxes
-from hardpatch.evaluate.foreground import mean_finding
+from hardpatch.evaluate.boxes import read_boxes
 from hardpatch.runtime.errors import InputError
 from hardpatch.training.pretrain import train
 from places import SHARED
@@ -20,80 +17,6 @@ from tiny import tiny_config
 torch.set_num_threads(1)
 NATURE = SHARED / "data/nature"
 HEADER = "path,xmin,ymin,xmax,ymax\n"
-
-
-def largest_part_by_search(mask):
-    """Flood fill from every patch in reading order; the first part that is larger than all before."""
-    best, seen = set(), set()
-    for start in map(tuple, np.argwhere(mask)):
-        part, waiting = set(), [start]
-        while waiting:
-            y, x = waiting.pop()
-            if (y, x) in seen or not (0 <= y < mask.shape[0] and 0 <= x < mask.shape[1]) or not mask[y, x]:
-                continue
-            seen.add((y, x))
-            part.add((y, x))
-            waiting += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
-        if len(part) > len(best):
-            best = part
-    found = np.zeros_like(mask)
-    for place in best:
-        found[place] = True
-    return found
-
-
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.7, 1.0])
-def test_largest_parts_equal_a_flood_fill(share):
-    maps = np.random.default_rng(0).random((60, 7, 5)) < share
-    expected = np.stack([largest_part_by_search(mask) for mask in maps])
-    np.testing.assert_array_equal(largest_parts(maps), expected)
-
-
-def test_extents_equal_scipy():
-    maps = np.random.default_rng(1).random((40, 6, 9)) < 0.15
-    maps[:, 2, 3] = True
-    for mask, box in zip(maps, extents(maps)):
-        rows, columns = ndimage.find_objects(mask.astype(int))[0]
-        assert box.tolist() == [columns.start, rows.start, columns.stop, rows.stop]
-
-
-def test_overlap_equals_torchvision():
-    corners = np.random.default_rng(2).integers(0, 20, (2, 30, 2))
-    sizes = np.random.default_rng(3).integers(1, 12, (2, 30, 2))
-    a, b = np.concatenate([corners, corners + sizes], axis=2)
-    np.testing.assert_allclose(overlap(a, b[:7]), box_iou(torch.from_numpy(a), torch.from_numpy(b[:7])), rtol=1e-6)
-
-
-def test_overlaps_equal_a_loop():
-    generator = np.random.default_rng(4)
-    scores, grid, patch = generator.integers(0, 30, (12, 20)).astype(float), (4, 5), (6, 8)
-    boxes = [np.array([[3, 2, 3 + w, 2 + h] for w, h in generator.integers(4, 20, (1 + i % 3, 2))]) for i in range(12)]
-    found = box_overlaps(scores, boxes, grid=grid, patch=patch)
-    for row in range(12):
-        for column, quantile in enumerate(QUANTILES):
-            mask = (scores[row] >= np.quantile(scores[row], quantile)).reshape(grid)
-            rows, columns = ndimage.find_objects(largest_part_by_search(mask).astype(int))[0]
-            box = [columns.start * 8, rows.start * 6, columns.stop * 8, rows.stop * 6]
-            expected = box_iou(torch.tensor([box]), torch.from_numpy(boxes[row])).max().item()
-            assert found[row, column] == pytest.approx(expected)
-
-
-def test_scores_that_know_the_object_find_its_box():
-    truth = np.zeros((1, 6, 6), dtype=bool)
-    truth[0, 1:4, 2:6] = True
-    scores = truth.reshape(1, -1) + 0.0
-    assert box_overlaps(scores, [extents(truth)[0][None] * 8], grid=(6, 6), patch=(8, 8)).max() == 1
-    distracted = scores.copy()
-    distracted[0, 30] = 2  # one higher patch elsewhere: the box of the largest part does not mind
-    assert box_overlaps(distracted, [extents(truth)[0][None] * 8], grid=(6, 6), patch=(8, 8)).max() == 1
-
-
-def test_one_threshold_for_all_is_never_better_than_one_for_each():
-    figures, overlaps = np.ones((3, 3)), np.array([[0.2, 0.6], [0.9, 0.1], [0.5, 0.5]])
-    figures[2] = np.nan  # an image without contrast
-    found = mean_finding(figures, overlaps)
-    assert found.best_box_iou == pytest.approx((0.6 + 0.9) / 2)
-    assert found.box_iou == pytest.approx((0.2 + 0.9) / 2)
 
 
 @pytest.fixture
@@ -118,8 +41,12 @@ def read(folder, rows, size=(20, 20)):
     return read_boxes(path, open_source(str(folder / "images")), size)
 
 
-def corners(masks):
-    return extents(masks.numpy()).tolist()
+def covered(*boxes, size=(20, 20)):
+    """A mask of boxes: left, top, right, bottom, the last two just outside."""
+    mask = torch.zeros(*size, dtype=torch.bool)
+    for left, top, right, bottom in boxes:
+        mask[top:bottom, left:right] = True
+    return mask
 
 
 def test_a_table_of_boxes(pictures, capsys):
@@ -128,19 +55,21 @@ def test_a_table_of_boxes(pictures, capsys):
         "a/1.png,10,0,12,4\n./a/1.png,12,5,29,19\nb/1,0,0,3,3\n2.png,1,2,1,2\nb/3.png,0,0,3,3\nx.png,0,0,1,1\n",
     )
     assert set(found) == {0, 2}  # of b/1 the box lies left of the part in the middle that is seen; b/3 is damaged
-    assert corners(found[0]) == [[0, 0, 3, 5], [2, 5, 20, 20]]
-    assert corners(found[2]) == [[1, 2, 2, 3]]
+    assert torch.equal(found[0], covered((0, 0, 3, 5), (2, 5, 20, 20)))
+    assert torch.equal(found[2], covered((1, 2, 2, 3)))
     assert "1 of 6 lines name no image of these, the first 'x.png'" in capsys.readouterr().err
 
 
 def test_an_array_of_boxes(pictures):
     found = read(pictures, np.array([[10, 0, 12, 4], [0, 0, 0, 0], [1, 2, 1, 3], [0, 0, 9, 9]], dtype=np.uint8))
-    assert {index: corners(masks) for index, masks in found.items()} == {0: [[0, 0, 3, 5]], 2: [[1, 2, 2, 4]]}
+    assert found.keys() == {0, 2}
+    assert torch.equal(found[0], covered((0, 0, 3, 5)))
+    assert torch.equal(found[2], covered((1, 2, 2, 4)))
 
 
 def test_an_image_of_another_size_brings_its_box_along(pictures):
     found = read(pictures, "2.png,5,10,14,19\n", size=(40, 40))
-    assert corners(found[2]) == [[10, 20, 30, 40]]
+    assert torch.equal(found[2], covered((10, 20, 30, 40), size=(40, 40)))
 
 
 @pytest.mark.parametrize(
@@ -201,27 +130,24 @@ def test_foreground_with_boxes_leaves_out_images_without_one(tmp_path, capsys):
     )
     result = foreground.run(config)
     assert (result.num_images, result.damaged) == (3, 1)
-    assert result.measures["patch_variance"] == (1, 1, 1, 1, 1)
-    assert result.whole_image_iou == pytest.approx(16 * 16 / 32**2)
+    assert result.measures["patch_variance"] == (1, 1, 1)
     assert "5.png" in capsys.readouterr().err
     with pytest.raises(InputError, match="boxes: give masks or boxes"):
         foreground.run(ForegroundConfig(config.checkpoint, config.images, masks="m", boxes="b", device="cpu"))
 
 
-def test_masks_and_the_boxes_around_them_name_the_same_objects(tmp_path):
+def test_masks_of_the_source_and_the_same_masks_by_number_give_the_same_foreground():
     source = open_source("shapes:24", image_size=(32, 32))
-    masks = np.stack([source.read(index).mask.numpy() for index in range(24)])
-    expected = extents(largest_parts(masks))
-    np.save(tmp_path / "boxes.npy", expected - [0, 0, 1, 1])
-    boxes = read_boxes(tmp_path / "boxes.npy", source, (32, 32))
-    for known in (None, boxes):
+    masks = torch.stack([source.read(index).mask for index in range(24)])
+    expected = foreground.foreground_patches(masks, (8, 8)).numpy()
+    for known in (None, dict(enumerate(masks))):
         found = foreground.measure_images(
             lambda images: {"patch_variance": np.zeros((len(images), 16)), "attention": None},
-            foreground.Objects(source, (32, 32), boxes=known), patch=(8, 8), device=torch.device("cpu"),
+            foreground.Objects(source, (32, 32), known), patch=(8, 8), device=torch.device("cpu"),
         )  # fmt: skip
         assert found.indices == list(range(24))
         assert found.scores.keys() == {"patch_variance"}
-        np.testing.assert_array_equal(np.concatenate(found.objects), expected)
+        np.testing.assert_array_equal(found.foreground, expected)
 
 
 @pytest.mark.skipif(not NATURE.is_dir(), reason="needs ../shared/data/nature")
@@ -230,4 +156,4 @@ def test_boxes_of_nature_fit_its_shards():
     boxes = np.load(NATURE / "boxes_val.npy")
     found = read_boxes(NATURE / "boxes_val.npy", source, (64, 64))
     assert len(found) == len(source) == 2300
-    assert corners(found[7]) == [(boxes[7] + [0, 0, 1, 1]).tolist()]
+    assert torch.equal(found[7], covered((boxes[7] + [0, 0, 1, 1]).tolist(), size=(64, 64)))

@@ -11,8 +11,9 @@ from hardpatch.data.images.decode import DecodeError, Sample
 from hardpatch.data.loader.loading import Normalise
 from hardpatch.data.sources import Source
 from hardpatch.evaluate.classify.accuracy import top_k_accuracy
-from hardpatch.evaluate.classify.knn import knn_accuracy, knn_votes
-from hardpatch.evaluate.features import LabelledSplit, extract_features, pool
+from hardpatch.evaluate.classify.knn import knn_top1, knn_votes
+from hardpatch.evaluate.classify.labelled_images import LabelledImages, Subset
+from hardpatch.evaluate.features import extract_features, pool, split_features
 from hardpatch.method.vit import create_encoder, encode
 from hardpatch.runtime.errors import InputError
 
@@ -60,8 +61,8 @@ def vit():
     return create_encoder("vit_tiny_patch16_224", image_size=SIZE, patch_size=4, width=16, depth=1, heads=2)
 
 
-def features(vit, source, pooling="mean", indices=None):
-    return extract_features(vit, source, NORMALISE, size=SIZE, pooling=pooling, device=CPU, indices=indices)
+def features(vit, source, pooling="mean"):
+    return extract_features(vit, source, NORMALISE, size=SIZE, pooling=pooling, device=CPU)
 
 
 def clusters(num, seed):
@@ -143,11 +144,13 @@ def test_damaged_images_are_left_out_and_nothing_shifts(vit):
     assert {item.reason for item in found.damaged} == {"scratched"}
 
 
-def test_chosen_images_come_in_source_order(vit):
+def test_a_part_of_a_source_keeps_its_images_and_labels(vit):
     whole = features(vit, Images(20))
-    found = features(vit, Images(20, damaged=[7]), indices=[9, 3, 7, 15])
-    assert found.indices == [3, 9, 15]
-    torch.testing.assert_close(found.values, whole.values[[3, 9, 15]], rtol=1e-4, atol=1e-5)
+    part = Subset(Images(20, damaged=[7]), [3, 7, 8, 15])
+    found = features(vit, part)
+    assert found.indices == [0, 2, 3]
+    torch.testing.assert_close(found.values, whole.values[[3, 8, 15]], rtol=1e-4, atol=1e-5)
+    assert [part.labels[i] for i in found.indices] == ["b", "a", "b"]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -167,23 +170,11 @@ def test_a_source_without_a_readable_image_is_refused(vit):
 def test_accuracy_survives_damaged_images_on_both_sides(vit):
     """Labels follow their images: brightness tells the two classes apart, whatever is missing."""
     train, val = Images(41, damaged=[0, 5, 6]), Images(20, damaged=[3])
-    split = LabelledSplit(train, val, list(range(41)), list(range(20)), ["a", "b"])
-    accuracy = knn_accuracy(
-        vit, split, NORMALISE, size=SIZE, ks=(5, 1), temperature=0.07, pooling="mean", device=CPU, bf16=False
-    )
-    assert accuracy == {1: (100.0, 100.0), 5: (100.0, 100.0)}
+    split = LabelledImages(train, val, ["a", "b"])
+    found = split_features(vit, split, NORMALISE, size=SIZE, pooling="mean", device=CPU, bf16=False)
+    assert [knn_top1(found, split, k=k) for k in (5, 1)] == [100.0, 100.0]
     with pytest.raises(InputError, match=r"k: .*\(38\), got 39"):
-        knn_accuracy(
-            vit,
-            split,
-            NORMALISE,
-            size=SIZE,
-            ks=(39,),
-            temperature=0.07,
-            pooling="mean",
-            device=CPU,
-            bf16=False,
-        )
+        knn_top1(found, split, k=39)
 
 
 def test_cosine_is_what_the_bank_is_compared_by():

@@ -19,9 +19,9 @@ from hardpatch.data.sources import open_source
 from hardpatch.evaluate import contenders
 from hardpatch.evaluate.classify import knn, linear
 from hardpatch.evaluate.classify.knn import knn_votes
-from hardpatch.evaluate.classify.labelled_images import choose_per_class
+from hardpatch.evaluate.classify.labelled_images import LabelledImages, choose_per_class
 from hardpatch.evaluate.contenders import Contender, open_contenders, standings
-from hardpatch.evaluate.features import pool, split_features, whole_split
+from hardpatch.evaluate.features import pool, split_features
 from hardpatch.runs.load import LoadedRun, load_encoder
 from hardpatch.runtime.errors import InputError
 from hardpatch.training.pretrain import train
@@ -288,7 +288,7 @@ def test_the_command_prints_tables_keeps_the_figures_and_draws(runs, capsys):
 
 def test_hardness_is_the_predicted_loss_standardised_within_each_image(runs):
     loaded, source = LoadedRun(runs / "run"), open_source(TRAIN, image_size=(32, 32))
-    split = whole_split(source, source, [])
+    split = LabelledImages(source, source, [])
     (contender, untrained) = open_contenders(loaded, (), pooling="hardness")
     made = [
         split_features(

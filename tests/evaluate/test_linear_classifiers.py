@@ -12,7 +12,7 @@ from torch import nn
 
 from hardpatch.evaluate.classify import linear_classifiers as module
 from hardpatch.evaluate.classify.accuracy import top_k_accuracy
-from hardpatch.evaluate.classify.linear_classifiers import held_out, linear_accuracy, logistic, probe, train_probes
+from hardpatch.evaluate.classify.linear_classifiers import held_out, logistic, probe, train_probes
 from hardpatch.runtime.errors import InputError
 
 torch.set_num_threads(1)
@@ -87,10 +87,10 @@ def test_accuracy_of_the_published_probe_is_near_scikit_learns(batch_size):
     scaler = StandardScaler().fit(train.numpy())
     oracle = LogisticRegression(max_iter=1000).fit(scaler.transform(train.numpy()), labels.numpy())
     expected = 100 * oracle.score(scaler.transform(val.numpy()), truth.numpy())
-    found = linear_accuracy(train, labels, val, truth, num_classes=NUM_CLASSES, batch_size=batch_size)
+    found = probe(train, labels, val, num_classes=NUM_CLASSES, rates=(0.3,), batch_size=batch_size)
     assert 50 < expected < 95  # neither hopeless nor trivial
-    assert found.top1 == pytest.approx(expected, abs=2.5)
-    assert found.top5 == 100
+    assert top_k_accuracy(found.logits, truth, 1) == pytest.approx(expected, abs=2.5)
+    assert top_k_accuracy(found.logits, truth, 5) == 100
 
 
 def test_logistic_mode_is_scikit_learns():
@@ -176,14 +176,14 @@ def test_same_seed_same_probe_and_another_seed_another():
 def test_constant_features_are_harmless():
     train, labels = clusters(100, 0, spread=0.3)
     train[:, 3] = 7.0
-    found = linear_accuracy(train, labels, train, labels, num_classes=NUM_CLASSES)
-    assert found.top1 == 100
+    found = probe(train, labels, train, num_classes=NUM_CLASSES, rates=(0.3,))
+    assert top_k_accuracy(found.logits, labels, 1) == 100
 
 
 def test_too_few_images_are_refused():
     train, labels = clusters(5, 0)
     with pytest.raises(InputError, match="at least 2 readable images"):
-        linear_accuracy(train[:1], labels[:1], train, labels, num_classes=NUM_CLASSES)
+        probe(train[:1], labels[:1], train, num_classes=NUM_CLASSES, rates=(0.3,))
     with pytest.raises(InputError, match="no class has two"):
         probe(train, labels, train, num_classes=NUM_CLASSES, rates=(0.1, 1.0))
     with pytest.raises(InputError, match="at least 2 classes"):

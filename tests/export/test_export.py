@@ -15,10 +15,13 @@ import hardpatch
 from hardpatch.cli import main
 from hardpatch.config.commands import ExportConfig
 from hardpatch.data.loader.loading import Cover, Normalise
+from hardpatch.evaluate.classify.classifier import build_classifier, save_classifier
 from hardpatch.export import export, huggingface
 from hardpatch.export.backbone import Pooled, read_backbone
 from hardpatch.export.export import FORMATS
 from hardpatch.method.vit import encode
+from hardpatch.runs.build import timm_arguments
+from hardpatch.runs.kinds import CLASSIFIER_FILE
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.names import from_hugging_face, to_hugging_face
 from random_run import random_run
@@ -342,3 +345,48 @@ def test_a_checkpoint_file_knows_its_run(trained):
     assert found.config == tiny_config()
     assert found.run.path == trained
     assert found.step == 12
+
+
+@pytest.fixture(scope="module")
+def classifier(trained):
+    """A fine-tuned classifier of a run, whose last norm and head are far from their start; and its scores."""
+    folder = trained / "finetune"
+    folder.mkdir()
+    model = build_classifier(
+        timm_arguments(tiny_config()), hardpatch.load_encoder(trained), num_classes=3, drop_path=0.0, seed=0
+    ).eval()
+    with torch.no_grad():
+        for parameter in (*model.fc_norm.parameters(), *model.head.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    save_classifier(folder / CLASSIFIER_FILE, model, timm_arguments(tiny_config()), ["ant", "bee", "cat"])
+    images = pictures_and_images((3, 32, 32))[1]
+    with torch.no_grad():
+        return folder / CLASSIFIER_FILE, images, model(images)
+
+
+@pytest.mark.parametrize("form", ["timm", "safetensors", "onnx", "torch"])
+def test_a_fine_tuned_classifier_is_exported_with_its_last_norm_and_its_head(form, classifier, tmp_path):
+    file, images, expected = classifier
+    result = write(file if form != "timm" else file.parent, tmp_path, form)
+    assert result.output == "scores"
+    found: dict = {"images": images.numpy() if form == "onnx" else images}
+    exec("\n".join(result.usage), found)
+    np.testing.assert_allclose(np.asarray(found["features"].data), expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert "ant, bee, cat" in Path(result.card).read_text()
+    if form == "timm":
+        assert found["backbone"].pretrained_cfg["label_names"] == ["ant", "bee", "cat"]
+    if form == "safetensors":
+        assert torch.equal(hardpatch.load_classifier(result.out)(images), found["backbone"](images))
+        assert hardpatch.load_classifier(result.out).pretrained_cfg["label_names"] == ["ant", "bee", "cat"]
+
+
+def test_what_a_classifier_has_no_form_for_is_refused(classifier, tmp_path):
+    with pytest.raises(InputError, match="fine-tuned classifier, which averages patch tokens"):
+        write(classifier[0], tmp_path, "hf")
+    with pytest.raises(InputError, match=r"pooling: .*is a fine-tuned classifier, which gives scores"):
+        write(classifier[0], tmp_path, "torch", pooling="mean")
+    with pytest.raises(InputError, match="is a fine-tuned classifier: load_classifier gives all of it"):
+        hardpatch.load_encoder(classifier[0])
+    with pytest.raises(InputError, match=r"is an encoder alone, .*no classifier"):
+        hardpatch.load_classifier(write(classifier[0].parent.parent, tmp_path, "safetensors").out)
+    assert not list(tmp_path.glob("*.pt2"))

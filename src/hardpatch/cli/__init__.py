@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import TextIOWrapper
 from typing import NamedTuple, NoReturn
 
 from hardpatch.cli.ablate import ablate
@@ -72,6 +73,9 @@ GROUPS = {"evaluate": "evaluation", "data": "command for data", "benchmark": "be
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and leave with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that is not UTF-8 shows escapes, and nothing ends for it
+            stream.reconfigure(errors="backslashreplace")
     try:
         _dispatch(given)
         sys.stdout.flush()
@@ -81,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise SystemExit(141) from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
+            complain(f"{error.strerror}: {error.filename}")
+            raise SystemExit(2) from None
         if not _temporary_folder():
             complain(
                 "TMPDIR: must name a folder that can be written to, as there is no other for temporary files (/tmp, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hardpatch.cli.flags import parse_with_fields
-from hardpatch.cli.output import print_json
+from hardpatch.cli.output import print_json, show
 
 
 def ablate(arguments: list[str]) -> None:
@@ -20,11 +20,11 @@ def ablate(arguments: list[str]) -> None:
     result = ablate(config, given)
     if not distributed.is_main_of_environment():
         return
-    print(Path(result["table"]).read_text())
+    show(Path(result["table"]).read_text())
     if (figure := Path(result["table"]).with_suffix(".png")).is_file():
-        print(f"look:  {figure}")
+        show(f"look:  {figure}")
     useful = sorted((run for run in result["runs"] if not run["failed"]), key=lambda r: r["rank_correlation"] is None)
     run = useful[0]["folder"]
-    print(f"next:  hardpatch visualize --checkpoint {run} --images {given['data']!r} --out hard.png")
+    show(f"next:  hardpatch visualize --checkpoint {run} --images {given['data']!r} --out hard.png")
     if as_json:
         print_json(result)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hardpatch.cli.flags import parse
-from hardpatch.cli.output import print_json, print_table
+from hardpatch.cli.output import print_json, print_table, show
 from hardpatch.runtime.errors import Interrupted
 
 
@@ -33,15 +33,15 @@ def benchmark_data(arguments: list[str]) -> None:
     from hardpatch.tools.benchmark.presentation import loader_table, save
 
     result = data.run(config)
-    print(f"{result['images']}; {result['device']}, one core")
+    show(f"{result['images']}; {result['device']}, one core")
     header, *rows = loader_table(result)
     print_table(header, rows)
     for line in data.verdict(result):
-        print(line)
+        show(line)
     if config.out:
         save(result, Path(config.out), "images_per_second_per_core", "plain", f"{result['images']}; {result['device']}")
-        print(f"look:  {Path(config.out).with_suffix('.png')}")
-    print(
+        show(f"look:  {Path(config.out).with_suffix('.png')}")
+    show(
         "next:  hardpatch data pack SRC --out DIR    shards that are quick to read; "
         "hardpatch pretrain --cache ram, where they fit"
     )
@@ -61,15 +61,15 @@ def report_steps(result: dict[str, Any], out: str, next_command: str, *, as_json
         f"{result['model']} at {result['settings']['image_size']} px, batch {result['settings']['batch_size']}, "
         f"{result['precision']}{', compiled' if result['compiled'] else ''}, {result['device']}; {result['measured']}"
     )
-    print(about)
+    show(about)
     header, *rows = step_table(result)
     print_table(header, rows)
     peaks = ", ".join(f"{name} {value:.2f}" for name, value in result["matmul_peak_tflops"].items())
-    print(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the first")
+    show(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the first")
     if out:
         save(result, Path(out), "images_per_second", "reference" if result["ratio_to_reference"] else "mae", about)
-        print(f"look:  {Path(out).with_suffix('.png')}")
-    print(f"next:  {next_command}")
+        show(f"look:  {Path(out).with_suffix('.png')}")
+    show(f"next:  {next_command}")
     if as_json:
         print_json(result)
     if result["failed"]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hardpatch.cli.flags import parse
-from hardpatch.cli.output import print_json, print_table
+from hardpatch.cli.output import print_json, print_table, show
+from hardpatch.runtime.text import quoted
 
 _SHOWN = 20
 """Lines of a long list that are printed."""
@@ -38,18 +39,20 @@ def data_check(arguments: list[str]) -> None:
         ("size", dict(list(result.sizes.items())[:10])),
     ):
         if counts:
-            print()
+            show()
             print_table((title, "images"), [(name, f"{count:,}") for name, count in counts.items()])
     if result.loaded:
-        print()
+        show()
         rows = [(name, *(f"{value:,.0f}" for value in spread.values())) for name, spread in
                 (("width", result.width), ("height", result.height))]  # fmt: skip
         print_table(("pixels", "lowest", "median", "highest"), rows)
     if result.value_range:
         low, high = result.value_range
-        print(f"\nvalues of images that are not 8-bit: {low:g} to {high:g}")
+        show(f"\nvalues of images that are not 8-bit: {low:g} to {high:g}")
+        if result.advice:
+            show(f"mind:  {result.advice}")
     if result.damaged:
-        print()
+        show()
         print_table(
             ("damaged", "reason"), [(_below(data, name), _short(reason)) for name, reason in result.damaged[:_SHOWN]]
         )
@@ -57,12 +60,12 @@ def data_check(arguments: list[str]) -> None:
     _print_groups("the same bytes", result.duplicates, data)
     _print_groups("look the same", result.near_duplicates, data)
     if result.skipped:
-        print()
+        show()
         print_table(("skipped: no ending of an image",), [(_below(data, name),) for name in result.skipped[:_SHOWN]])
         _more(result.skipped)
-    print()
+    show()
     for line in _next_steps(config, result):
-        print(line)
+        show(line)
     if as_json:
         print_json(check.as_json(result))
 
@@ -98,7 +101,7 @@ def _print_groups(title: str, groups: Sequence[Sequence[str]], data: str) -> Non
             first, *others = (_below(data, name) for name in group[:4])
             more = f" and {len(group) - 4:,} more" if len(group) > 4 else ""
             rows.append((f"{len(group):,}", first, ", ".join(others) + more))
-        print()
+        show()
         print_table((title, "first", "others"), rows)
         _more(groups)
 
@@ -110,7 +113,7 @@ def _below(data: str, name: str) -> str:
 
 def _more(items: Sequence[object]) -> None:
     if len(items) > _SHOWN:
-        print(f"... and {len(items) - _SHOWN:,} more (--json has all)")
+        show(f"... and {len(items) - _SHOWN:,} more (--json has all)")
 
 
 def _short(reason: str, most: int = 100) -> str:
@@ -119,15 +122,14 @@ def _short(reason: str, most: int = 100) -> str:
 
 def _next_steps(config, result) -> list[str]:  # type: ignore[no-untyped-def]
     """What to do with what was found."""
-    import shlex
     from pathlib import Path
 
     data, lines = config.data, []
     if config.out:
         out = Path(config.out)
         lines.append(f"look:  {out / 'contact_sheet.png'}, {out / 'images.csv'}")
-    good = Path(config.out) / "good.txt"
-    if config.out and good.is_file() and (result.damaged or result.duplicates):
+    good = next((file for name in ("good.txt", "good.csv") if (file := Path(config.out) / name).is_file()), None)
+    if config.out and good and (result.damaged or result.duplicates):
         data = str(good)
         lines.append(f"{good} lists the files that load, one of each kind of copy")
     if not result.loaded:
@@ -140,9 +142,7 @@ def _next_steps(config, result) -> list[str]:  # type: ignore[no-untyped-def]
     if not set(channels) <= {1, 3} and len(channels) > 1:
         lines.append(f"the images have different numbers of channels ({', '.join(result.channels)}); "
                      "a run reads them all as --channels, and leaves those out that do not fit")  # fmt: skip
-    lines.append(
-        f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data {shlex.quote(data)} {flags}--out runs/first"
-    )
+    lines.append(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data {quoted(data)} {flags}--out runs/first")
     return lines
 
 
@@ -160,19 +160,17 @@ def data_stats(arguments: list[str]) -> None:
     ]
     print_table(("channel", "mean", "std"), rows)
     left_out = f"; {len(result.damaged):,} damaged left out" if result.damaged else ""
-    print(f"\n{result.images:,} images{left_out}; values in 0..1")
+    show(f"\n{result.images:,} images{left_out}; values in 0..1")
     for name, reason in result.damaged[:_SHOWN]:
-        print(f"  {_below(config.data, name)}: {_short(reason)}")
+        show(f"  {_below(config.data, name)}: {_short(reason)}")
     _more(result.damaged)
-    print(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels {stats.flags(config, result)} --out RUN")
+    show(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels {stats.flags(config, result)} --out RUN")
     if as_json:
         print_json(result._asdict() | {"damaged": [{"path": name, "reason": why} for name, why in result.damaged]})
 
 
 def data_pack(arguments: list[str]) -> None:
     """``hardpatch data pack``."""
-    import shlex
-
     from hardpatch.config.commands import PackConfig
 
     config, as_json = parse(PackConfig, "data pack", source_first(arguments))
@@ -194,14 +192,13 @@ def data_pack(arguments: list[str]) -> None:
         ],
     )
     for damage in result.damaged[:_SHOWN]:
-        print(f"  {_below(config.data, damage.name)}: {_short(damage.reason)}")
+        show(f"  {_below(config.data, damage.name)}: {_short(damage.reason)}")
     if len(result.damaged) > _SHOWN:
-        print(f"... and {len(result.damaged) - _SHOWN:,} more; {result.out}/index.json lists them all")
+        show(f"... and {len(result.damaged) - _SHOWN:,} more; {result.out}/index.json lists them all")
     flags = "" if result.channels == 3 else f" --channels {result.channels}"
     flags += "" if config.no_data is None else f" --no-data {config.no_data:g}"
-    print(
-        "next:  hardpatch pretrain --recipe hpm-fast-in-pixels "
-        f"--data {shlex.quote(result.out + '/*.tar')}{flags} --out RUN"
+    show(
+        f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data {quoted(result.out + '/*.tar')}{flags} --out RUN"
     )
     if as_json:
         print_json(pack.as_json(result))

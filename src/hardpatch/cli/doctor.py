@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 from hardpatch.cli.flags import parse
-from hardpatch.cli.output import complain, print_json
+from hardpatch.cli.output import complain, print_json, show
 from hardpatch.tools.doctor import Finding
 
 WIDTH = 110
@@ -40,11 +40,11 @@ def doctor(arguments: list[str]) -> None:
             complain(f"{finding.about}: {finding.found}")  # the main process may never hear of it
     result = summary(findings)
     if is_main:
-        print(f"\n{_count(result['problems'], 'problem')}, {_count(result['warnings'], 'warning')}")
+        show(f"\n{_count(result['problems'], 'problem')}, {_count(result['warnings'], 'warning')}")
         if result["problems"]:
-            print("next:  mend what is marked !! and run hardpatch doctor again")
+            show("next:  mend what is marked !! and run hardpatch doctor again")
         else:
-            print(f"next:  hardpatch plan --data {config.data or 'IMAGES'} --budget 8h    what is possible here")
+            show(f"next:  hardpatch plan --data {config.data or 'IMAGES'} --budget 8h    what is possible here")
         if as_json:
             print_json(result)
     if result["problems"]:
@@ -59,7 +59,7 @@ def _show(finding: Finding) -> None:
             f"-> {finding.advice}", WIDTH, initial_indent="  ", subsequent_indent="     ", break_on_hyphens=False
         )
     for number, line in enumerate(lines):
-        print(f"{MARKS[finding.state] if number == 0 else '':<3} {line}", flush=True)
+        show(f"{MARKS[finding.state] if number == 0 else '':<3} {line}", flush=True)
 
 
 def _count(number: int, name: str) -> str:

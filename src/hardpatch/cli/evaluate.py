@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from hardpatch.cli.flags import parse
-from hardpatch.cli.output import print_json, print_section
+from hardpatch.cli.output import print_json, print_section, show
 from hardpatch.config.evaluations import EVALUATIONS
 
 
@@ -29,6 +29,6 @@ def evaluate(name: str, arguments: list[str]) -> None:
     figures = result.figures()
     print_section(module.describe(figures))
     keep(result, config)
-    print("\n".join(result.what_next(config)))
+    show("\n".join(result.what_next(config)))
     if as_json:
         print_json(figures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hardpatch.cli.flags import parse_with_fields
-from hardpatch.cli.output import print_json, print_table
+from hardpatch.cli.output import print_json, print_table, show
 
 
 def plan(arguments: list[str]) -> None:
@@ -19,21 +19,21 @@ def plan(arguments: list[str]) -> None:
     result = run(config, given)
     images = result["images"]
     labels = f"{images['classes']} classes" if images["classes"] else "no labels"
-    print(f"{images['number']:,} images, about {images['width']}x{images['height']} px, {labels}; "
+    show(f"{images['number']:,} images, about {images['width']}x{images['height']} px, {labels}; "
           f"{result['versions']['device']}, {result['processes']} process(es)\n")  # fmt: skip
     header = ("encoder", "parameters", "memory", "images/s", f"epochs in {config.budget}", "")
     print_table(header, [_cells(row, result, images["number"]) for row in result["candidates"]])
-    print("~ reckoned by FLOPs, not timed; memory is counted, with a quarter on top; parameters with the decoders\n")
+    show("~ reckoned by FLOPs, not timed; memory is counted, with a quarter on top; parameters with the decoders\n")
     chosen = result["config"]
     height, width = chosen["image_size"]
     patches = "the encoder's patches" if chosen["patch_size"] is None else f"patches of {chosen['patch_size']}"
-    print(
+    show(
         f"proposed: {result['encoder']} on {width}x{height} px in {patches}, {result['epochs']} epochs "
         f"({result['steps']:,} steps of {chosen['batch_size']}), about {duration(3600 * result['hours'])}"
     )
     for line in result["advice"]:
-        print(f"mind:  {line}")
-    print(f"next:  {result['command_from_file' if config.out else 'command']}")
+        show(f"mind:  {line}")
+    show(f"next:  {result['command_from_file' if config.out else 'command']}")
     if as_json:
         print_json(result)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hardpatch.cli.flags import parse, parse_with_fields
-from hardpatch.cli.output import print_json, print_section, print_table
+from hardpatch.cli.output import print_json, print_section, print_table, show
 from hardpatch.runtime.errors import InputError
 
 
@@ -65,8 +65,8 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     rows = [(name, form.format(result[name])) for name, form in names.items() if result.get(name) is not None]
     print_table(("figure", "value"), rows)
     folder = RunFolder(out)
-    print(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")
-    print(
+    show(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")
+    show(
         "use:   import hardpatch\n"
         f'       backbone = hardpatch.load_encoder("{out}")    # a plain timm model\n'
         "       features = backbone.forward_features(images)\n"
@@ -75,7 +75,7 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     optimisation = load_config(folder.config_file).optimisation
     if optimisation.learning_rate_schedule == "constant":
         longer = shlex.join(["--branch-from", out, "--out", f"{out.rstrip('/')}-longer"])
-        print(f"more:  hardpatch pretrain {longer} --epochs {2 * optimisation.epochs}")
+        show(f"more:  hardpatch pretrain {longer} --epochs {2 * optimisation.epochs}")
     if as_json:
         print_json(result)
 

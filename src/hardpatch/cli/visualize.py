@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from hardpatch.cli.flags import parse
-from hardpatch.cli.output import print_json
+from hardpatch.cli.output import print_json, show
 
 
 def visualize(arguments: list[str]) -> None:
@@ -19,10 +19,10 @@ def visualize(arguments: list[str]) -> None:
 
     correlation = draw(command.checkpoint, command.images, Path(command.out), count=command.count)
     if math.isnan(correlation):
-        print(f"{command.out}: true loss, masks and reconstruction; this run has no loss predictor")
-        print(f"next:  hardpatch evaluate knn --checkpoint {command.checkpoint} --train TRAIN --val VAL")
+        show(f"{command.out}: true loss, masks and reconstruction; this run has no loss predictor")
+        show(f"next:  hardpatch evaluate knn --checkpoint {command.checkpoint} --train TRAIN --val VAL")
     else:
-        print(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
-        print(f"next:  hardpatch evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
+        show(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
+        show(f"next:  hardpatch evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
     if as_json:
         print_json({"figure": command.out, "rank_correlation": correlation})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hardpatch.cli.flags import parse
-from hardpatch.cli.output import print_json, print_table
+from hardpatch.cli.output import print_json, print_table, show
 
 
 def convert(arguments: list[str]) -> None:
@@ -28,19 +28,19 @@ def convert(arguments: list[str]) -> None:
         rows.append(("left aside", ", ".join(result.left_aside)))
     print_table((result.to, result.kind), rows)
     if result.kind == "checkpoint":
-        print(
+        show(
             f"\nnext:  hardpatch visualize --checkpoint {result.to} --images IMAGES --out hard.png\n"
             f"       hardpatch pretrain --init-from {result.to} --data IMAGES --out RUN"
         )
     elif result.kind == "encoder":
-        print(
+        show(
             "\nuse:   import hardpatch\n"
             f'       backbone = hardpatch.load_encoder("{result.to}")    # a plain timm model'
         )
-        print("       features = backbone.forward_features(images)")
+        show("       features = backbone.forward_features(images)")
     else:
-        print(f'\nuse:   import torch\n       state = torch.load("{result.to}", weights_only=True)["model"]')
-        print("       model.load_state_dict(state)    # build it with the heads above: the file does not say them")
+        show(f'\nuse:   import torch\n       state = torch.load("{result.to}", weights_only=True)["model"]')
+        show("       model.load_state_dict(state)    # build it with the heads above: the file does not say them")
     if as_json:
         print_json(result._asdict())
 
@@ -61,12 +61,17 @@ def export(arguments: list[str]) -> None:
             ("size", f"{result.bytes / 1e6:,.1f} MB"),
             (
                 "puts out",
-                {"tokens": "all tokens", "class": "class token", "mean": "mean of the patches"}[result.output],
+                {
+                    "tokens": "all tokens",
+                    "class": "class token",
+                    "mean": "mean of the patches",
+                    "scores": "scores of the classes",
+                }[result.output],
             ),
             ("checked", f"loaded back; features differ by at most {result.max_difference:.1e}"),
             ("model card", f"{result.card}  (data and licence are yours to fill in)"),
         ],
     )
-    print("\nuse:   " + "\n       ".join(result.usage))
+    show("\nuse:   " + "\n       ".join(result.usage))
     if as_json:
         print_json(result._asdict())

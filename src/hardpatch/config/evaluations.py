@@ -130,9 +130,6 @@ class FinetuneConfig(EvaluationConfig):
     """AdamW's betas."""
     gradient_clip: PositiveFloat | None = None
     """Clip the global gradient norm; none: do not."""
-    ema_decay: OpenShare | None = None
-    """Also average the weights over steps and measure and keep the average; the decay grows from 0 to this
-    (1 - (1 + step)^(-2/3) until then). None: do not."""
 
     crop_scale: tuple[Share, Share] | None = None
     """Area of the random resized crop, share of the image; none: adapted, published 0.08 1."""

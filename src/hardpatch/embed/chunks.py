@@ -18,6 +18,7 @@ import numpy as np
 from hardpatch.data.loader.loading import Damage
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically, write_text_atomically
+from hardpatch.runtime.outputs import make_output_folder
 
 
 class Part(NamedTuple):
@@ -50,7 +51,7 @@ class Parts:
         """
         file = self.path / "settings.json"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_output_folder(self.path)
             if not file.is_file():
                 write_text_atomically(file, json.dumps(settings, indent=2) + "\n")
                 return

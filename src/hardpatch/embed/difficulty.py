@@ -87,7 +87,9 @@ def measure_difficulty(
 
 
 def rank_agreement(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
-    """Spearman's rank correlation of two measures over images; NaN where one is constant or alone."""
+    """Spearman's rank correlation of two measures over the images with both; NaN where one is constant or alone."""
+    there = np.isfinite(a) & np.isfinite(b)
+    a, b = a[there], b[there]
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(spearmanr(a, b).statistic)

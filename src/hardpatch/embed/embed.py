@@ -28,25 +28,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from hardpatch.config.commands import EmbedConfig
 from hardpatch.data.loader.loading import Cover, Damage, OrderedBatch, ordered_batches
 from hardpatch.data.sources import Source, fingerprint, open_source
+from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.embed.chunks import Part, Parts
 from hardpatch.embed.difficulty import mask_order, measure_difficulty, rank_agreement
 from hardpatch.embed.sheet import Ranked, draw_sheet, ends
 from hardpatch.embed.tables import Table, write_npz, write_parquet
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.figures.display import build_display
-from hardpatch.figures.hardness import save_figure
 from hardpatch.method.vit import encode, grid_size
 from hardpatch.runs.build import build_decoder, build_downloads, choose_attention
 from hardpatch.runs.load import LoadedRun
-from hardpatch.runtime.distributed import barrier, choose_device, from_main, has_bf16, process_group, rank, world_size
+from hardpatch.runtime.distributed import (
+    barrier,
+    choose_device,
+    from_main,
+    has_bf16,
+    is_main_of_environment,
+    process_group,
+    rank,
+    world_size,
+)
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import say, tracked, warn
+from hardpatch.runtime.outputs import note_output
+from hardpatch.runtime.pictures import try_picture
 
 PART_BYTES = 64 * 2**20
 """A part of the work holds about so much, and at most so many images:"""
@@ -112,6 +125,8 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
     source = open_source(
         config.data, decoder=build_decoder(data), image_size=data.size, downloads=build_downloads(loaded.config)
     )
+    if is_main_of_environment():
+        say_what_is_left(source)
     for model in (loaded.student, loaded.teacher):
         choose_attention(model, device, bf16=config.precision == "bf16")
     bytes_per_image = _bytes_per_image(loaded, config)
@@ -303,9 +318,20 @@ def _join(job: Job, parts: Parts, *, out: Path, sheet: Path | None, started: flo
     about = {"checkpoint": config.checkpoint, "data": config.data, **job.settings}
     filled = [number for number in range(len(job.parts)) if len(parts.column(number, "position"))]
     table = Table(parts, filled, names, source.labels, about)
-    easiest, hardest, agreement = _rank(job, table, sheet)
     write = write_parquet if out.suffix == ".parquet" else write_npz
     write_atomically(out, lambda temporary: write(table, temporary))
+    note_output(out, source=config.data)
+    agreement = None
+    easiest: list[Ranked] = []
+    hardest: list[Ranked] = []
+    if config.hardness:
+        difficulty = table.column("difficulty")
+        easiest, hardest = ends(difficulty, table.column("position").tolist(), names, config.sheet_images)
+        agreement = rank_agreement(difficulty, table.column("contrast"))
+        if sheet is not None and not try_picture(
+            lambda: _draw_sheet(job, easiest, hardest, difficulty), sheet, source=config.data
+        ):
+            sheet = None
     shapes = {name: column.shape[1:] for name, column in parts.read(filled[0]).columns.items() if name != "position"}
     shutil.rmtree(parts.path, ignore_errors=True)
     seconds = time.monotonic() - started
@@ -317,34 +343,24 @@ def _join(job: Job, parts: Parts, *, out: Path, sheet: Path | None, started: flo
         bytes=out.stat().st_size,
         seconds=seconds,
         images_per_second=new_images / seconds,
-        contact_sheet=config.contact_sheet or None,
+        contact_sheet=None if sheet is None else str(sheet),
         easiest=easiest,
         hardest=hardest,
         difficulty_contrast_correlation=agreement,
     )
 
 
-def _rank(job: Job, table: Table, sheet: Path | None) -> tuple[list[Ranked], list[Ranked], float | None]:
-    """Both ends of the ranking, its agreement with contrast, and the sheet where it is asked for."""
-    if not job.config.hardness:
-        return [], [], None
-    difficulty = table.column("difficulty")
-    easiest, hardest = ends(difficulty, table.column("position").tolist(), table.names, job.config.sheet_images)
-    agreement = rank_agreement(difficulty, table.column("contrast"))
-    if sheet is not None:
-        config, name = job.run.config, Path(job.config.checkpoint).name
-        title = f"{len(difficulty):,} images by difficulty; {name}, target {config.method.target}"
-        cover = Cover(config.data.size)
-        some = [cover(job.source.read(item.position).image) for end in (easiest, hardest) for item in end[:8]]
-        figure = draw_sheet(
-            job.source, easiest, hardest, difficulty,
-            display=build_display(config, some), size=config.data.size, title=title,
-        )  # fmt: skip
-        try:
-            save_figure(figure, sheet)
-        except OSError as error:
-            raise InputError(f"contact_sheet: cannot write {str(sheet)!r}: {error.strerror}") from error
-    return easiest, hardest, agreement
+def _draw_sheet(
+    job: Job, easiest: Sequence[Ranked], hardest: Sequence[Ranked], difficulty: Float[np.ndarray, " n"]
+) -> Figure:
+    """Both ends of the ranking as a picture."""
+    config = job.run.config
+    name = Path(job.config.checkpoint).name
+    title = f"{len(difficulty):,} images by difficulty; {name}, target {config.method.target}"
+    cover = Cover(config.data.size)
+    some = [cover(job.source.read(item.position).image) for end in (easiest, hardest) for item in end[:8]]
+    display = build_display(config, some)
+    return draw_sheet(job.source, easiest, hardest, difficulty, display=display, size=config.data.size, title=title)
 
 
 def as_json(result: Embedded) -> dict[str, Any]:

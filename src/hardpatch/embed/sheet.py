@@ -37,6 +37,7 @@ def ends(
         count: Images from either end.
     """
     order = np.argsort(difficulty, kind="stable")
+    order = order[: np.isfinite(difficulty).sum()]  # NaN stands last: images without a patch that is all data
     count = min(count, len(order) // 2)
     ranked = [Ranked(int(positions[i]), names[positions[i]], float(difficulty[i])) for i in order]
     return ranked[:count], ranked[::-1][:count]
@@ -75,7 +76,7 @@ def draw_sheet(
         blocks.append(Block(f"{name} {len(end)}, {name} first", tiles))
 
     def histogram(axis: Axes) -> None:
-        axis.hist(difficulty, bins=min(80, max(10, len(difficulty) // 20)), color="0.7")
+        axis.hist(difficulty[np.isfinite(difficulty)], bins=min(80, max(10, len(difficulty) // 20)), color="0.7")
         for end, colour, name in ((easiest, "tab:blue", "easiest"), (hardest, "tab:red", "hardest")):
             if end:
                 bounds = sorted((end[0].difficulty, end[-1].difficulty))

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from hardpatch.embed.chunks import Parts
+from hardpatch.runtime.text import printable
 
 
 class Table(NamedTuple):
@@ -67,10 +68,10 @@ def write_parquet(table: Table, to: Path) -> None:
     def batch(rows: dict[str, np.ndarray]) -> Any:
         columns = {
             "position": pa.array(rows["position"]),
-            "path": pa.array([table.names[i] for i in rows["position"]], pa.string()),
+            "path": pa.array([printable(table.names[i]) for i in rows["position"]], pa.string()),
         }
         if table.labels is not None:
-            columns["label"] = pa.array([table.labels[i] for i in rows["position"]], pa.string())
+            columns["label"] = pa.array([printable(table.labels[i]) for i in rows["position"]], pa.string())
         columns |= {name: column(array) for name, array in rows.items() if name != "position"}
         return pa.table(columns)
 

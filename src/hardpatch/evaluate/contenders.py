@@ -23,11 +23,12 @@ from hardpatch.config.config import Config
 from hardpatch.config.evaluations import KnnConfig, LinearConfig, Pooling
 from hardpatch.data.loader.loading import Normalise
 from hardpatch.evaluate.classify.accuracy import Interval, top_k_accuracy, wilson_interval
-from hardpatch.evaluate.features import LabelledSplit, SplitFeatures, split_features
+from hardpatch.evaluate.classify.labelled_images import LabelledImages
+from hardpatch.evaluate.features import SplitFeatures, split_features
 from hardpatch.figures.sections import Table, decimals
 from hardpatch.method.student import Teacher
 from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
-from hardpatch.runs.load import LoadedRun, arguments_of_encoder, load_encoder
+from hardpatch.runs.load import LoadedRun, arguments_of_encoder, load_backbone
 from hardpatch.runtime.distributed import choose_device, has_bf16, process_group
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.read import load_timm
@@ -38,10 +39,6 @@ Kind = Literal["run", "untrained", "against"]
 @contextmanager
 def open_run(checkpoint: str, *, device: Literal["auto", "cpu", "cuda", "mps"]) -> Iterator[LoadedRun]:
     """The run that is evaluated, on its device and in a process group.
-
-    Args:
-        checkpoint: Run folder or checkpoint file.
-        device: Where to run.
 
     Raises:
         InputError: The device is not there, or the checkpoint cannot be read.
@@ -74,10 +71,7 @@ def open_contenders(
     """The encoder of a run, the same untrained, and those it is to be held against; in this order.
 
     Args:
-        loaded: The run.
         against: ``timm:NAME``, ``timm:local-dir:PATH``, or a run (folder, ``.pt`` or its ``weights.safetensors``).
-        pooling: What is asked of every encoder's tokens.
-        untrained: Whether the untrained encoder is wanted.
 
     Raises:
         InputError: One is named twice, cannot be read, takes images of another number of channels, or has no class
@@ -94,7 +88,7 @@ def open_contenders(
         found.append(_contender("untrained", "untrained", start, loaded.device, timm_arguments(loaded.config)))
     for spec in against:
         try:
-            other = load_timm(spec) if spec.startswith("timm:") else load_encoder(spec)
+            other = load_timm(spec) if spec.startswith("timm:") else load_backbone(spec)
             arguments = _timm_model(spec, other) if spec.startswith("timm:") else arguments_of_encoder(spec)
         except InputError as error:
             raise InputError(f"against: {spec!r}: {str(error).removeprefix('checkpoint: ')}") from error
@@ -115,22 +109,18 @@ def open_contenders(
 
 
 def features_by_contender(
-    contenders: Sequence[Contender], split: LabelledSplit, config: KnnConfig | LinearConfig, device: torch.device
+    contenders: Sequence[Contender], images: LabelledImages, config: KnnConfig | LinearConfig, device: torch.device
 ) -> Iterator[tuple[Contender, SplitFeatures]]:
     """Features of both sides of a split by one encoder after the other, so that those of one are held at a time."""
     for contender in contenders:
         yield contender, split_features(
-            contender.encoder, split, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
+            contender.encoder, images, contender.normalise, size=contender.size, pooling=config.pooling, device=device,
             bf16=has_bf16(device), workers=config.workers, teacher=contender.teacher,
         )  # fmt: skip
 
 
 def _teacher(contender: Contender, loaded: LoadedRun) -> Teacher:
-    """The teacher that belongs to an encoder: of the run, of its random start, or of another run.
-
-    Raises:
-        InputError: It predicts no losses.
-    """
+    """The teacher that belongs to an encoder: of the run, of its random start, or of another run."""
     teacher = None
     if contender.kind == "run":
         teacher = loaded.teacher
@@ -204,11 +194,6 @@ def standings(
 
     The interval of a lead is that of the mean of paired differences (1, 0 or -1 an image), by the normal approximation:
     two encoders that fail on the same images are told apart more sharply than their own intervals suggest.
-
-    Args:
-        contenders: This run first.
-        scores: Of every class for every image, by contender.
-        labels: Classes of the images.
     """
     right = [(score.argmax(dim=1) == labels).numpy() for score in scores]
     rows = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from hardpatch.config.evaluations import Pooling
 from hardpatch.data.loader.loading import Damage, Normalise, ordered_batches
 from hardpatch.data.sources import Source, class_indices
+from hardpatch.evaluate.classify.labelled_images import LabelledImages
 from hardpatch.method.student import Teacher
 from hardpatch.method.vit import encode
 from hardpatch.runtime.distributed import gather_objects, is_main_of_environment, rank, world_size
@@ -39,29 +39,22 @@ class SplitFeatures(NamedTuple):
     train: Features
     val: Features
 
-
-@dataclass(frozen=True)
-class LabelledSplit:
-    """Which labelled images are learnt from or looked among, and which are classified."""
-
-    train: Source
-    val: Source
-    train_indices: list[int]
-    val_indices: list[int]
-    classes: list[str]
-
-    def labels_of(self, features: SplitFeatures) -> tuple[Int[Tensor, " n"], Int[Tensor, " q"]]:
-        """Classes of the images that have features, as positions in ``classes``: of training, of validation."""
+    def labels(self, images: LabelledImages) -> tuple[Int[Tensor, " n"], Int[Tensor, " q"]]:
+        """Classes of the images that have features, as positions in ``images.classes``: of training, of validation."""
         train, val = (
-            torch.from_numpy(class_indices([(source.labels or ())[i] for i in side.indices], self.classes))
-            for side, source in ((features.train, self.train), (features.val, self.val))
+            torch.from_numpy(class_indices([(source.labels or ())[i] for i in side.indices], images.classes))
+            for side, source in ((self.train, images.train), (self.val, images.val))
         )
         return train, val
 
+    def report_damage(self, images: LabelledImages, *, max_damaged: float) -> int:
+        """:func:`report_damage` for both sides.
 
-def whole_split(train: Source, val: Source, classes: list[str]) -> LabelledSplit:
-    """All images of both sources."""
-    return LabelledSplit(train, val, list(range(len(train))), list(range(len(val))), classes)
+        Raises:
+            InputError: More than ``max_damaged`` of one of them.
+        """
+        found = {"train": (self.train.damaged, len(images.train)), "val": (self.val.damaged, len(images.val))}
+        return report_damage(found, max_damaged=max_damaged)
 
 
 def pool(tokens: Float[Tensor, "b t d"], vit: VisionTransformer, pooling: Pooling) -> Float[Tensor, "b f"]:
@@ -97,7 +90,6 @@ def extract_features(
     pooling: Pooling,
     device: torch.device,
     bf16: bool = False,
-    indices: list[int] | None = None,
     workers: int = 0,
     description: str = "features",
     teacher: Teacher | None = None,
@@ -105,20 +97,10 @@ def extract_features(
     """Run the encoder over a source; with several processes each takes a part and all get the whole.
 
     Args:
-        vit: The encoder; used in evaluation mode.
-        source: The images.
-        normalise: The run's normalisation.
-        size: Height and width to which images are brought.
         pooling: Which tokens to keep.
-        device: Where ``vit`` is.
-        bf16: Autocast.
-        indices: Only these images.
-        workers: Data processes.
-        description: Name beside the bar.
         teacher: Whose predicted loss is the feature, for pooling ``hardness``.
     """
-    chosen = list(range(len(source))) if indices is None else indices
-    mine = chosen[rank() :: world_size()]
+    mine = list(range(len(source)))[rank() :: world_size()]
     was_training = vit.training
     vit.eval()
     values, kept, damaged = [], [], []
@@ -145,7 +127,7 @@ def extract_features(
 
 def split_features(
     vit: VisionTransformer,
-    split: LabelledSplit,
+    images: LabelledImages,
     normalise: Normalise,
     *,
     size: tuple[int, int],
@@ -159,12 +141,9 @@ def split_features(
     return SplitFeatures(*(
         extract_features(
             vit, source, normalise, size=size, pooling=pooling, device=device, bf16=bf16,
-            indices=indices, workers=workers, description=name, teacher=teacher,
+            workers=workers, description=f"features of {name}", teacher=teacher,
         )
-        for name, source, indices in (
-            ("features of train", split.train, split.train_indices),
-            ("features of val", split.val, split.val_indices),
-        )
+        for name, source in (("train", images.train), ("val", images.val))
     ))  # fmt: skip
 
 
@@ -205,13 +184,3 @@ def refuse_damage(found: Mapping[str, tuple[Sequence[Damage], int]], *, max_dama
                 f"max_damaged: at most {max_damaged:.1%} of the images may be damaged, and {len(damaged)} of the "
                 f"{num_images} of {field} are; the first: {damaged[0].name}: {damaged[0].reason}"
             )
-
-
-def damage_of_split(features: SplitFeatures, split: LabelledSplit, *, max_damaged: float) -> int:
-    """:func:`report_damage` for both sides.
-
-    Raises:
-        InputError: More than ``max_damaged`` of one of them.
-    """
-    found = {"train": (features.train.damaged, len(split.train)), "val": (features.val.damaged, len(split.val))}
-    return report_damage(found, max_damaged=max_damaged)

@@ -2,7 +2,7 @@
 
 Every patch gets a score by each measure; a patch is foreground if more than half of its pixels are. Scores are
 compared within an image (predicted losses only mean something there), figures are means over images. Objects are known
-by masks or by boxes; of several boxes every one counts.
+by masks or by boxes; what lies in any box is foreground.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 from timm.models.vision_transformer import VisionTransformer
@@ -28,7 +27,7 @@ from hardpatch.config.evaluations import ForegroundConfig
 from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Cover, Damage, Normalise, ordered_batches
 from hardpatch.data.sources import Source, open_source
-from hardpatch.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
+from hardpatch.evaluate.boxes import read_boxes
 from hardpatch.evaluate.contenders import Contender, open_contenders, open_run
 from hardpatch.evaluate.dense.class_masks import match_by_stem
 from hardpatch.evaluate.features import none_readable, report_damage
@@ -37,7 +36,7 @@ from hardpatch.figures.hardness import measure_hardness
 from hardpatch.figures.sections import Picture, Section, Table, Tile, decimals
 from hardpatch.method.method import Method
 from hardpatch.method.student import Student, Teacher
-from hardpatch.method.vit import class_attention, grid_size, has_class_attention, patch_size, patchify
+from hardpatch.method.vit import class_attention, has_class_attention, patch_size, patchify
 from hardpatch.runs.build import build_decoder, build_downloads, build_student, choose_attention
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.distributed import has_bf16
@@ -64,32 +63,22 @@ class Finding(NamedTuple):
     average_precision: float
     pointing_game: float
     """Share of images whose highest-scored patch is foreground."""
-    best_box_iou: float
-    """Overlap of an object's box with the best box found in the scores: at the best threshold of every image."""
-    box_iou: float
-    """The same at one threshold for all images, a share of the patches: the one that is best on average."""
 
 
 @dataclass(frozen=True)
 class ForegroundResult(Result):
     """One finding per measure, over all images and by group."""
 
+    kind = "foreground"
     measures: dict[str, Finding | None]
     """None for attention where the encoder has no class token, or blocks of another kind than timm's plain one."""
     by_group: dict[str, dict[str, Finding | None]]
     others: dict[str, dict[str, Finding | None]]
     """The measures by other models that the run was held against, by their names."""
-    whole_image_iou: float
-    """Overlap of an object's box with the whole image: what a box is worth that knows nothing."""
     num_images: int
     """Images measured, without the damaged ones and those that have no box."""
     damaged: int
     """Images left out."""
-
-    @property
-    def name(self) -> str:
-        """There is one kind."""
-        return "foreground"
 
     def what_next(self, config: ForegroundConfig) -> list[str]:
         """See what is hard in these images."""
@@ -121,20 +110,10 @@ def find_in_images(scores: Float[np.ndarray, "b n"], foreground: Bool[np.ndarray
     return figures
 
 
-def mean_finding(figures: Float[np.ndarray, "b 3"], overlaps: Float[np.ndarray, "b q"]) -> Finding:
-    """Mean over the images that have both foreground and background.
-
-    Args:
-        figures: From :func:`find_in_images`.
-        overlaps: From :func:`hardpatch.evaluate.boxes.box_overlaps`.
-    """
-    usable = ~np.isnan(figures[:, 0])
-    if not usable.any():
-        return Finding(*[float("nan")] * 5)
-    fits = overlaps[usable]
-    best = (float(fits.max(axis=1).mean()), float(fits.mean(axis=0).max()))
-    auroc, precision, pointing = map(float, figures[usable].mean(axis=0))
-    return Finding(auroc, precision, pointing, *best)
+def mean_finding(figures: Float[np.ndarray, "b 3"]) -> Finding:
+    """Mean of what :func:`find_in_images` gives over the images that have both foreground and background."""
+    usable = figures[~np.isnan(figures[:, 0])]
+    return Finding(*map(float, usable.mean(axis=0) if len(usable) else [np.nan] * 3))
 
 
 def foreground_patches(masks: Bool[Tensor, "b h w"], patch: tuple[int, int]) -> Bool[Tensor, "b n"]:
@@ -189,10 +168,8 @@ class Objects(NamedTuple):
 
     source: Source
     size: tuple[int, int]
-    masks: dict[int, Bool[Tensor, "h w"]] | None = None
-    """By the image's number; without masks and boxes the source knows its own masks."""
-    boxes: dict[int, Bool[Tensor, "k h w"]] | None = None
-    """Each as a mask; images without a box are left out."""
+    masks: dict[int, Bool[Tensor, "h w"]] | None
+    """By the image's number, images without one are left out; None: the source knows its own."""
 
 
 class Measured(NamedTuple):
@@ -201,8 +178,6 @@ class Measured(NamedTuple):
     scores: dict[str, Float[np.ndarray, "b n"]]
     """By measure; without one that the encoder does not have."""
     foreground: Bool[np.ndarray, "b n"]
-    objects: list[Int[np.ndarray, "_ 4"]]
-    """Boxes of every image, in pixels: left, top, right, bottom, the last two just outside."""
     indices: list[int]
     damaged: list[Damage]
 
@@ -215,28 +190,16 @@ def _judge(
     found = measure_images(ask, there, patch=patch_size(vit), device=device)
     if max_damaged is not None:
         report_damage({"images": (found.damaged, len(source))}, max_damaged=max_damaged)
-    figures = {
-        name: (
-            find_in_images(value, found.foreground),
-            box_overlaps(value, found.objects, grid=grid_size(vit), patch=patch_size(vit)),
-        )
-        for name, value in found.scores.items()
-    }
+    figures = {name: find_in_images(value, found.foreground) for name, value in found.scores.items()}
 
-    def findings(rows: npt.NDArray[np.bool_]) -> dict[str, Finding | None]:
-        return {
-            name: mean_finding(figures[name][0][rows], figures[name][1][rows]) if name in figures else None
-            for name in MEASURES
-        }
+    def findings(rows: Bool[np.ndarray, " b"]) -> dict[str, Finding | None]:
+        return {name: mean_finding(figures[name][rows]) if name in figures else None for name in MEASURES}
 
     groups = source.groups()
     names = np.array([] if groups is None else [groups[i] for i in found.indices])
-    usable = np.flatnonzero(found.foreground.any(axis=1) & ~found.foreground.all(axis=1))
-    whole = np.array([[0, 0, there.size[1], there.size[0]]])
     return ForegroundResult(
         measures=findings(np.ones(len(found.indices), dtype=bool)),
         by_group={str(name): findings(names == name) for name in dict.fromkeys(names.tolist())},
-        whole_image_iou=float(np.mean([overlap(whole, found.objects[i]).max() for i in usable] or [np.nan])),
         num_images=len(found.indices),
         damaged=len(found.damaged),
         others={},
@@ -249,25 +212,19 @@ def measure_images(ask: Ask, there: Objects, *, patch: tuple[int, int], device: 
     Raises:
         InputError: Nobody knows masks, or no image can be read.
     """
-    source, size, masks, boxes = there
-    scores: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in MEASURES}
-    foreground, objects, indices, damaged = [], [], [], []
+    source, size, masks = there
+    scores: dict[str, list[Float[np.ndarray, "b n"]]] = {name: [] for name in MEASURES}
+    foreground, indices, damaged = [], [], []
     for batch in tracked(ordered_batches(source, size=size), "foreground", total=-(-len(source) // 128)):
         damaged += batch.damaged
-        wanted = [place for place, index in enumerate(batch.indices) if boxes is None or index in boxes]
+        wanted = [place for place, index in enumerate(batch.indices) if masks is None or index in masks]
         if not wanted:
             continue
         chosen = [batch.indices[place] for place in wanted]
-        if boxes is not None:
-            found = torch.stack([boxes[index].any(dim=0) for index in chosen])
-            objects += [extents(boxes[index].numpy()) for index in chosen]
-        else:
-            known = batch.masks if masks is None else torch.stack([masks[index] for index in chosen])
-            if known is None:
-                raise InputError("masks: the images bring no masks of their own; name a folder of masks, or boxes")
-            found = known
-            objects += list(extents(largest_parts(found.numpy()))[:, None])
-        foreground.append(foreground_patches(found, patch).numpy())
+        known = batch.masks if masks is None else torch.stack([masks[index] for index in chosen])
+        if known is None:
+            raise InputError("masks: the images bring no masks of their own; name a folder of masks, or boxes")
+        foreground.append(foreground_patches(known, patch).numpy())
         indices += chosen
         for name, value in ask(batch.images[wanted].to(device)).items():
             if value is not None:
@@ -275,7 +232,7 @@ def measure_images(ask: Ask, there: Objects, *, patch: tuple[int, int], device: 
     if not indices:
         raise none_readable(damaged)
     joined = {name: np.concatenate(parts) for name, parts in scores.items() if parts}
-    return Measured(joined, np.concatenate(foreground), objects, indices, damaged)
+    return Measured(joined, np.concatenate(foreground), indices, damaged)
 
 
 @torch.no_grad()
@@ -320,26 +277,19 @@ def run(config: ForegroundConfig) -> ForegroundResult:
 
 
 def _open(config: ForegroundConfig, run_config: Config, size: tuple[int, int]) -> Objects:
-    """Images, and the masks or boxes of the objects in them, at the size that an encoder takes.
-
-    Raises:
-        InputError: No such images, or masks or boxes that do not fit them.
-    """
+    """Images, and the masks or boxes of the objects in them, at the size that an encoder takes."""
     source = open_source(
         config.images, decoder=build_decoder(run_config.data), image_size=size, field="images",
         downloads=build_downloads(run_config),
     )  # fmt: skip
     masks = _read_masks(Path(config.masks).expanduser(), source, size) if config.masks else None
-    boxes = read_boxes(Path(config.boxes).expanduser(), source, size) if config.boxes else None
-    return Objects(source, size, masks, boxes)
+    if config.boxes:
+        masks = read_boxes(Path(config.boxes).expanduser(), source, size)
+    return Objects(source, size, masks)
 
 
 def _asker(contender: Contender, loaded: LoadedRun) -> Ask:
-    """What gives every measure for one of the contenders: all of a run and of its own start, attention of the others.
-
-    Raises:
-        InputError: The other is a run, and cannot be read.
-    """
+    """What gives the measures for a contender: all of a run and of its own start, attention alone of the others."""
     device, generator = loaded.device, torch.Generator().manual_seed(derive_seed(0, Stream.FIGURES))
     bf16 = has_bf16(device)
     student, teacher, method = loaded.student, loaded.teacher, loaded.method
@@ -365,11 +315,7 @@ def _attention_alone(contender: Contender, images: Tensor) -> dict[str, Float[np
 
 
 def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> dict[int, Bool[Tensor, "h w"]]:
-    """The mask of every readable image by the image's number, matched by name.
-
-    Raises:
-        InputError: A mask is missing, damaged, or of another size than its image.
-    """
+    """The mask of every readable image by the image's number, matched by name."""
     cover, masks = Cover(size), {}
     for index, file in enumerate(match_by_stem(source, folder, field="masks")):
         try:
@@ -391,20 +337,17 @@ def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> dict[int
 
 def describe(figures: dict[str, Any]) -> Section:
     """Every measure over all images, by other models, and by level."""
-    header = ("AUROC", "average precision", "pointing game", "best box IoU", "box IoU")
-    keys = ("auroc", "average_precision", "pointing_game", "best_box_iou", "box_iou")
+    header = ("AUROC", "average precision", "pointing game")
 
     def rows(measures: dict[str, Any], names: Iterable[str]) -> list[tuple[str, ...]]:
         return [
-            (MEASURES[name], *(decimals(measures[name] and measures[name].get(key), 3) for key in keys))
+            (MEASURES[name], *(decimals(measures[name] and measures[name][key], 3) for key in Finding._fields))
             for name in names
         ]  # fmt: skip
 
     blocks: list[str | Table | Picture] = [
         "No label or mask was used in training. In every image the patches are ranked by each measure and held against "
-        "the objects. AUROC: 0.5 is chance, 1 is perfect. Best box IoU: overlap of an object's box with the best box "
-        "that the scores give at any threshold; box IoU: at one threshold for all images. The whole image as a box has "
-        f"{figures.get('whole_image_iou', float('nan')):.3f}.",
+        "the objects. AUROC: 0.5 is chance, 1 is perfect.",
         Table((f"{figures['num_images']:,} images", *header), rows(figures, MEASURES)),
     ]
     for name, measures in figures.get("others", {}).items():

@@ -69,12 +69,7 @@ class Training(ABC):
     """A training, and all of it that changes.
 
     Args:
-        model: Learns in place, on ``device``.
         optimizer: With ``lr_scale`` in the groups that learn at a share of the rate.
-        examples: What is learnt from.
-        plan: How.
-        checkpoints: For going on after a kill.
-        device: Where the model is.
         identity: Of :func:`identity_of`; checkpoints of another one are thrown away. Empty: the caller has seen to it.
     """
 

@@ -9,24 +9,29 @@ An evaluation is a module, named in :data:`hardpatch.config.evaluations.EVALUATI
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from hardpatch.figures.report import write_report
 from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say
+from hardpatch.runtime.outputs import make_output_folder
 
 
 class Result(ABC):
     """Figures of an evaluation; a subclass is a frozen dataclass of them."""
 
+    kind: ClassVar[str]
+
     @property
-    @abstractmethod
     def name(self) -> str:
         """Under which the figures are kept: ``evaluate/NAME.json``."""
+        return self.kind
 
     @abstractmethod
     def what_next(self, config: Any) -> list[str]:
@@ -53,22 +58,37 @@ def keep(result: Result, config: Any) -> None:
     """Write the figures into the run folder and refresh its report; or into another folder, where one is named.
 
     A checkpoint that is a file has no folder: nothing is kept.
-
-    Args:
-        result: What was measured.
-        config: By what it was measured.
     """
     run, out = RunFolder(config.checkpoint), result.kept_in(config)
     folder = Path(out).expanduser() if out else run.evaluations
     if not out and not run.config_file.is_file():
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_folder(folder)
         write_text_atomically(folder / f"{result.name}.json", json.dumps(result.figures(), indent=2) + "\n")
         if not out:
             write_report(run)
     except OSError as error:
         say(f"could not keep the result in {folder}: {error.strerror}")
+
+
+def output_folder(config: Any, *below: str) -> Path:
+    """The folder of what an evaluation makes: ``out``, or where none is named a folder below the run's.
+
+    Raises:
+        InputError: None is named, and the checkpoint is no run folder that could hold one; or it cannot be made.
+    """
+    run = RunFolder(config.checkpoint)
+    if not config.out and not run.config_file.is_file():
+        raise InputError(f"out: name a folder; {config.checkpoint!r} is no run folder that could hold one")
+    folder = Path(config.out).expanduser() if config.out else run.path.joinpath(*below)
+    try:
+        make_output_folder(folder)
+    except OSError as error:
+        raise InputError(f"out: cannot make {str(folder)!r}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"out: cannot write in {str(folder)!r}")
+    return folder
 
 
 def visualize_command(checkpoint: str, images: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,14 +17,17 @@ from hardpatch.config.config import Config
 from hardpatch.runs.build import input_config, timm_arguments
 from hardpatch.runs.checkpoint import about_weights
 from hardpatch.runs.folder import RunFolder
-from hardpatch.runs.load import LoadedRun, load_encoder
+from hardpatch.runs.kinds import CLASSIFIER_FILE
+from hardpatch.runs.load import LoadedRun, load_backbone
 
+Computes = Output | Literal["scores"]
+"""What is put out: a choice for an encoder; of a classifier the scores of its classes."""
 Computed = Callable[[Tensor], Tensor]
 """Normalised images (B, C, H, W) to what an export puts out."""
 
 
 class Backbone(NamedTuple):
-    """An encoder with everything that an export says about it."""
+    """An encoder, or a classifier with its head, with everything that an export says about it."""
 
     vit: VisionTransformer
     """On the CPU, in evaluation mode."""
@@ -40,6 +43,11 @@ class Backbone(NamedTuple):
     """The folder in which it was trained, if there is one."""
 
     @property
+    def classes(self) -> list[str]:
+        """Names of the classes of a classifier; empty for an encoder."""
+        return list(self.input.get("label_names", ())) or [str(number) for number in range(self.vit.num_classes)]
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
         channels, height, width = self.input["input_size"]
@@ -47,14 +55,15 @@ class Backbone(NamedTuple):
 
 
 def read_backbone(checkpoint: str | Path) -> Backbone:
-    """The encoder of a run folder, a checkpoint, or a ``weights.safetensors``.
+    """The encoder of a run folder, a checkpoint, or a ``weights.safetensors``; or the classifier of a fine-tuning.
 
     Raises:
         InputError: Nothing there, or damaged.
     """
     path = Path(checkpoint).expanduser()
+    path = path / CLASSIFIER_FILE if (path / CLASSIFIER_FILE).is_file() else path
     if path.suffix == ".safetensors" and path.is_file():
-        vit = load_encoder(path)
+        vit = load_backbone(path)
         with safe_open(path, framework="pt") as file:
             about = about_weights(file.metadata())
         return Backbone(vit, about["timm"], about["input"], None, 0, _folder_of(path))
@@ -71,20 +80,18 @@ def _folder_of(path: Path) -> RunFolder | None:
 
 
 class Pooled(nn.Module):
-    """Normalised images to tokens, or to one vector each: the graph of an export.
+    """Normalised images to tokens, to one vector each, or to the scores of a classifier: the graph of an export."""
 
-    Args:
-        vit: The encoder; it has a class token if that is asked for.
-        output: What to put out.
-    """
-
-    def __init__(self, vit: VisionTransformer, output: Output) -> None:
+    def __init__(self, vit: VisionTransformer, output: Computes) -> None:
         super().__init__()
         self.vit = vit
         self.output = output
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
-        """(B, T, D) tokens, or (B, D)."""
+        """(B, T, D) tokens, (B, D), or scores (B, C)."""
+        if self.output == "scores":
+            scores: Tensor = self.vit(images)
+            return scores
         tokens: Tensor = self.vit.forward_features(images)
         if self.output == "tokens":
             return tokens

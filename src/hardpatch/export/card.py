@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +14,7 @@ from jinja2 import Environment
 from hardpatch.config.values import decisions
 from hardpatch.export.backbone import Backbone
 from hardpatch.runs.folder import RunFolder, versions
+from hardpatch.runtime.log import read_object
 
 _TOO_FINE = ("by_group", "per_class", "confusion", "top1_by_k", "held_out_top1", "chosen", "about")
 """Parts of an evaluation that a card leaves out."""
@@ -24,12 +24,6 @@ def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: s
     """The card as Markdown, with the header that the Hugging Face hub reads.
 
     Paths are cut to their last part: a card is made to be shown.
-
-    Args:
-        backbone: What is exported.
-        library: The hub's name of the library that loads it.
-        usage: The three lines of Python.
-        checked: What was compared after writing, and how far apart it was.
     """
     config, run = backbone.config, backbone.run
     about: dict[str, Any] = {}
@@ -44,6 +38,7 @@ def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: s
         name="backbone" if run is None else run.path.resolve().name,
         library=library,
         usage="\n".join(usage),
+        classes=backbone.classes,
         checked=checked,
         arguments=backbone.arguments,
         input=backbone.input,
@@ -64,9 +59,8 @@ def figures(run: RunFolder) -> Iterator[tuple[str, str, str]]:
     """Evaluation, name and value of every single number that is known of a run."""
     sources = {"pretrain": run.result_file, **{file.stem: file for file in sorted(run.evaluations.glob("*.json"))}}
     for source, file in sources.items():
-        if file.is_file():
-            for name, value in _numbers(json.loads(file.read_text())):
-                yield source, name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        for name, value in _numbers(read_object(file) or {}):
+            yield source, name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _numbers(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:

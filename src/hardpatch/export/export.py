@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from hardpatch.config.commands import ExportConfig, ExportFormat, Output
+from hardpatch.config.commands import ExportConfig, ExportFormat
 from hardpatch.export import graphs, huggingface, timm_format
-from hardpatch.export.backbone import Backbone, Computed, Pooled, random_images, read_backbone
+from hardpatch.export.backbone import Backbone, Computed, Computes, Pooled, random_images, read_backbone
 from hardpatch.export.card import model_card
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install
@@ -34,7 +34,7 @@ class Format(NamedTuple):
 
     suffix: str
     """Ending of the file; empty: a folder."""
-    write: Callable[[Backbone, Path], None] | Callable[[Backbone, Path, Output], None]
+    write: Callable[[Backbone, Path], None] | Callable[[Backbone, Path, Computes], None]
     """Takes the output too where the form has a choice of it."""
     read: Callable[[Path, Backbone], Computed]
     """Reads the export as a user of the other library would."""
@@ -72,7 +72,7 @@ class Exported(NamedTuple):
 
     out: str
     format: ExportFormat
-    output: Output
+    output: Computes
     """What it puts out."""
     parameters: int
     bytes: int
@@ -97,7 +97,9 @@ def run(config: ExportConfig) -> Exported:
     form = _checked_form(config)
     out = Path(config.out).expanduser()
     backbone = read_backbone(config.checkpoint)
-    output = config.pooling or "tokens"
+    output: Computes = "scores" if backbone.vit.num_classes else config.pooling or "tokens"
+    if output == "scores" and config.pooling:
+        raise InputError(f"pooling: {config.checkpoint!r} is a fine-tuned classifier, which gives scores; leave it out")
     if output == "class" and not backbone.vit.has_class_token:
         raise InputError("pooling: 'class' needs a class token, and this encoder has none; use mean or tokens")
     if form.check is not None:
@@ -138,11 +140,7 @@ def run(config: ExportConfig) -> Exported:
 
 
 def _checked_form(config: ExportConfig) -> Format:
-    """The form asked for, after everything that can be wrong before a checkpoint is read.
-
-    Raises:
-        InputError: No such form, a package or an ending is missing, or something is in the way.
-    """
+    """The form asked for, after everything that can be wrong before a checkpoint is read."""
     form = FORMATS[config.format]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"export runs in one process, got {os.environ['WORLD_SIZE']}; call it without torchrun")
@@ -163,7 +161,7 @@ def _checked_form(config: ExportConfig) -> Format:
     return form
 
 
-def compare(form: Format, written: Path, backbone: Backbone, output: Output) -> tuple[float, float]:
+def compare(form: Format, written: Path, backbone: Backbone, output: Computes) -> tuple[float, float]:
     """Load an export back and hold its features against the encoder's, on a batch of three and on one of one.
 
     Returns:
@@ -191,15 +189,16 @@ def compare(form: Format, written: Path, backbone: Backbone, output: Output) -> 
     return largest, tolerance
 
 
-def usage(form: ExportFormat, path: str, backbone: Backbone, output: Output) -> list[str]:
+def usage(form: ExportFormat, path: str, backbone: Backbone, output: Computes) -> list[str]:
     """The three lines of Python that load an export."""
-    shape = "(B, T, D)" if output == "tokens" else "(B, D)"
+    shape = {"tokens": "(B, T, D)", "scores": "(B, C), scores of the classes"}.get(output, "(B, D)")
+    call = "backbone(images)" if output == "scores" else "backbone.forward_features(images)"
     match form:
         case "timm":
             return [
                 "import timm",
                 f'backbone = timm.create_model("local-dir:{path}", pretrained=True).eval()',
-                f"features = backbone.forward_features(images)    # {shape}",
+                f"features = {call}    # {shape}",
             ]
         case "hf":
             return [
@@ -214,7 +213,7 @@ def usage(form: ExportFormat, path: str, backbone: Backbone, output: Output) -> 
             return [
                 "import timm",
                 f'backbone = timm.create_model("{name}", checkpoint_path="{path}", {arguments}).eval()',
-                f"features = backbone.forward_features(images)    # {shape}",
+                f"features = {call}    # {shape}",
             ]
         case "onnx":
             return [

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hardpatch.config.commands import Output
-from hardpatch.export.backbone import Backbone, Computed, Pooled, random_images
+from hardpatch.export.backbone import Backbone, Computed, Computes, Pooled, random_images
 
 INPUT, OUTPUT = "images", "features"
 """Names in the graph."""
@@ -22,7 +21,7 @@ _LARGEST_FILE = 1_800_000_000
 """Bytes of weights in an ONNX file of its own; the format's limit is 2 GiB."""
 
 
-def write_onnx(backbone: Backbone, to: Path, output: Output) -> None:
+def write_onnx(backbone: Backbone, to: Path, output: Computes) -> None:
     """One ``.onnx`` file; weights beyond the format's limit lie beside it in ``.onnx.data``."""
     model = Pooled(backbone.vit, output)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -45,7 +44,7 @@ def read_onnx(path: Path, backbone: Backbone) -> Computed:
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
-def write_program(backbone: Backbone, to: Path, output: Output) -> None:
+def write_program(backbone: Backbone, to: Path, output: Computes) -> None:
     """One ``.pt2`` file."""
     with _quiet():
         program = torch.export.export(
@@ -69,7 +68,7 @@ def read_program(path: Path, backbone: Backbone) -> Computed:
     return run
 
 
-def about(backbone: Backbone, output: Output) -> dict[str, object]:
+def about(backbone: Backbone, output: Computes) -> dict[str, object]:
     """What a graph says of itself."""
     return {"output": output, "input": backbone.input, "encoder": backbone.arguments, "step": backbone.step}
 

@@ -30,6 +30,8 @@ def check(backbone: Backbone) -> None:
         InputError: It cannot; says what it has no place for.
     """
     vit = backbone.vit
+    if vit.num_classes:
+        _refuse(backbone, "it is a fine-tuned classifier, which averages patch tokens and normalises afterwards")
     if not vit.has_class_token:
         _refuse(backbone, "it has no class token")
     if vit.num_prefix_tokens != 1:

@@ -18,19 +18,20 @@ _OF_OTHER_WEIGHTS = ("url", "file", "hf_hub_id", "license", "origin_url", "paper
 
 
 def write_folder(backbone: Backbone, to: Path) -> None:
-    """``config.json`` and ``model.safetensors``."""
+    """``config.json`` and ``model.safetensors``; of a classifier with its head and the names of its classes."""
     cfg = backbone.vit.pretrained_cfg
     for key in _OF_OTHER_WEIGHTS:
         cfg.pop(key, None)
     cfg["tag"] = "hardpatch"
     arguments = {key: value for key, value in backbone.arguments.items() if key not in ("model_name", "num_classes")}
-    save_for_hf(backbone.vit, str(to), model_args=arguments, safe_serialization=True)
+    named = {"label_names": backbone.classes} if backbone.classes else {}
+    save_for_hf(backbone.vit, str(to), model_config=named, model_args=arguments, safe_serialization=True)
 
 
 def read_folder(path: Path, backbone: Backbone) -> Computed:
     """Read it as a user of timm who knows nothing but the folder."""
     del backbone
-    return _tokens(timm.create_model(f"local-dir:{path}", pretrained=True))
+    return _computed(timm.create_model(f"local-dir:{path}", pretrained=True))
 
 
 def write_file(backbone: Backbone, to: Path) -> None:
@@ -40,15 +41,15 @@ def write_file(backbone: Backbone, to: Path) -> None:
 
 def read_file(path: Path, backbone: Backbone) -> Computed:
     """Read it as a user of timm who has the arguments from the model card."""
-    return _tokens(timm.create_model(**backbone.arguments, checkpoint_path=str(path)))
+    return _computed(timm.create_model(**backbone.arguments, checkpoint_path=str(path)))
 
 
-def _tokens(vit: VisionTransformer) -> Computed:
+def _computed(vit: VisionTransformer) -> Computed:
     vit.eval()
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        tokens: Tensor = vit.forward_features(images)
-        return tokens
+        found: Tensor = vit(images) if vit.num_classes else vit.forward_features(images)
+        return found
 
     return run

@@ -24,7 +24,7 @@ from hardpatch.method.vit import grid_size, patch_size, patchify, take, unpatchi
 from hardpatch.runs.build import build_decoder, build_downloads, choose_attention
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.files import write_atomically
+from hardpatch.runtime.pictures import write_picture
 from hardpatch.runtime.seeding import Stream, derive_seed
 
 NUM_MASKS = 10
@@ -218,16 +218,6 @@ def told_correlation(hardness: Hardness) -> str:
     return f"; rank correlation of predicted and true loss here {hardness.rank_correlation:+.2f}"
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG that is either whole or not there.
-
-    Raises:
-        OSError: Writing failed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-
-
 def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8) -> float:
     """``hardpatch visualize``: draw the hardness figure of some images of a source.
 
@@ -264,7 +254,7 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
     display = build_display(config, pixels)
     figure = draw_hardness(shown, hardness, display, grid_size(loaded.student.encoder), title, valid)
     try:
-        save_figure(figure, out)
+        write_picture(figure, out, source=images)
     except OSError as error:
         raise InputError(f"out: cannot write {str(out)!r}: {error.strerror}") from error
     return hardness.rank_correlation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -15,8 +14,11 @@ from matplotlib.figure import Figure
 from hardpatch.config.evaluations import EVALUATIONS
 from hardpatch.figures.sections import Picture, Section, Table, Tile
 from hardpatch.runs.folder import RunFolder
+from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.files import write_text_atomically
-from hardpatch.runtime.log import read_metrics, read_object
+from hardpatch.runtime.log import read_metrics, read_object, warn
+from hardpatch.runtime.pictures import as_png
+from hardpatch.runtime.text import printable
 
 CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     ("Losses", {"reconstruction_loss": "reconstruction", "prediction_loss": "prediction"}, ""),
@@ -34,21 +36,36 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
 
 
 def write_report(folder: RunFolder) -> None:
-    """Write the page from what lies in the run folder: metrics, figures, evaluations, config."""
+    """Write the page from what lies in the run folder; one that cannot be made costs a warning and nothing else."""
+    try:
+        write_text_atomically(folder.report_file, _page(folder))
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever stands in the files of evaluations, now or of versions before
+        warn(f"{folder.report_file} could not be made, the results are whole: {type(error).__name__}: {error}")
+
+
+def _page(folder: RunFolder) -> str:
+    """Metrics, figures, evaluations and config on one page."""
     records = read_metrics(folder.path)
     hardness = sorted(folder.figures.glob("hardness_*.png"))
     sections = describe_evaluations(folder)
     template = files("hardpatch.figures").joinpath("templates/report.html.j2").read_text()
-    page = Environment(autoescape=True).from_string(template).render(
+    shown = Environment(autoescape=True, finalize=_shown)
+    return shown.from_string(template).render(
         name=folder.path.name,
         tiles=_tiles(folder.result() or {}, records, [section.tile for section in sections if section.tile]),
-        curves=[(title, _drawn(_plot(records, title, lines, unit))) for title, lines, unit in CURVES
+        curves=[(title, _image(as_png(_plot(records, title, lines, unit), dpi=130))) for title, lines, unit in CURVES
                 if any(key in record for record in records for key in lines)],
         figures=[(int(path.stem.split("_")[1]), _image(path.read_bytes())) for path in hardness],
         sections=[(section.title, [_block(folder, block) for block in section.blocks]) for section in sections],
         config=folder.config_file.read_text(),
     )  # fmt: skip
-    write_text_atomically(folder.report_file, page)
+
+
+def _shown(value: Any) -> Any:
+    """Text of a run and of its files; the template escapes what is HTML in it."""
+    return printable(value, lines=True) if type(value) is str else value  # Markup is the template's own
 
 
 def describe_evaluations(folder: RunFolder) -> list[Section]:
@@ -82,12 +99,12 @@ def _tiles(result: dict[str, Any], records: list[dict[str, Any]], measured: list
     correlation = result.get("predictor_rank_correlation")
     if correlation is not None:
         tiles.append(Tile(f"{correlation:+.2f}", "rank correlation", "of predicted and true hardness; 0 = blind"))
-    if "knn_top1" in result:
-        against = result["knn_top1_untrained"]
+    if result.get("knn_top1") is not None:
+        against = result.get("knn_top1_untrained")
         note = "" if against is None else f"untrained {against:.1f} %"
         tiles.append(Tile(f"{result['knn_top1']:.1f} %", "kNN top-1", note))
     tiles += measured
-    if result:
+    if "images_per_second" in result:
         tiles.append(Tile(f"{result['images_per_second']:.0f}", "images/s", f"{result['seconds'] / 60:.1f} minutes"))
     return tiles
 
@@ -109,12 +126,6 @@ def _plot(records: list[dict[str, Any]], title: str, lines: dict[str, str], unit
     if len(axis.lines) > 1:
         axis.legend(fontsize=8, frameon=False)
     return figure
-
-
-def _drawn(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return _image(buffer.getvalue())
 
 
 def _image(png: bytes) -> str:

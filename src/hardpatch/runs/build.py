@@ -16,9 +16,10 @@ from torch import nn
 
 from hardpatch.config.config import Config, DataConfig, OptimisationConfig
 from hardpatch.data.images.decode import Decoder
-from hardpatch.data.images.value_range import find_value_range, has_shallow_images
+from hardpatch.data.images.value_range import find_depths
 from hardpatch.data.loader.loading import Normalise, measure_statistics, read_or_next
 from hardpatch.data.sources import Downloads, Source, open_source
+from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.method.decoder import CrossAttention, CrossBlock
 from hardpatch.method.hpm import HPM, make_method, make_target
 from hardpatch.method.method import Method
@@ -215,12 +216,19 @@ def open_images(config: Config) -> tuple[Config, Source]:
         )  # fmt: skip
 
     source, data = opened(), config.data
+    if is_main_of_environment():
+        say_what_is_left(source)
     read_or_next(source, 0)  # a source of which nothing can be read is refused before it is looked through
-    if not data.value_range and (found := find_value_range(source, max_images=LOOK_AT, no_data=data.no_data)):
-        config = replace(config, data=replace(data, value_range=found))
+    depths = None if data.value_range else find_depths(source, max_images=LOOK_AT, no_data=data.no_data)
+    if depths is not None and (found := depths.value_range):
+        config = replace(config, data=replace(data, value_range=found.ends()))
         if is_main_of_environment():
-            say(f"values that are not 8-bit: {found[0]:g} to {found[1]:g}, found in the images (--value-range)")
-            if has_shallow_images(source, max_images=LOOK_AT):
+            say(
+                f"values that are not 8-bit: {found.lowest:g} to {found.highest:g}, found in the images (--value-range)"
+            )
+            if advice := found.advice():
+                warn(advice)
+            if depths.num_shallow:
                 warn(
                     "some images are 8-bit and some are deeper: the deeper ones share one range of values, which may "
                     "leave them black or white. Better make a run of each (hardpatch data check lists depths)"

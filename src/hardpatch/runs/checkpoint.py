@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from hardpatch.runs.kinds import WrongKind, what_it_is
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import flush_to_disk, write_atomically, write_text_atomically
 
@@ -39,6 +40,7 @@ class CheckpointFolder:
         keep_steps: Checkpoints at multiples of this step stay for good.
         kept: A step whose checkpoint stays for good.
         holds: A part that every checkpoint of this kind has.
+        if_damaged: What to do where every one is damaged.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class CheckpointFolder:
         keep_steps: int | None = None,
         kept: int | None = None,
         holds: str = "student",
+        if_damaged: str = "use --resume restart to start over",
     ) -> None:
+        self.if_damaged = if_damaged
         self.path = path
         self.keep_last = keep_last
         self.keep_steps = keep_steps
@@ -113,18 +117,20 @@ class CheckpointFolder:
             CheckpointWarning: A newer one is damaged; it is passed over.
 
         Raises:
-            InputError: There are checkpoints, but every one is damaged.
+            InputError: There are checkpoints, but every one is damaged; or one is whole, and of another kind.
         """
         problems = []
         for step in reversed([step for step in self.steps() if until is None or step <= until]):
             try:
                 return load_verified(self.file(step), holds=self.holds)
+            except WrongKind:
+                raise
             except InputError as error:
                 problems.append(str(error))
                 warnings.warn(f"{error}; trying the checkpoint before it", CheckpointWarning, stacklevel=2)
         if problems:
             raise InputError(
-                "resume: every checkpoint is damaged; use --resume restart to start over\n" + "\n".join(problems)
+                f"checkpoint: every checkpoint in {self.path} is damaged; {self.if_damaged}\n" + "\n".join(problems)
             )
         return None
 
@@ -173,12 +179,12 @@ def load_verified(path: Path, *, require_checksum: bool = True, holds: str = "st
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever unpickling a damaged file may raise
-        raise InputError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+        if what := what_it_is(path):
+            raise WrongKind(f"checkpoint {path} is {what}") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"checkpoint {path} is damaged, or no checkpoint at all: {problem}") from error
     if not isinstance(state, dict) or holds not in state:
-        raise InputError(
-            f"checkpoint {path} is not one of hardpatch's (no {holds!r} in it); "
-            "hardpatch convert turns published files into ours"
-        )
+        raise WrongKind(f"checkpoint {path} is {what_it_is(path) or 'none of hardpatch'} (no {holds!r} in it)")
     return state
 
 

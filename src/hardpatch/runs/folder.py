@@ -27,6 +27,8 @@ from hardpatch.runs.trackers import RUNS_FILE
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import read_object, warn
+from hardpatch.runtime.outputs import make_output_folder
+from hardpatch.runtime.text import printable
 
 
 class RunFolder:
@@ -56,7 +58,7 @@ class RunFolder:
         Raises:
             InputError: Another process trains this run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_output_folder(self.path)
         self._claim = (self.path / ".claim").open("w")
         try:
             # Not flock: data workers would inherit it, and keep the folder for a while after a kill.
@@ -81,6 +83,10 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out: must be a folder, got the file {str(self.path)!r}")
+        if printable(str(self.path)) != str(self.path):  # TensorBoard and safetensors open none such
+            raise InputError(
+                f"out: {str(self.path)!r} has bytes that are not UTF-8, or control characters; choose another"
+            )
         if self.config_file.is_file() or CheckpointFolder(self.checkpoints).steps():
             if resume == "never":
                 raise InputError(f"out: {str(self.path)!r} holds a run already and resume is 'never'")
@@ -135,7 +141,8 @@ class RunFolder:
         if not self.damaged_file.is_file():
             return {}
         try:
-            rows = list(csv.reader(io.StringIO(self.damaged_file.read_text(), newline="")))
+            with self.damaged_file.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                rows = list(csv.reader(file))
         except (ValueError, csv.Error):
             rows = []
         if rows[:1] != [["path", "reason"]]:
@@ -166,7 +173,7 @@ class RunFolder:
 
     def write_config(self, config: Config, device: torch.device, schedule: Schedule | None = None) -> None:
         """Save the resolved config with versions, git sha and command, and the schedule that its epochs came to."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_output_folder(self.path)
         about: dict[str, Any] = {**about_this_run(device)}
         if schedule is not None:
             values = asdict(schedule)

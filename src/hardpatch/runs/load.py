@@ -27,6 +27,7 @@ from hardpatch.runs.build import (
 )
 from hardpatch.runs.checkpoint import CheckpointFolder, about_weights, load_verified
 from hardpatch.runs.folder import RunFolder
+from hardpatch.runs.kinds import WrongKind, what_it_is
 from hardpatch.runtime.errors import InputError
 
 
@@ -34,18 +35,23 @@ def locate_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """Load the state of a run folder (its newest whole checkpoint) or of one ``.pt`` file.
 
     Raises:
-        InputError: Nothing there, or damaged.
+        InputError: Nothing there, damaged, or another thing than a run; says what.
     """
     path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        state = CheckpointFolder(folder).load_latest() if any(folder.glob("step_*.pt")) else None
-        if state is None:
-            raise InputError(f"checkpoint: no checkpoint in {str(path)!r}; is it a run folder?")
-        return state
     if not path.exists():
         raise InputError(f"checkpoint: {str(path)!r} does not exist")
-    return load_verified(path.resolve(), require_checksum=False)
+    try:
+        if path.is_file():
+            return load_verified(path.resolve(), require_checksum=False)
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        if state := CheckpointFolder(folder, if_damaged="give another run, or a copy of this one").load_latest():
+            return state
+    except WrongKind:
+        pass
+    raise InputError(
+        f"checkpoint: needs a run folder or a .pt of its checkpoints, and {str(path)!r} is "
+        f"{what_it_is(path) or 'neither'}"
+    )
 
 
 class LoadedRun:
@@ -114,8 +120,16 @@ def load_encoder(checkpoint: str | Path) -> VisionTransformer:
         checkpoint: A run folder, its ``weights.safetensors``, or one of its ``.pt`` files.
 
     Raises:
-        InputError: Nothing there, or damaged.
+        InputError: Nothing there, damaged, or a fine-tuned classifier.
     """
+    backbone = load_backbone(checkpoint)
+    if backbone.num_classes:
+        raise InputError(f"checkpoint: {str(checkpoint)!r} is a fine-tuned classifier: load_classifier gives all of it")
+    return backbone
+
+
+def load_backbone(checkpoint: str | Path) -> VisionTransformer:
+    """What :func:`load_encoder` gives, or a fine-tuned classifier with its head."""
     if weights := _weights_file(checkpoint):
         return load_timm_weights(weights)
     run = LoadedRun(checkpoint)
@@ -154,7 +168,8 @@ def arguments_of_encoder(checkpoint: str | Path) -> dict[str, Any]:
 def _weights_file(checkpoint: str | Path) -> Path | None:
     """The ``.safetensors`` that is meant or lies in the run folder that is meant, if there is one."""
     path = Path(checkpoint).expanduser()
-    weights = RunFolder(path).weights_file if path.is_dir() else path
+    inside = (RunFolder(path).weights_file, path / RunFolder(path).weights_file.name)
+    weights = next((file for file in inside if file.is_file()), path)
     return weights if weights.suffix == ".safetensors" and weights.is_file() else None
 
 
@@ -166,4 +181,5 @@ def _read_timm_weights(weights: Path, field: str) -> tuple[dict[str, Any], dict[
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return about["timm"], about["input"], state
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{field}: {str(weights)!r} holds no encoder of hardpatch: {error}") from error
+        what = what_it_is(weights) or f"no encoder of hardpatch, or damaged: {error}"
+        raise InputError(f"{field}: {str(weights)!r} is {what}") from error

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from hardpatch.runtime.text import as_bytes
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file, flush it to the disk and rename it to ``path``.
@@ -35,5 +37,5 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file that is either the old or the new one, never half."""
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    """Write a text file, as UTF-8, that is either the old or the new one, never half; names in it keep their bytes."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(as_bytes(text)))

@@ -26,6 +26,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.text import printable
 
 Item = TypeVar("Item")
 
@@ -39,16 +40,12 @@ console = Console(stderr=True, highlight=False)
 def say(message: str) -> None:
     """One line to the user, from the main process."""
     if os.environ.get("RANK", "0") == "0":
-        console.print(message, markup=False, soft_wrap=True)
+        console.print(printable(message, lines=True), markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One line that the user should not miss."""
-    console.print(f"[yellow]warning:[/yellow] {_escape(message)}", soft_wrap=True)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+    console.print(Text.assemble(("warning:", "yellow"), f" {printable(message, lines=True)}"), soft_wrap=True)
 
 
 class RunLog:

@@ -7,17 +7,19 @@ import torch
 from hardpatch.config.config import Config
 from hardpatch.data.loader.loading import default_workers
 from hardpatch.data.sources import Source, class_indices, open_source
-from hardpatch.evaluate.classify.knn import knn_accuracy
-from hardpatch.evaluate.features import LabelledSplit
+from hardpatch.evaluate.classify.knn import knn_top1
+from hardpatch.evaluate.classify.labelled_images import LabelledImages, Subset, without_labels
+from hardpatch.evaluate.features import split_features
 from hardpatch.evaluate.foreground import predicted_loss_auroc
 from hardpatch.figures.display import build_display
-from hardpatch.figures.hardness import draw_hardness, measure_hardness, save_figure, spread_images, told_correlation
+from hardpatch.figures.hardness import draw_hardness, measure_hardness, spread_images, told_correlation
 from hardpatch.method.student import Student, Teacher
 from hardpatch.method.vit import grid_size
 from hardpatch.runs.build import build_decoder, build_downloads, build_normalise
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import warn
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.training.state import Run
 
@@ -34,7 +36,7 @@ def labelled_validation(config: Config) -> Source | None:
         downloads=build_downloads(config),
     )  # fmt: skip
     if source.labels is None:
-        raise InputError(f"val: {config.run.val!r} has no labels (sub-folders, a column 'label', or .cls files)")
+        raise InputError(without_labels(source, config.run.val, "val"))
     return source
 
 
@@ -58,7 +60,7 @@ class Watcher:
         shown = val or run.source
         self.images = spread_images(shown, run.config.run.num_figure_images, run.config.data.size)
 
-    def _labelled_split(self) -> LabelledSplit | None:
+    def _labelled_split(self) -> LabelledImages | None:
         """Neighbours from the training images; queries from the validation images, or from held-back labels."""
         source, limit = self.run.source, self.run.config.run.knn_images
         if source.labels is None or len(set(source.labels)) < 2:
@@ -78,7 +80,9 @@ class Watcher:
             queries, neighbours, val = order[:third], order[third:], source
         if len(neighbours) < NEIGHBOURS or not queries:
             return None
-        return LabelledSplit(source, val, sorted(neighbours), sorted(queries), sorted(set(source.labels)))
+        return LabelledImages(
+            Subset(source, sorted(neighbours)), Subset(val, sorted(queries)), sorted(set(source.labels))
+        )
 
     def watch(self, step: int) -> dict[str, float]:
         """Draw the figures of this step and return what was measured."""
@@ -93,12 +97,12 @@ class Watcher:
         model = run.state.whole(run.config)
         student, teacher = model.student, model.teacher
         if self.split is not None:
-            accuracy = knn_accuracy(
-                student.encoder, self.split, self.normalise, size=run.config.data.size,
-                ks=(NEIGHBOURS,), temperature=0.07, pooling="mean", device=run.device, bf16=run.bf16,
+            features = split_features(
+                student.encoder, self.split, self.normalise, size=run.config.data.size, pooling="mean",
+                device=run.device, bf16=run.bf16,
                 workers=default_workers() if run.config.run.workers is None else run.config.run.workers,
             )  # fmt: skip
-            metrics["knn_top1"] = accuracy[NEIGHBOURS][0]
+            metrics["knn_top1"] = knn_top1(features, self.split, k=NEIGHBOURS)
         if run.config.run.figures and distributed.is_main():
             metrics |= self._figures(step, student, teacher)
         distributed.barrier()
@@ -113,14 +117,12 @@ class Watcher:
             generator=torch.Generator().manual_seed(derive_seed(run.config.optimisation.seed, Stream.FIGURES)),
             valid=valid,
         )  # fmt: skip
-        figure = draw_hardness(
-            images, hardness, build_display(run.config, self.images.pixels), grid_size(student.encoder),
-            f"step {step}" + told_correlation(hardness), valid,
+        try_picture(
+            lambda: draw_hardness(
+                images, hardness, build_display(run.config, self.images.pixels), grid_size(student.encoder),
+                f"step {step}" + told_correlation(hardness), valid,
+            ), run.folder.hardness_figure(step),
         )  # fmt: skip
-        try:
-            save_figure(figure, run.folder.hardness_figure(step))
-        except OSError as error:
-            warn(f"could not save the hardness figure of step {step}: {error}")
         if self.val is None or self.val.groups() is None or student.predictor is None:
             return {}
         auroc = predicted_loss_auroc(

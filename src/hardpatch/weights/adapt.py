@@ -16,13 +16,13 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from hardpatch.config.config import Config
+from hardpatch.method.choices import TARGETS
 from hardpatch.method.student import Student, Teacher
 from hardpatch.method.vit import grid_size, patch_size
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.names import handful
 from hardpatch.weights.read import Weights, mismatches, read_weights, table_grid
 
-PIXEL_TARGETS = ("pixels", "norm_pix")
 PARTS = {"reconstructor": "reconstructor", "predictor": "loss predictor"}
 """The two decoders: prefix of their parameters, and their name to the user."""
 
@@ -74,12 +74,6 @@ def start_from(config: Config, student: Student, teacher: Teacher) -> str:
 def fit(weights: Weights, state: Mapping[str, Tensor], student: Student, config: Config) -> Fitted:
     """Bring weights into the shapes of a student.
 
-    Args:
-        weights: What the file says about them.
-        state: The tensors, the student's or the teacher's.
-        student: The model that is wanted.
-        config: Of the run that it is wanted for.
-
     Raises:
         InputError: The encoder has another width, depth or number of heads, or other parts.
     """
@@ -91,7 +85,8 @@ def fit(weights: Weights, state: Mapping[str, Tensor], student: Student, config:
     found = {name: state[name] for name in names if name in state}
     if (table := _table(found, "positions")) is not None:
         grid = _source_grid(weights, table[0])
-        found["positions"] = resample_positions(table, grid, grid_size(student.encoder), num_prefix_tokens=0)
+        wanted_grid = list(grid_size(student.encoder))
+        found["positions"] = resample_abs_pos_embed(table, wanted_grid, list(grid), num_prefix_tokens=0)
     input_taken = _take(fitted, "decoder input", found, {name: wanted[name] for name in names})
     for name, part in PARTS.items():
         decoder = getattr(student, name)
@@ -140,9 +135,13 @@ def _fit_encoder(weights: Weights, state: Mapping[str, Tensor], student: Student
         grid, old = grid_size(encoder), table[0]
         prefix = encoder.pos_embed.shape[1] - grid[0] * grid[1]
         old_grid = _source_grid(weights, old[prefix:])
-        found["encoder.pos_embed"] = resample_positions(table, old_grid, grid, num_prefix_tokens=prefix)
+        found["encoder.pos_embed"] = resample_abs_pos_embed(table, list(grid), list(old_grid), num_prefix_tokens=prefix)
         if old_grid != grid:
             fitted.adapted.append(f"position tables: {_by(old_grid)} -> {_by(grid)} patches, resampled in 2-D")
+    if any(name.startswith("fc_norm.") for name in weights.left_aside) and "encoder.norm.weight" not in found:
+        # A model that normalises after pooling, as a fine-tuned classifier does, has no last norm.
+        wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("encoder.norm.")}
+        fitted.fresh.append("encoder's last norm (the file's model normalises after pooling)")
     if mismatches(found, wanted):
         wrong = {key for key in found.keys() | wanted.keys() if mismatches(_only(found, key), _only(wanted, key))}
         raise InputError(
@@ -167,11 +166,7 @@ def _table(state: Mapping[str, Tensor], name: str) -> Tensor | None:
 
 
 def _source_grid(weights: Weights, table: Float[Tensor, "n d"]) -> tuple[int, int]:
-    """Rows and columns of the grid that a table was made for.
-
-    Raises:
-        InputError: A learnt table whose number of rows is no square.
-    """
+    """Rows and columns of the grid that a table was made for."""
     if weights.grid is not None and weights.grid[0] * weights.grid[1] == len(table):
         return weights.grid
     grid = table_grid(table)
@@ -180,28 +175,9 @@ def _source_grid(weights: Weights, table: Float[Tensor, "n d"]) -> tuple[int, in
     return grid
 
 
-def resample_positions(
-    table: Float[Tensor, "1 t d"], old: tuple[int, int], new: tuple[int, int], *, num_prefix_tokens: int
-) -> Float[Tensor, "1 s d"]:
-    """A position table for another grid: bicubic in 2-D, prefix rows as they are.
-
-    Args:
-        table: The table.
-        old: Its rows and columns.
-        new: Rows and columns that are wanted.
-        num_prefix_tokens: Rows of the table before the first patch's.
-    """
-    resampled: Tensor = resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=num_prefix_tokens)
-    return resampled
-
-
 def inflate_channels(weight: Float[Tensor, "d c h w"], channels: int) -> Float[Tensor, "d k h w"]:
     """A patch embedding for another number of channels, by timm's rule: to one, the sum; to others, the channels
     repeated in turn and scaled by old / new number, so that the size of the output stays.
-
-    Args:
-        weight: The convolution's weight.
-        channels: Channels that are wanted.
     """
     old = weight.shape[1]
     if channels == old:
@@ -253,7 +229,7 @@ def _fit_head(
     elif len(found) == 2 and not _same_kind_of_target(weights, found[bias], proj, config):
         fitted.fresh.append("reconstructor's head (the file's is for another target)")
         return
-    elif len(found) == 2 and found[bias].shape != wanted[bias].shape and config.method.target in PIXEL_TARGETS:
+    elif len(found) == 2 and found[bias].shape != wanted[bias].shape and TARGETS[config.method.target].of_pixels:
         vertical, horizontal = proj.shape[-2:]
         joined = resample_pixel_head(
             torch.cat([found[weight], found[bias].unsqueeze(1)], dim=1),
@@ -272,8 +248,8 @@ def _same_kind_of_target(weights: Weights, bias: Tensor, proj: Tensor, config: C
     """Does the file's reconstructor put out what this run wants? A width alone does not say: 768 is ViT-B's features
     and 16 x 16 x 3 pixels. A published file with the width of its patches' pixels is taken for a pixel target."""
     here, there = config.method, weights.config.method if weights.config else None
-    if there is None or there.target in PIXEL_TARGETS:
-        return len(bias) == proj[0].numel() and here.target in PIXEL_TARGETS
+    if there is None or TARGETS[there.target].of_pixels:
+        return len(bias) == proj[0].numel() and TARGETS[here.target].of_pixels
     if here.target == "tokens" and not here.tokenizer:  # another codebook numbers its entries otherwise
         return False
     return all(getattr(here, name) == getattr(there, name) for name in ("target", "target_model", "tokenizer"))

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from hardpatch.config.commands import ConvertConfig
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
+from hardpatch.method.choices import TARGETS
 from hardpatch.method.vit import LAYER_NORM_EPS
 from hardpatch.runs.build import build_encoder, build_student, input_config, timm_arguments
 from hardpatch.runs.checkpoint import save_pickle, save_weights
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import read_metrics
-from hardpatch.weights.adapt import PIXEL_TARGETS
 from hardpatch.weights.names import handful, to_published
 from hardpatch.weights.read import Weights, mismatches, read_weights, table_grid
 
@@ -88,7 +88,7 @@ def run(config: ConvertConfig) -> Converted:
             f"(--to FILE.safetensors), or start a run from it (hardpatch pretrain --init-from {config.source})"
         )
     resolved = weights.config or inferred_config(weights, config)
-    if kind == "published" and resolved.method.target not in PIXEL_TARGETS:
+    if kind == "published" and not TARGETS[resolved.method.target].of_pixels:
         raise InputError(
             f"from: {config.source!r} has no published counterpart: its reconstructor's target is "
             f"{resolved.method.target!r}, not pixels"
@@ -124,11 +124,7 @@ def run(config: ConvertConfig) -> Converted:
 
 
 def _destination(config: ConvertConfig) -> tuple[Path, Kind]:
-    """The file to write and what it will be.
-
-    Raises:
-        InputError: Another ending, or it exists.
-    """
+    """The file to write and what it will be."""
     kinds: dict[str, Kind] = {".pt": "checkpoint", ".safetensors": "encoder", ".pth": "published"}
     to = Path(config.to).expanduser()
     if to.suffix not in kinds:
@@ -201,11 +197,7 @@ def _image_size(weights: Weights, given: ConvertConfig, patch: int) -> tuple[int
 
 
 def _check(weights: Weights, config: Config, *, whole: bool) -> None:
-    """Do all tensors have the shapes of the model that the config builds?
-
-    Raises:
-        InputError: Names the first that have not.
-    """
+    """Do all tensors have the shapes of the model that the config builds?"""
     with torch.device("meta"):
         wanted = build_student(config).state_dict() if whole else _encoder_state(config)
     for owner, state in (("its ", weights.student), ("its teacher's ", weights.teacher)):
@@ -218,6 +210,12 @@ def _check(weights: Weights, config: Config, *, whole: bool) -> None:
                 f"{len(wanted['reconstructor.head.bias'])}: it was trained on another target, such as features"
             )
         found = state if whole else {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+        if any(name.startswith("fc_norm.") for name in weights.left_aside) and "encoder.norm.weight" not in found:
+            raise InputError(
+                f"from: {weights.source!r} normalises after pooling and has no last norm, as a fine-tuned classifier: "
+                "hardpatch.load_classifier and hardpatch export read one of hardpatch's, and pretrain --init-from "
+                "starts from its encoder"
+            )
         if different := mismatches(found, wanted):
             raise InputError(
                 f"from: {weights.source!r} is damaged or no such model; of {owner}tensors\n  "

@@ -8,22 +8,24 @@ keeps query, key and value apart; its names changed between versions, and both a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from hardpatch.runtime.errors import InputError
 
-_PREFIXES = (  # published prefix, ours; the order matters: the first that fits is taken
-    ("decoder_embed.", "decoder_embed."),
-    ("decoder_blocks_losspred.", "predictor.blocks."),
-    ("decoder_norm_losspred.", "predictor.norm."),
-    ("decoder_pred_losspred.", "predictor.head."),
-    ("decoder_blocks.", "reconstructor.blocks."),
-    ("decoder_norm.", "reconstructor.norm."),
-    ("decoder_pred.", "reconstructor.head."),
-)
+_PREFIXES = {  # ours, the published one
+    "mask_token": "mask_token",
+    "positions": "decoder_pos_embed",
+    "decoder_embed.": "decoder_embed.",
+    "predictor.blocks.": "decoder_blocks_losspred.",
+    "predictor.norm.": "decoder_norm_losspred.",
+    "predictor.head.": "decoder_pred_losspred.",
+    "reconstructor.blocks.": "decoder_blocks.",
+    "reconstructor.norm.": "decoder_norm.",
+    "reconstructor.head.": "decoder_pred.",
+}
 _ENCODER = re.compile(
     r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))\.(weight|bias)"
 )
@@ -32,27 +34,15 @@ _ENCODER = re.compile(
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of a published HPM (or MAE) model to those of :class:`hardpatch.method.student.Student`.
 
-    Args:
-        state: Tensors under the published parameter names.
-
     Raises:
         InputError: A name that no published model has, or a class token with a position in the decoder.
     """
-    renamed, unknown = {}, []
-    for name, tensor in state.items():
-        if name == "mask_token":
-            renamed[name] = tensor
-        elif name == "decoder_pos_embed":
-            renamed["positions"] = _without_class_row(tensor)
-        elif prefix := next(((a, b) for a, b in _PREFIXES if name.startswith(a)), None):
-            renamed[prefix[1] + name.removeprefix(prefix[0])] = tensor
-        elif _ENCODER.fullmatch(name):
-            renamed["encoder." + name] = tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        raise InputError(f"a published HPM or MAE model has no parameter {handful(unknown)}")
-    return renamed
+    published = {theirs: ours for ours, theirs in _PREFIXES.items()}
+    renamed = _renamed(
+        state, lambda name: _with_prefix(name, published) or ("encoder." + name if _ENCODER.fullmatch(name) else None),
+        "a published HPM or MAE model has no parameter",
+    )  # fmt: skip
+    return _without_class_row(renamed)
 
 
 def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,20 +51,17 @@ def to_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         InputError: A tensor has no published counterpart (registers, layer scale, ...).
     """
-    renamed, unknown = {}, []
-    for name, tensor in state.items():
-        if name == "mask_token":
-            renamed[name] = tensor
-        elif name == "positions":
-            renamed["decoder_pos_embed"] = torch.cat([torch.zeros_like(tensor[:, :1]), tensor], dim=1)
-        elif prefix := next(((a, b) for a, b in _PREFIXES if name.startswith(b)), None):
-            renamed[prefix[0] + name.removeprefix(prefix[1])] = tensor
-        elif name.startswith("encoder.") and _ENCODER.fullmatch(name.removeprefix("encoder.")):
-            renamed[name.removeprefix("encoder.")] = tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        raise InputError(f"the published models have no counterpart of {handful(unknown)}")
+
+    def encoder(name: str) -> str | None:
+        bare = name.removeprefix("encoder.")
+        return bare if bare != name and _ENCODER.fullmatch(bare) else None
+
+    renamed = _renamed(
+        state, lambda name: _with_prefix(name, _PREFIXES) or encoder(name),
+        "the published models have no counterpart of",
+    )  # fmt: skip
+    if (table := renamed.get("decoder_pos_embed")) is not None:
+        renamed["decoder_pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
     return renamed
 
 
@@ -92,9 +79,9 @@ _HUGGING_FACE = (  # pattern of a whole name, ours; the order matters: the first
     (r"decoder\.decoder_pred\.(\w+)", r"reconstructor.head.\1"),
 )
 _HUGGING_FACE_BLOCK = (  # inside a block
-    (r"attention\.(?:attention\.(q)uery|(q)_proj)\.(\w+)", r"attn.qkv.\3"),
-    (r"attention\.(?:attention\.(k)ey|(k)_proj)\.(\w+)", r"attn.qkv.\3"),
-    (r"attention\.(?:attention\.(v)alue|(v)_proj)\.(\w+)", r"attn.qkv.\3"),
+    (r"attention\.(?:attention\.query|q_proj)\.(\w+)", r"attn.q.\1"),
+    (r"attention\.(?:attention\.key|k_proj)\.(\w+)", r"attn.k.\1"),
+    (r"attention\.(?:attention\.value|v_proj)\.(\w+)", r"attn.v.\1"),
     (r"attention\.(?:output\.dense|o_proj)\.(\w+)", r"attn.proj.\1"),
     (r"layernorm_before\.(\w+)", r"norm1.\1"),
     (r"layernorm_after\.(\w+)", r"norm2.\1"),
@@ -112,30 +99,23 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         InputError: A name that no such model has, or a class token with a position in the decoder.
     """
-    renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for name, tensor in state.items():
+
+    def rename(name: str) -> str | None:
         ours = _first_match(name.removeprefix("vit."), _HUGGING_FACE)
         if ours and (block := re.fullmatch(r"(\w+\.blocks\.\d+\.)(.+)", ours)):
             inside = _first_match(block[2], _HUGGING_FACE_BLOCK)
-            ours = inside and block[1] + inside
-            if inside and inside.startswith("attn.qkv."):
-                parts.setdefault(block[1] + inside, {})[re.sub(r".*\.([qkv])\w*\.\w+", r"\1", block[2])] = tensor
-                continue
-        if ours is None:
-            unknown.append(name)
-        elif ours == "positions":
-            renamed[ours] = _without_class_row(tensor)
-        else:
-            renamed[ours] = tensor
-    if unknown:
-        raise InputError(f"a ViTMAE of transformers has no parameter {handful(unknown)}")
-    for name, qkv in parts.items():
-        if qkv.keys() != set("qkv"):
-            raise InputError(f"{name}: has only {', '.join(sorted(qkv))} of query, key and value")
-        renamed[name] = torch.cat([qkv[part] for part in "qkv"])
-    return renamed
+            return inside and block[1] + inside
+        return ours
+
+    renamed = _renamed(state, rename, "a ViTMAE of transformers has no parameter")
+    for name in [name for name in renamed if ".q." in name or ".k." in name or ".v." in name]:
+        joined = re.sub(r"\.[qkv]\.", ".qkv.", name)
+        if joined not in renamed:
+            parts = {part: renamed.get(joined.replace(".qkv.", f".{part}.")) for part in "qkv"}
+            if missing := [part for part, tensor in parts.items() if tensor is None]:
+                raise InputError(f"{joined}: has no {', '.join(missing)} of query, key and value")
+            renamed[joined] = torch.cat([tensor for tensor in parts.values() if tensor is not None])
+    return _without_class_row({name: tensor for name, tensor in renamed.items() if not re.search(r"\.[qkv]\.", name)})
 
 
 _TO_HUGGING_FACE = (  # pattern of a whole name of timm's ViT, and that of the hub's ViTs
@@ -158,19 +138,27 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         InputError: A tensor has no counterpart there (registers, layer scale, ...).
     """
-    renamed, unknown = {}, []
-    for name, tensor in state.items():
-        theirs = _first_match(name, _TO_HUGGING_FACE)
-        if theirs is None:
-            unknown.append(name)
-        elif "{part}" in theirs:
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
-                renamed[theirs.format(part=part)] = piece.clone()
-        else:
-            renamed[theirs] = tensor.clone()
-    if unknown:
-        raise InputError(f"a ViT of transformers has no counterpart of {handful(unknown)}")
-    return renamed
+    renamed = _renamed(
+        state, lambda name: _first_match(name, _TO_HUGGING_FACE), "a ViT of transformers has no counterpart of"
+    )
+    split: dict[str, Tensor] = {}
+    for name, tensor in renamed.items():
+        pieces = zip(("query", "key", "value"), tensor.chunk(3)) if "{part}" in name else [("", tensor)]
+        split |= {name.format(part=part): piece.clone() for part, piece in pieces}
+    return split
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None], complaint: str) -> dict[str, Tensor]:
+    """The tensors under their new names."""
+    names = {name: rename(name) for name in state}
+    if unknown := [name for name, new in names.items() if new is None]:
+        raise InputError(f"{complaint} {handful(unknown)}")
+    return {new: state[name] for name, new in names.items() if new is not None}
+
+
+def _with_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """The name with its prefix exchanged; None where it has none of these."""
+    return next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), None)
 
 
 def _first_match(name: str, patterns: Iterable[tuple[str, str]]) -> str | None:
@@ -181,14 +169,16 @@ def _first_match(name: str, patterns: Iterable[tuple[str, str]]) -> str | None:
     return None
 
 
-def _without_class_row(table: Tensor) -> Tensor:
+def _without_class_row(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The decoder's position table without its first row, in which nothing may stand: ours has none."""
+    if (table := state.get("positions")) is None:
+        return state
     if table.ndim != 3 or table[:, :1].any():
         raise InputError(
             f"decoder_pos_embed: must be (1, 1 + N, width) with zeros for the class token, got {tuple(table.shape)}"
             + (" with a class token that has a position" if table.ndim == 3 else "")
         )
-    return table[:, 1:]
+    return {**state, "positions": table[:, 1:]}
 
 
 def handful(items: list[str], *, most: int = 5, separator: str = ", ") -> str:

@@ -29,10 +29,11 @@ from torch.serialization import safe_globals
 
 from hardpatch.config.config import Config
 from hardpatch.config.values import validated
-from hardpatch.method.choices import MASKS
+from hardpatch.method.choices import MASKS, TARGETS
 from hardpatch.method.vit import sincos_positions
 from hardpatch.runs.build import build_encoder
 from hardpatch.runs.checkpoint import verify
+from hardpatch.runs.kinds import WrongKind, what_it_is
 from hardpatch.runs.load import locate_checkpoint
 from hardpatch.runtime.errors import InputError
 from hardpatch.weights.names import from_hugging_face, from_published, handful
@@ -85,11 +86,16 @@ def read_weights(source: str | Path, *, field: str = "weights") -> Weights:
             names = ("model.safetensors", "pytorch_model.bin")
             found = next((path / name for name in names if (path / name).is_file()), None)
             if found is None:
-                raise InputError(f"holds no run and none of {', '.join(names)}")
+                raise WrongKind(f"holds no run and none of {', '.join(names)}")
             path = found
         elif not path.exists():
             raise InputError("does not exist")
         return _from_file(str(source), path)
+    except WrongKind as error:
+        what = what_it_is(source) if Path(source).expanduser().exists() else ""
+        raise InputError(
+            f"{field}: {str(source)!r} is {what}" if what else f"{field}: {str(source)!r}: {error}"
+        ) from error
     except InputError as error:
         raise InputError(f"{field}: {str(source)!r}: {error}") from error
 
@@ -122,7 +128,7 @@ def _from_run(source: str, saved: dict[str, Any]) -> Weights:
     config = validated(saved["config"])
     method = config.method
     # Where nobody asks the teacher it is never updated: what was saved is the random start.
-    learnt = method.predicted_loss != "none" or MASKS[method.mask].guide or method.target == "ema_features"
+    learnt = method.predicted_loss != "none" or MASKS[method.mask].guide or TARGETS[method.target].needs_teacher
     student = _floats(saved["student"])
     vertical, horizontal = student["encoder.patch_embed.proj.weight"].shape[-2:]
     with torch.device("meta"):
@@ -200,13 +206,13 @@ def read_pickle(path: Path) -> Any:
                 f"refused: loading it would call {asked[1]}, which weights have no need of; a pickle can run any code"
             ) from None
         # PyTorch's own words are left out: to what it will not load it adds advice to load it without protection.
-        raise InputError("damaged, cut short, or no file of torch.save; nothing in it was run") from error
+        raise WrongKind("damaged, cut short, or no file of torch.save; nothing in it was run") from error
 
 
 def _find_states(content: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The state dict of the model, and that of its EMA, in what a training script saved."""
     if not isinstance(content, dict):
-        raise InputError(f"holds no weights but a {type(content).__name__}")
+        raise WrongKind(f"holds no weights but a {type(content).__name__}")
     teacher = next((content[key] for key in ("ema_state_dict", "model_ema", "state_dict_ema") if key in content), None)
     for key in ("state_dict", "model", "module"):
         if isinstance(content.get(key), dict):
@@ -227,7 +233,7 @@ def _to_ours(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ..
     elif _is_hugging_face(tensors):
         student = from_hugging_face(tensors)
     elif "patch_embed.proj.weight" not in tensors:
-        raise InputError(f"holds no ViT: no patch_embed.proj.weight among {handful(list(bare)) or 'nothing'}")
+        raise WrongKind(f"holds no ViT: no patch_embed.proj.weight among {handful(list(bare)) or 'nothing'}")
     elif any(name.startswith("decoder_") for name in tensors):
         student = from_published(tensors)
     else:  # an encoder alone: MAE's release, timm's models, our weights.safetensors all have timm's names
@@ -254,24 +260,16 @@ def _is_hugging_face(names: Iterable[str]) -> bool:
 
 
 def _floats(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor as float32.
-
-    Raises:
-        InputError: Something is no tensor, or has values that are not finite.
-    """
+    """Every tensor as float32."""
     if wrong := [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise InputError(f"holds no weights: no tensors but {handful(wrong)}")
+        raise WrongKind(f"holds no weights: no tensors but {handful(wrong)}")
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise InputError(f"damaged or diverged: not every value is finite in {handful(broken)}")
     return {name: tensor.detach().float() for name, tensor in state.items()}
 
 
 def _hugging_face_hints(path: Path) -> dict[str, Any]:
-    """Heads and grid from a ``config.json``.
-
-    Raises:
-        InputError: Damaged, or the model is none that timm's ViT computes.
-    """
+    """Heads and grid from a ``config.json``."""
     try:
         config = json.loads(path.read_text())
         size, patch = config.get("image_size"), config.get("patch_size")

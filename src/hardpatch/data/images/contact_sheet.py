@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hardpatch.runtime.text import printable
+
 COLUMNS = 8
 _TILE, _GAP, _CAPTION, _HEADING, _LINE, _TOP, _CHART = 1.2, 0.08, 0.34, 0.36, 0.15, 0.4, 1.6
 """Inches: width of a picture, space beside it, its caption, the line above a block, a line of text, the title, a chart
@@ -60,7 +62,7 @@ def draw_contact_sheet(
     figure = Figure(figsize=(width, height))
 
     def write(text: str, left: float, lower: float, **look: Any) -> None:
-        figure.text(left / width, 1 - lower / height, text, parse_math=False, **look)
+        figure.text(left / width, 1 - lower / height, text, **look)
 
     def axes(left: float, upper: float, wide: float, high: float) -> Axes:
         return figure.add_axes((left / width, 1 - (upper + high) / height, wide / width, high / height))
@@ -91,5 +93,5 @@ def draw_contact_sheet(
 
 def short_name(path: str, most: int = 30) -> str:
     """The last part of a name, its beginning cut where it is long."""
-    last = PurePath(path.rpartition(":")[2]).name.strip()
+    last = printable(PurePath(path.rpartition(":")[2]).name.strip())
     return last if len(last) <= most else "…" + last[1 - most :]

@@ -12,8 +12,8 @@ its luminance. Palettes are looked up, CMYK and Lab are converted to RGB and hav
 But if ``channels`` is one more than the bands, alpha is read as the last channel like any other.
 
 **No data.** Pixels that equal ``no_data`` in all bands (or what the file itself names: GDAL's tag, DICOM's padding), or
-that are NaN or infinite in any, are not ``valid``; they get their channel's mean. An image without any other pixel is
-refused. Where nothing is missing, ``valid`` is None.
+that are NaN, infinite or beyond 1e38 in any (an untagged -3.4028e38 is a mark, no quantity), are not ``valid``; they
+get their channel's mean. An image without any other pixel is refused. Where nothing is missing, ``valid`` is None.
 
 **Orientation** (EXIF, TIFF's tag, XMP) is applied. Of animations and of files with several pages the first is read.
 
@@ -89,6 +89,9 @@ class Decoder:
             raise ChannelsError(f"{error} (where all files are like it: --channels {found.bands})") from error
 
 
+NO_QUANTITY = 1e38
+"""Floats from here on are the lowest or highest of their type, which stands for pixels without data."""
+
 RGB = Decoder()
 """Of 8-bit colour images."""
 
@@ -137,7 +140,7 @@ def _with_alpha_as_channel(stored: Stored, channels: int) -> Stored:
 
 
 def find_missing(stored: Stored, no_data: float | None) -> Bool[np.ndarray, "h w"] | None:
-    """Pixels that hold no data by their value or their absence; None where there are none.
+    """Pixels that hold no data by their value (NaN and infinity, too) or their absence; None where there are none.
 
     Args:
         stored: The image.
@@ -146,6 +149,8 @@ def find_missing(stored: Stored, no_data: float | None) -> Bool[np.ndarray, "h w
     missing = None if stored.present is None else ~stored.present
     value = stored.no_data if no_data is None else no_data
     dtype = stored.pixels.dtype
+    if dtype.kind == "f" and not (usable := (np.abs(stored.pixels) < NO_QUANTITY).all(axis=2)).all():
+        missing = ~usable if missing is None else missing | ~usable
     if value is not None and _fits(value, dtype):
         empty = (stored.pixels == dtype.type(value)).all(axis=2)
         if empty.any():

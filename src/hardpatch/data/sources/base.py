@@ -14,6 +14,7 @@ import torch
 from hardpatch.data.images.decode import Decoder, Sample
 from hardpatch.data.sources.compact import Labels
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.text import as_bytes
 
 
 class Blocks(NamedTuple):
@@ -99,12 +100,12 @@ def fingerprint(source: Source, *, num_read: int = 64) -> str:
     digest = hashlib.sha256()
     if (outline := source.outline()) is not None:
         for line in outline:
-            digest.update(_encoded(line) + b"\0")
+            digest.update(as_bytes(line) + b"\0")
         return f"{len(source)} images, {digest.hexdigest()[:12]}"
     start = _common_folder(source.names())
     names = source.names()
     while some := list(islice(names, 4096)):
-        digest.update(_encoded("\0".join([name[start:] for name in some])) + b"\0")
+        digest.update(as_bytes("\0".join([name[start:] for name in some])) + b"\0")
     for index in range(0, len(source), max(1, len(source) // num_read)):
         try:
             content = source.content(index)
@@ -124,10 +125,6 @@ def _common_folder(names: Iterable[str]) -> int:
         return 0
     same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
     return first.rfind("/", 0, same) + 1
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def class_indices(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:

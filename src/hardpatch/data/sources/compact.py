@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow
 from pyarrow import compute
 
+from hardpatch.runtime.text import as_bytes, as_text
+
 _CHUNK = 65_536
 
 
@@ -63,7 +65,7 @@ class Strings(_Compact):
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        encoded = (string.encode("utf-8", "surrogateescape") for string in strings)
+        encoded = map(as_bytes, strings)
         parts = [pyarrow.array([], pyarrow.large_binary())]
         while part := list(islice(encoded, _CHUNK)):
             parts.append(pyarrow.array(part, pyarrow.large_binary()))
@@ -87,10 +89,10 @@ class Strings(_Compact):
 
     def _one(self, number: int) -> str:
         content: bytes = self.array[number].as_py()
-        return content.decode("utf-8", "surrogateescape")
+        return as_text(content)
 
     def _some(self, part: slice) -> list[str]:
-        return [content.decode("utf-8", "surrogateescape") for content in self.array[part].to_pylist()]
+        return list(map(as_text, self.array[part].to_pylist()))
 
 
 class Labels(_Compact):

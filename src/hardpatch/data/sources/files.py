@@ -13,6 +13,7 @@ from hardpatch.data.sources import remote
 from hardpatch.data.sources.base import Source
 from hardpatch.data.sources.compact import Labels, Strings
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.outputs import EVERYTHING, written_by_us
 
 
 class FileSource(Source):
@@ -32,6 +33,8 @@ class FileSource(Source):
         self.decoder: Decoder = decoder
         self.folder = folder
         self._labels = labels
+        self.others: Sequence[str] = ()
+        """Files of a folder that are no images by their endings, below the folder."""
         absolute = compute.or_(
             compute.starts_with(self.paths.array, "/"), compute.match_substring(self.paths.array, "://")
         )
@@ -78,17 +81,25 @@ def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:
     Raises:
         InputError: A folder cannot be read.
     """
-    paths = Strings(_walk(folder, field))
+    others: list[str] = []
+    paths = Strings(_walk(folder, field, others))
     labels = Labels.of(path.partition("/")[0] for path in paths) if all("/" in path for path in paths) else None
     root = "" if str(folder) == "." else f"{str(folder).rstrip('/')}/"
     several = labels is not None and len(labels.classes) > 1
-    return FileSource(paths, decoder=decoder, folder=root, labels=labels if several else None)
+    source = FileSource(paths, decoder=decoder, folder=root, labels=labels if several else None)
+    source.others = Strings(others)
+    return source
 
 
-def _walk(folder: Path, field: str) -> Iterator[str]:
+def _walk(folder: Path, field: str, others: list[str]) -> Iterator[str]:
     """Every image file below a folder, relative to it, in sorted order: a folder's files, then its folders.
 
-    Hidden files are left out, linked folders are followed once.
+    Hidden files and folders that we have written ourselves are left out, linked folders are followed once.
+
+    Args:
+        folder: Where to begin.
+        field: What to call the argument in a message.
+        others: All other files are added to it.
     """
     seen: set[tuple[int, int]] = set()
     waiting = [""]
@@ -100,15 +111,21 @@ def _walk(folder: Path, field: str) -> Iterator[str]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             folders, files = _list(str(folder / here))
+            ours = written_by_us(folder / here, {*folders, *files})
+            if here and EVERYTHING in ours:
+                continue
         except OSError as error:
             raise InputError(f"{field}: cannot read {error.filename}: {error.strerror}") from error
-        for name in sorted(files):
-            yield here + name
+        for name in sorted(set(files) - ours):
+            if os.path.splitext(name)[1].lower() in EXTENSIONS:  # noqa: PTH122  (a million times)
+                yield here + name
+            else:
+                others.append(here + name)
         waiting += [f"{here}{name}/" for name in sorted(folders, reverse=True)]
 
 
 def _list(folder: str) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the image files in a folder."""
+    """Names of the folders and of the files in a folder, hidden ones left out."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -116,7 +133,7 @@ def _list(folder: str) -> tuple[list[str], list[str]]:
                 continue
             if _is_folder(entry):
                 folders.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:  # noqa: PTH122  (a million times)
+            else:
                 files.append(entry.name)
     return folders, files
 

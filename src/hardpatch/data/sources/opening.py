@@ -15,7 +15,8 @@ from hardpatch.data.sources import hugging_face, parquet, remote
 from hardpatch.data.sources.base import Source
 from hardpatch.data.sources.cached_shards import open_shards
 from hardpatch.data.sources.downloads import Downloads
-from hardpatch.data.sources.files import open_folder
+from hardpatch.data.sources.files import FileSource, open_folder
+from hardpatch.data.sources.left_out import told_of_others
 from hardpatch.data.sources.remote import UnreachableError
 from hardpatch.data.sources.shapes import ShapeLabel, ShapesSource
 from hardpatch.data.sources.shard_index import ARCHIVES
@@ -57,6 +58,8 @@ def open_source(
         folder = Path(spec).expanduser()
         shards = next((kind for kind in ("*.tar", "*.tar.gz") if folder.is_dir() and any(folder.glob(kind))), None)
         hint = f"; it holds shards: give {str(folder / shards)!r}" if shards else ""
+        if isinstance(source, FileSource) and (told := told_of_others(source)):
+            hint += f". {told}"
         raise InputError(f"{field}: no images in {spec!r} (looked for {endings}){hint}")
     return source
 

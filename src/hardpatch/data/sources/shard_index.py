@@ -14,6 +14,7 @@ import numpy as np
 
 from hardpatch.data.images.decode import EXTENSIONS
 from hardpatch.data.sources.compact import Labels, Strings
+from hardpatch.runtime.text import as_bytes, as_text
 
 COMPRESSED = (".tar.gz", ".tgz")
 ARCHIVES = (".tar", *COMPRESSED)
@@ -42,7 +43,7 @@ class ShardIndex(NamedTuple):
         content, ends = self.keys.arrays()
         np.savez(
             file, offsets=self.offsets, sizes=self.sizes, keys=content, ends=ends,
-            codes=self.labels.codes, classes=np.frombuffer("\0".join(self.labels.classes).encode(), np.uint8),
+            codes=self.labels.codes, classes=np.frombuffer(as_bytes("\0".join(self.labels.classes)), np.uint8),
             num_classes=len(self.labels.classes),
         )  # fmt: skip
 
@@ -50,7 +51,7 @@ class ShardIndex(NamedTuple):
     def load(cls, file: Path) -> ShardIndex:
         """What :meth:`save` wrote."""
         with np.load(file, allow_pickle=False) as saved:
-            names = saved["classes"].tobytes().decode().split("\0") if saved["num_classes"] else []
+            names = as_text(saved["classes"].tobytes()).split("\0") if saved["num_classes"] else []
             keys = Strings.from_arrays(saved["keys"], saved["ends"])
             return cls(saved["offsets"], saved["sizes"], keys, Labels(saved["codes"], names))
 
@@ -83,14 +84,16 @@ def index_tar(file: BufferedIOBase) -> ShardIndex:
                 key = f"{folder}/{stem}"
                 if kind.lower() == "cls":
                     handle = archive.extractfile(member)
-                    classes[key] = handle.read().decode().strip() if handle else ""
+                    classes[key] = as_text(handle.read()).strip() if handle else ""
+                    if "\0" in classes[key]:
+                        raise tarfile.ReadError(f"the label {member.name} is no text")
                 elif not stem.startswith("._") and f".{kind.lower().rpartition('.')[2]}" in EXTENSIONS:
                     rank = _rank(kind)
                     best[key] = min(rank, best.get(key, rank))
                     found.append(_Found(key, rank, member.offset_data, member.size))
             if any(_rest(archive)):
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
-    except (OSError, EOFError, UnicodeDecodeError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise DamagedShardError(str(error)) from error
     images = [image for image in found if image.rank == best[image.key]]
     return ShardIndex(

@@ -81,13 +81,23 @@ def _rows(file: Path, shown: str, field: str) -> Iterable[tuple[object, object]]
 
 def _text_rows(file: Path, shown: str, field: str) -> Iterator[tuple[object, object]]:
     try:
-        with file.open(encoding="utf-8-sig", newline="" if file.suffix.lower() == ".csv" else None) as lines:
+        with file.open(
+            encoding="utf-8-sig", errors="surrogateescape", newline="" if file.suffix.lower() == ".csv" else None
+        ) as lines:
             if file.suffix.lower() == ".csv":
-                yield from _csv_rows(csv.reader(lines), shown, field)
+                yield from _csv_rows(csv.reader(_without_zeros(lines)), shown, field)
             else:
-                yield from ((line.strip(), ...) for line in lines if line.strip())
+                yield from ((line.strip(), ...) for line in _without_zeros(lines) if line.strip())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{field}: cannot read {shown}: {error}") from error
+
+
+def _without_zeros(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a text; file names hold any byte but zero, UTF-16 many of these."""
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise csv.Error(f"line {number} has a zero byte; it must be text in UTF-8")
+        yield line
 
 
 def _csv_rows(rows: Iterator[list[str]], shown: str, field: str) -> Iterator[tuple[object, object]]:

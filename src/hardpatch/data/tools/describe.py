@@ -6,8 +6,13 @@ from collections import Counter
 
 from hardpatch.data.images.decode import DecodeError
 from hardpatch.data.images.formats import describe
-from hardpatch.data.sources import Source
+from hardpatch.data.sources import FileSource, Source
+from hardpatch.data.sources.left_out import told_of_others
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
+
+_LOOK_FOR_PAGES = 64
+"""Images of a source, spread over it, whose pages and frames are counted."""
 
 
 def find_channels(source: Source, *, max_images: int = 200) -> int:
@@ -32,3 +37,30 @@ def find_channels(source: Source, *, max_images: int = 200) -> int:
     if not found:
         raise InputError(f"data: no image of {min(len(source), max_images)} can be read{reason}")
     return 3 if 3 in found and set(found) <= {1, 3} else max(found, key=lambda number: (found[number], number))
+
+
+def say_what_is_left(source: Source, *, field: str = "data") -> None:
+    """Say once what a source holds that is not read: files of other endings, pages and frames after the first.
+
+    Args:
+        source: The images.
+        field: What to call the source in a message.
+    """
+    if isinstance(source, FileSource) and (told := told_of_others(source)):
+        warn(f"{field}: {told}")
+    several, example, seen = 0, "", 0
+    for index in source.spread(_LOOK_FOR_PAGES) if source.decoder is not None else ():
+        try:
+            about = describe(source.content(index))
+        except (DecodeError, OSError):
+            continue
+        seen += 1
+        if about.frames > 1 and about.format != "JPEG":  # a JPEG's others are previews and depth maps
+            several += 1
+            example = example or f"{source.name(index)} has {about.frames}"
+    if several:
+        warn(
+            f"{field}: {several} of {seen} images looked at have several pages or frames ({example}): the first is "
+            "read. Bands belong into one page (tifffile.imwrite(..., planarconfig='separate'), or .npy), frames that "
+            "are to be learnt from into files of their own"
+        )

@@ -12,6 +12,7 @@ source and the settings alone, so a run that was killed ends with the same bytes
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -28,13 +29,15 @@ from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import ShardSource, Source, fingerprint, open_source
 from hardpatch.data.sources.shards import LocalShard
-from hardpatch.data.tools.describe import find_channels
+from hardpatch.data.tools.describe import find_channels, say_what_is_left
 from hardpatch.data.tools.repack import Packed, repack
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say, tracked
 from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.outputs import MARK, make_output_folder
 from hardpatch.runtime.signals import ignore_in_worker, signals_held
+from hardpatch.runtime.text import as_bytes
 
 _BATCH = 8
 _BLOCK = 512
@@ -90,6 +93,7 @@ def run(config: PackConfig) -> PackResult:
         InputError: The source cannot be opened, the folder is in use for something else, or a shard does not read back.
     """
     source = open_source(config.data, decoder=Decoder(3, no_data=config.no_data))
+    say_what_is_left(source)
     channels = config.channels or find_channels(source)
     decoder = Decoder(channels, no_data=config.no_data)
     source = open_source(config.data, decoder=decoder)
@@ -99,8 +103,13 @@ def run(config: PackConfig) -> PackResult:
     if (out / "index.json").is_file():
         say(f"{out} is packed already")
         return _result(out, _saved(out / "index.json", about))
-    progress = _begun(out, about)
-    _write_all(source, config, decoder, out, progress)
+    try:
+        progress = _begun(out, about)
+        _write_all(source, config, decoder, out, progress)
+    except OSError as error:  # those of the source are damaged images
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"out: cannot write in {str(out)!r}: {error.strerror or error}") from error
     if not progress["shards"]:
         raise InputError(f"data: of {len(source)} images none could be packed")
     images = sum(shard["samples"] for shard in progress["shards"])
@@ -123,15 +132,12 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     file = out / ".progress.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"out: must be a folder, got the file {str(out)!r}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot write to {str(out)!r}: {error.strerror}") from error
     if not file.is_file():
-        if there := [path.name for path in out.iterdir()]:
+        if there := [path.name for path in out.iterdir() if path.name != MARK] if out.is_dir() else []:
             raise InputError(
                 f"out: must be an empty folder or one that hardpatch data pack began, {out} holds {there[0]!r}"
             )
+        make_output_folder(out)
         progress: dict[str, Any] = {"shards": [], "next_image": 0, "as_they_were": 0, "damaged": [], **about}
         write_text_atomically(file, json.dumps(progress))
         return progress
@@ -186,7 +192,7 @@ def _write_all(source: Source, config: PackConfig, decoder: Decoder, out: Path, 
                 continue
             members = [(f"{number:08d}.{packed.ending}", packed.content)]
             if source.labels is not None:
-                members.append((f"{number:08d}.cls", source.labels[number].encode()))
+                members.append((f"{number:08d}.cls", as_bytes(source.labels[number])))
             if shard.samples and shard.bytes + _size(members) + 2 * _BLOCK > config.shard_bytes:
                 _close(shard, progress, number, damaged)
                 shard, damaged = _OpenShard(out, len(progress["shards"])), []

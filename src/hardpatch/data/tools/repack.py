@@ -104,9 +104,6 @@ def _resized_values(
 ) -> Shaped[np.ndarray, "y x c"]:
     """With what is missing kept apart: it is filled, resized, and marked again where it was."""
     pixels = stored.pixels
-    if pixels.dtype.kind == "f":
-        unusable = ~np.isfinite(pixels).all(axis=2)
-        missing = unusable if missing is None else missing | unusable
     if missing is None or not missing.any():
         return _resized(pixels, size)
     filled = pixels.copy()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import NamedTuple
 
 from hardpatch.config.commands import StatsConfig
 from hardpatch.data.images.decode import Decoder
-from hardpatch.data.images.value_range import find_value_range
+from hardpatch.data.images.value_range import find_depths
 from hardpatch.data.loader.statistics import measure
 from hardpatch.data.sources import open_source
-from hardpatch.data.tools.describe import find_channels
+from hardpatch.data.tools.describe import find_channels, say_what_is_left
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
 from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.text import quoted
 
 
 class StatsResult(NamedTuple):
@@ -37,9 +38,13 @@ def run(config: StatsConfig) -> StatsResult:
     if len(config.value_range) not in (0, 2):
         raise InputError(f"value_range: needs the lowest and the highest value, got {config.value_range}")
     source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
+    say_what_is_left(source)
     channels = config.channels or find_channels(source)
     given = (config.value_range[0], config.value_range[1]) if config.value_range else None
-    found = given or (None if source.decoder is None else find_value_range(source, no_data=config.no_data))
+    looked = None if given else find_depths(source, no_data=config.no_data).value_range
+    if looked and (advice := looked.advice()):
+        warn(advice)
+    found = given or (looked.ends() if looked else None)
     source = open_source(config.data, decoder=Decoder(channels, found, config.no_data))
     cores = usable_cores()
     workers = (cores if cores > 1 else 0) if config.workers is None else config.workers
@@ -49,7 +54,7 @@ def run(config: StatsConfig) -> StatsResult:
 
 def flags(config: StatsConfig, result: StatsResult) -> str:
     """Flags of ``hardpatch pretrain`` that say what was found."""
-    words = ["--data", shlex.quote(config.data)]
+    words = ["--data", quoted(config.data)]
     if result.channels != 3:
         words += ["--channels", str(result.channels)]
     if result.value_range:

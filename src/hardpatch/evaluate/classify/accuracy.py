@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,13 +95,10 @@ def classes_table(per_class: Sequence[dict[str, Any]], *, most: int = 12) -> Tab
     return Table(("class", "images", "recognised %", "precision %", "mistaken for"), rows)
 
 
-def draw_confusions(confusions: Int[np.ndarray, "c c"], classes: Sequence[str], path: Path, *, title: str = "") -> None:
+def draw_confusions(confusions: Int[np.ndarray, "c c"], classes: Sequence[str], *, title: str = "") -> Figure:
     """Draw what is taken for what: one row per true class, each row as shares of its images.
 
     Args:
-        confusions: From :func:`count_confusions`.
-        classes: Their names.
-        path: The .png to write.
         title: Above the picture.
     """
     shares = confusions / np.maximum(confusions.sum(axis=1, keepdims=True), 1)
@@ -126,4 +122,4 @@ def draw_confusions(confusions: Int[np.ndarray, "c c"], classes: Sequence[str], 
             axis.text(column, row, str(confusions[row, column]), ha="center", va="center", fontsize=8, color=colour)
     bar = figure.colorbar(picture, ax=axis, shrink=0.6, label="share of the row")
     bar.ax.tick_params(labelsize=8)
-    figure.savefig(path, format="png", dpi=130)
+    return figure

@@ -54,13 +54,7 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image
 
 
 class RandAugment(nn.Module):
-    """timm's RandAugment, set up as ``timm.data.create_transform`` does.
-
-    Args:
-        policy: Its name, e.g. ``rand-m9-mstd0.5-inc1``.
-        size: Height and width of the images, pixels.
-        mean: Colour that comes in from outside the image, 0..1 per channel.
-    """
+    """timm's RandAugment, set up as ``timm.data.create_transform`` does."""
 
     def __init__(self, policy: str, size: tuple[int, int], mean: tuple[float, ...]) -> None:
         super().__init__()
@@ -84,14 +78,6 @@ class FinetuneImages(Dataset[LabelledImage]):
     """Augmented images of a labelled source, asked for by (epoch, index).
 
     A damaged image is reported, and the next readable one takes its place with its own label.
-
-    Args:
-        source: With labels.
-        classes: Names in the order of the classifier's outputs.
-        size: Height and width.
-        normalise: The run's normalisation.
-        mean: Channel means, 0..1.
-        settings: What to do to them.
     """
 
     def __init__(
@@ -136,12 +122,7 @@ def stack(items: list[LabelledImage]) -> LabelledBatch:
 
 
 class Mixing:
-    """timm's Mixup and CutMix of a batch, and the smoothed targets.
-
-    Args:
-        settings: How strong.
-        num_classes: C.
-    """
+    """timm's Mixup and CutMix of a batch, and the smoothed targets."""
 
     def __init__(self, settings: FinetuneSettings, num_classes: int) -> None:
         self.settings = settings

@@ -13,23 +13,18 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from hardpatch.runs.checkpoint import save_weights
+from hardpatch.runs.kinds import CLASSIFIER_FILE, what_it_is
 from hardpatch.runs.load import load_timm_weights
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import Stream, derive_seed
 
-CLASSIFIER_FILE = "classifier.safetensors"
 HEAD_DEVIATION = 2e-5
 INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
 """How a model wants its images, in ``pretrained_cfg``."""
 
 
 def classifier_arguments(encoder: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    """Arguments for ``timm.create_model`` to build the classifier: mean of the patch tokens, norm, linear layer.
-
-    Args:
-        encoder: Those of the encoder.
-        num_classes: C.
-    """
+    """Arguments for ``timm.create_model`` to build the classifier: mean of the patch tokens, norm, linear layer."""
     return {**encoder, "num_classes": num_classes, "global_pool": "avg", "fc_norm": True}
 
 
@@ -39,9 +34,7 @@ def build_classifier(
     """A classifier that starts from an encoder; norm and head start fresh, positions are trained, as published.
 
     Args:
-        arguments: With which timm builds the encoder.
         encoder: With its weights; a head of its own is left aside.
-        num_classes: C.
         drop_path: Rate of the last block.
         seed: Of the head.
     """
@@ -69,14 +62,7 @@ def layer_groups(model: VisionTransformer, *, weight_decay: float, layer_decay: 
 
 
 def save_classifier(path: Path, model: VisionTransformer, arguments: dict[str, Any], classes: Sequence[str]) -> None:
-    """Write a classifier with what timm needs to build it, its classes and how it wants its images.
-
-    Args:
-        path: The file.
-        model: As :func:`build_classifier` made it.
-        arguments: With which timm builds the encoder.
-        classes: Names.
-    """
+    """Write a classifier with what timm needs to build it, its classes and how it wants its images."""
     wanted = {key: model.pretrained_cfg[key] for key in INPUT if key in model.pretrained_cfg}
     wanted |= {"num_classes": len(classes), "label_names": list(classes)}
     save_weights(path, model.state_dict(), classifier_arguments(arguments, len(classes)), wanted)
@@ -98,5 +84,11 @@ def load_classifier(path: str | Path) -> VisionTransformer:
     candidates = [given / CLASSIFIER_FILE, given / "finetune" / CLASSIFIER_FILE] if given.is_dir() else [given]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        raise InputError(f"classifier: no {CLASSIFIER_FILE} in {str(given)!r}; hardpatch evaluate finetune makes one")
-    return load_timm_weights(file, field="classifier")
+        what = f", which is {found}" if given.exists() and (found := what_it_is(given)) else ""
+        raise InputError(
+            f"classifier: no {CLASSIFIER_FILE} in {str(given)!r}{what}; hardpatch evaluate finetune makes one"
+        )
+    model = load_timm_weights(file, field="classifier")
+    if not model.num_classes:
+        raise InputError(f"classifier: {str(file)!r} is {what_it_is(file)}, and no classifier")
+    return model

@@ -17,7 +17,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from hardpatch.evaluate.classify.accuracy import (
     per_class_accuracy,
     wilson_interval,
 )
-from hardpatch.evaluate.classify.classifier import CLASSIFIER_FILE, save_classifier
+from hardpatch.evaluate.classify.classifier import save_classifier
 from hardpatch.evaluate.classify.finetune_settings import FinetuneSettings, differences, resolve_settings
 from hardpatch.evaluate.classify.finetune_training import Classified, Finetuning
 from hardpatch.evaluate.classify.labelled_images import (
@@ -58,12 +57,14 @@ from hardpatch.evaluate.contenders import (
     standings,
     standings_table,
 )
-from hardpatch.evaluate.result import Result
+from hardpatch.evaluate.result import Result, output_folder
 from hardpatch.figures.sections import Picture, Section, Tile
 from hardpatch.runs.folder import RunFolder, about_this_run
+from hardpatch.runs.kinds import CLASSIFIER_FILE
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.files import write_atomically, write_text_atomically
+from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.signals import stopped_by_signals
 
 
@@ -86,14 +87,13 @@ class Outcome(NamedTuple):
 class FinetuneResult(Result):
     """Accuracies in percent, after the last epoch."""
 
+    kind = "finetune"
     top1: float
     top1_interval: Interval
     """95 %, Wilson: what another draw of validation images could give; another seed is not in it."""
     top5: float
     untrained_top1: float | None
     """By the same protocol from the untrained encoder; None where it was not asked for."""
-    untrained_top1_interval: Interval | None
-    untrained_top5: float | None
     num_train: int
     num_val: int
     num_classes: int
@@ -111,11 +111,6 @@ class FinetuneResult(Result):
     folder: str
     classifier: str
     """File for :func:`hardpatch.load_classifier`."""
-
-    @property
-    def name(self) -> str:
-        """There is one kind."""
-        return "finetune"
 
     def kept_in(self, config: FinetuneConfig) -> str:
         """In the run's folder, wherever the classifier lies: its own folder has a ``result.json``."""
@@ -147,7 +142,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         stopped_by_signals(),
         open_run(config.checkpoint, device=config.device) as loaded,
     ):
-        out = output_folder(config)
+        out = output_folder(config, "finetune")
         contenders = open_contenders(loaded, config.against, untrained=config.untrained)
         prepared = [prepare_images(config, loaded.config, contender) for contender in contenders]
         ended = {}
@@ -161,8 +156,6 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         top1_interval=outcome.top1_interval,
         top5=outcome.top5,
         untrained_top1=control.top1 if control else None,
-        untrained_top1_interval=control.top1_interval if control else None,
-        untrained_top5=control.top5 if control else None,
         num_train=len(images.train),
         num_val=outcome.num_val,
         num_classes=len(images.classes),
@@ -212,20 +205,6 @@ def _standings(
         places = torch.arange(found.ranked.shape[1], 0, -1, dtype=torch.float32).expand(len(found.ranked), -1)
         scores.append(torch.zeros(len(labels), len(images.classes)).scatter(1, found.ranked, places))
     return standings(contenders, scores, torch.from_numpy(labels))
-
-
-def output_folder(config: FinetuneConfig) -> Path:
-    """The folder of the results.
-
-    Raises:
-        InputError: No folder is given, and the checkpoint is no run folder in which one could be made.
-    """
-    if config.out:
-        return Path(config.out).expanduser()
-    checkpoint = Path(config.checkpoint).expanduser()
-    if checkpoint.is_file():
-        raise InputError(f"out: needs a folder, because the checkpoint is a file: {str(checkpoint)!r}")
-    return checkpoint / "finetune"
 
 
 def prepare_images(
@@ -312,15 +291,14 @@ def conclude(training: Finetuning, classified: Classified, folder: RunFolder) ->
         damaged=len(classified.damaged) + len(training.damaged),
     )
     if distributed.is_main():
-        save_classifier(folder.path / CLASSIFIER_FILE, training.measured, training.contender.arguments, classes)
-        title = f"{folder.path.name}: top-1 {outcome.top1:.1f} % of {outcome.num_val:,} images"
-        write_atomically(
-            folder.path / "confusion.png", lambda path: draw_confusions(confusions, classes, path, title=title)
-        )
+        save_classifier(folder.path / CLASSIFIER_FILE, training.model, training.contender.arguments, classes)
         table = io.StringIO()
         csv.writer(table).writerows([ClassAccuracy._fields, *outcome.per_class])
         write_text_atomically(folder.path / "per_class.csv", table.getvalue())
         write_text_atomically(folder.result_file, json.dumps(outcome._asdict(), indent=2) + "\n")
+        title = f"{folder.path.name}: top-1 {outcome.top1:.1f} % of {outcome.num_val:,} images"
+        picture = folder.path / "confusion.png"
+        try_picture(lambda: draw_confusions(confusions, classes, title=title), picture, dpi=130)
     return outcome
 
 
@@ -331,11 +309,6 @@ def check_folder(folder: RunFolder, settings: dict[str, Any], *, restart: bool) 
         InputError: A file is in the way, the folder holds other things, or a fine-tuning with other settings.
     """
     path = folder.path
-    if path.exists() and not path.is_dir():
-        raise InputError(f"out: must be a folder, got the file {str(path)!r}")
-    parent = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"out: cannot write in {str(parent)!r}")
     if not folder.config_file.is_file():
         if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise InputError(f"out: {str(path)!r} is not empty and holds no fine-tuning; choose a new folder")

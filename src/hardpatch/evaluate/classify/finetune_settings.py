@@ -52,7 +52,6 @@ class FinetuneSettings:
     weight_decay: float
     betas: tuple[float, float]
     gradient_clip: float | None
-    ema_decay: float | None
     crop_scale: tuple[float, float]
     flip: bool
     rand_augment: str
@@ -122,12 +121,8 @@ def resolve_settings(
     """Fill in what is adapted and check the rules between fields.
 
     Args:
-        config: As given.
-        num_images: Training images.
         size: Height and width that the encoder takes.
-        channels: Of the images.
         deep: Are their values more than 8 bits deep?
-        width: Of the encoder's tokens.
         flip: Did pre-training mirror images?
         num_processes: Among which a batch is split.
 
@@ -170,11 +165,7 @@ def resolve_settings(
 
 
 def _split_batch(config: FinetuneConfig, num_images: int, num_processes: int) -> tuple[int, int]:
-    """Images per step, and per process and forward pass.
-
-    Raises:
-        InputError: They do not divide, or cannot be mixed in pairs.
-    """
+    """Images per step, and per process and forward pass."""
     batch = config.batch_size if config.batch_size is not None else adapted_batch(num_images)
     if batch > num_images:
         raise InputError(f"batch_size: must be at most the number of training images ({num_images}), got {batch}")
@@ -193,11 +184,7 @@ def _split_batch(config: FinetuneConfig, num_images: int, num_processes: int) ->
 
 
 def _rand_augment(given: str | None, channels: int, *, deep: bool) -> str:
-    """The policy's name.
-
-    Raises:
-        InputError: timm does not know it, or the images have not 3 channels.
-    """
+    """The policy's name."""
     if given is None:
         return RAND_AUGMENT if channels == 3 and not deep else ""
     if given and deep:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from hardpatch.config.evaluations import FinetuneConfig
@@ -48,16 +47,7 @@ class Classified(NamedTuple):
 
 
 class Finetuning(Training):
-    """A classifier that starts from an encoder, and everything it needs.
-
-    Args:
-        settings: How.
-        config: Where to run, and how often to save and to look at the validation images.
-        contender: The encoder.
-        images: Both sides.
-        folder: For metrics and checkpoints.
-        device: Where to run.
-    """
+    """A classifier that starts from an encoder, and everything it needs."""
 
     model: VisionTransformer
 
@@ -99,9 +89,6 @@ class Finetuning(Training):
         )  # fmt: skip
         self.parameters = list(model.parameters())
         self.mixing = Mixing(settings, len(images.classes))
-        self.average = (
-            ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay is not None else None
-        )
         self.sums = torch.zeros(2, device=device)
         """Loss and gradient norm, summed over the steps of this epoch."""
         self.last_loss = math.nan
@@ -112,12 +99,6 @@ class Finetuning(Training):
         """What the classifier says of the validation images, at the last look."""
         self.log: RunLog | None = None
 
-    @property
-    def measured(self) -> VisionTransformer:
-        """The weights that are measured and kept: the average where there is one."""
-        model: VisionTransformer = self.model if self.average is None else self.average.module
-        return model
-
     def learning_rate(self, step: int) -> float:
         """The rate of the last layer."""
         settings = self.settings
@@ -127,19 +108,13 @@ class Finetuning(Training):
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """Sums of the epoch and averaged weights."""
-        return {
-            "last_loss": self.last_loss,
-            "sums": self.sums,
-            "ema": {} if self.average is None else self.average.module.state_dict(),
-        }
+        """Sums of the epoch."""
+        return {"last_loss": self.last_loss, "sums": self.sums}
 
     def load_state(self, saved: dict[str, Any]) -> None:
         """Take them over."""
         self.last_loss = saved["last_loss"]
         self.sums.copy_(saved["sums"])
-        if self.average is not None:
-            self.average.module.load_state_dict(saved["ema"])
 
     def progress(self, steps: Iterable[int]) -> Generator[int, None, None]:
         """Say what is about to happen, then a bar and records of the epochs."""
@@ -171,9 +146,7 @@ class Finetuning(Training):
             return F.cross_entropy(model(images).float(), targets)
 
     def after_step(self, loss: Tensor, norm: Tensor) -> None:
-        """Average the weights, add to the epoch's sums, move the bar."""
-        if self.average is not None:
-            self.average.update(self.model, step=self.step)
+        """Add to the epoch's sums, move the bar."""
         self.sums += torch.stack([distributed.mean_of_tensor(loss), norm])
         if self.log:
             self.log.advance(self.step)
@@ -225,7 +198,7 @@ class Finetuning(Training):
         Raises:
             InputError: Too many of them are damaged.
         """
-        val, model = self.images.val, self.measured
+        val, model = self.images.val, self.model
         mine = list(range(len(val)))[distributed.rank() :: distributed.world_size()]
         model.eval()
         normalise = self.contender.normalise

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from hardpatch.config.evaluations import KnnConfig, Pooling
-from hardpatch.data.loader.loading import Normalise
+from hardpatch.config.evaluations import KnnConfig
 from hardpatch.evaluate.classify.accuracy import top_k_accuracy
-from hardpatch.evaluate.classify.labelled_images import open_labelled
+from hardpatch.evaluate.classify.labelled_images import LabelledImages, open_labelled
 from hardpatch.evaluate.contenders import (
     Standing,
     features_by_contender,
@@ -27,7 +25,7 @@ from hardpatch.evaluate.contenders import (
     standings,
     standings_table,
 )
-from hardpatch.evaluate.features import LabelledSplit, SplitFeatures, damage_of_split, split_features, whole_split
+from hardpatch.evaluate.features import SplitFeatures
 from hardpatch.evaluate.result import Result, visualize_command
 from hardpatch.figures.sections import Section, Table, decimals
 from hardpatch.runtime.errors import InputError
@@ -77,12 +75,8 @@ def knn_votes(
     """Summed weights of the k nearest neighbours of each class.
 
     Args:
-        bank: Features to look among; need not be normalised.
-        labels: Their classes.
-        queries: Features to classify.
         k: Neighbours; at most n.
         temperature: Weight of a neighbour is exp(cosine / temperature).
-        num_classes: C.
         chunk: Queries per matrix product, bounding memory at chunk × n.
     """
     bank, votes = F.normalize(bank, dim=1), []
@@ -94,8 +88,8 @@ def knn_votes(
     return torch.cat(votes)
 
 
-def scores_of_features(
-    features: SplitFeatures, split: LabelledSplit, *, ks: tuple[int, ...], temperature: float
+def knn_scores(
+    features: SplitFeatures, images: LabelledImages, *, ks: tuple[int, ...], temperature: float = 0.07
 ) -> dict[int, Float[Tensor, "q c"]]:
     """What the neighbours say about every validation image, for every k.
 
@@ -103,48 +97,22 @@ def scores_of_features(
         InputError: A k is larger than the number of readable training images.
     """
     bank, queries = features.train.values, features.val.values
-    labels, _ = split.labels_of(features)
+    labels, _ = features.labels(images)
     if max(ks) > len(bank):
         raise InputError(f"k: must be at most the number of training images ({len(bank)}), got {max(ks)}")
     return {
-        k: knn_votes(bank, labels, queries, k=k, temperature=temperature, num_classes=len(split.classes))
+        k: knn_votes(bank, labels, queries, k=k, temperature=temperature, num_classes=len(images.classes))
         for k in sorted(set(ks))
     }
 
 
-def accuracy_of_features(
-    features: SplitFeatures, split: LabelledSplit, *, ks: tuple[int, ...], temperature: float
-) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 accuracy for every k, in percent.
+def knn_top1(features: SplitFeatures, images: LabelledImages, *, k: int) -> float:
+    """Accuracy by the k nearest neighbours, in percent.
 
     Raises:
-        InputError: A k is larger than the number of readable training images.
+        InputError: k is larger than the number of readable training images.
     """
-    _, truth = split.labels_of(features)
-    return {
-        k: (top_k_accuracy(scores, truth, 1), top_k_accuracy(scores, truth, 5))
-        for k, scores in scores_of_features(features, split, ks=ks, temperature=temperature).items()
-    }
-
-
-def knn_accuracy(
-    vit: VisionTransformer,
-    split: LabelledSplit,
-    normalise: Normalise,
-    *,
-    size: tuple[int, int],
-    ks: tuple[int, ...],
-    temperature: float,
-    pooling: Pooling,
-    device: torch.device,
-    bf16: bool,
-    workers: int = 0,
-) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 accuracy of an encoder for every k, in percent."""
-    features = split_features(
-        vit, split, normalise, size=size, pooling=pooling, device=device, bf16=bf16, workers=workers
-    )
-    return accuracy_of_features(features, split, ks=ks, temperature=temperature)
+    return top_k_accuracy(knn_scores(features, images, ks=(k,))[k], features.labels(images)[1], 1)
 
 
 def run(config: KnnConfig) -> KnnResult:
@@ -160,13 +128,12 @@ def run(config: KnnConfig) -> KnnResult:
         if max(config.k) > len(images.train):
             raise InputError(f"k: must be at most the number of training images ({len(images.train)}), got {config.k}")
         contenders = open_contenders(loaded, config.against, pooling=config.pooling)
-        split = whole_split(images.train, images.val, images.classes)
         found = []
-        for contender, features in features_by_contender(contenders, split, config, loaded.device):
+        for contender, features in features_by_contender(contenders, images, config, loaded.device):
             if contender.kind == "run":
-                damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
-                labels, truth = split.labels_of(features)
-            found.append(scores_of_features(features, split, ks=config.k, temperature=config.temperature))
+                damaged = features.report_damage(images, max_damaged=config.max_damaged)
+                labels, truth = features.labels(images)
+            found.append(knn_scores(features, images, ks=config.k, temperature=config.temperature))
     k = config.k[0]
     rows = standings(contenders, [scores[k] for scores in found], truth)
     return KnnResult(

@@ -11,19 +11,17 @@ import torch
 
 from hardpatch.config.config import Config
 from hardpatch.data.images.decode import DecodeError, Sample
-from hardpatch.data.sources import Source, class_indices, fingerprint, open_source
+from hardpatch.data.sources import FileSource, Source, class_indices, fingerprint, open_source
+from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.runs.build import build_decoder, build_downloads
+from hardpatch.runtime.distributed import is_main_of_environment
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import Stream, derive_seed
+from hardpatch.runtime.text import as_bytes
 
 
 class Subset(Source):
-    """Some images of a source, numbered anew.
-
-    Args:
-        source: All images.
-        indices: Which of them.
-    """
+    """Some images of a source, numbered anew."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source = source
@@ -84,7 +82,9 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
             spec, decoder=decoder, image_size=size or run.data.size, field=field, downloads=build_downloads(run)
         )
         if source.labels is None:
-            raise InputError(f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)")
+            raise InputError(without_labels(source, spec, field))
+        if is_main_of_environment():
+            say_what_is_left(source, field=field)
         _check_readable(source, field=field, channels=decoder.channels)
         sources.append(source)
     classes = sorted(set(sources[0].labels or ()), key=_natural)
@@ -94,17 +94,27 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
     return LabelledImages(sources[0], sources[1], classes)
 
 
+def without_labels(source: Source, spec: str, field: str) -> str:
+    """What to say of a source that has no labels; of a folder of classes, which files keep it from being one."""
+    stray = (
+        [path for path in source.paths if "/" not in path] if isinstance(source, FileSource) and source.folder else []
+    )
+    told = f"{field}: {spec!r} has no labels (sub-folders, a column 'label', or .cls files)"
+    if stray and len(stray) < len(source):
+        told += (
+            f": {len(stray):,} of {len(source):,} images lie beside the folders of the classes, {stray[0]!r} first; "
+        )
+        told += "move them into one, or away"
+    return told
+
+
 def _natural(name: str) -> tuple[int, int, str]:
     """Numbers by their value, before names."""
     return (0, int(name), "") if name.isascii() and name.isdigit() else (1, 0, name)
 
 
 def _check_readable(source: Source, *, field: str, channels: int, patience: int = 8) -> None:
-    """Refuse a source of which the first images cannot be read as so many channels.
-
-    Raises:
-        InputError: Not one of the first ``patience`` can.
-    """
+    """Refuse a source of which the first images cannot be read as so many channels."""
     problems = []
     for index in range(min(patience, len(source))):
         try:
@@ -121,11 +131,6 @@ def _check_readable(source: Source, *, field: str, channels: int, patience: int 
 
 def choose_per_class(labels: Sequence[str], count: int, *, seed: int) -> list[int]:
     """Draw ``count`` images of every class; fewer are a part of more, for the same seed.
-
-    Args:
-        labels: Class of every image.
-        count: Images per class.
-        seed: Of the draw.
 
     Returns:
         Positions in ``labels``, ascending.
@@ -151,5 +156,5 @@ def choose_per_class(labels: Sequence[str], count: int, *, seed: int) -> list[in
 
 def labelled_fingerprint(source: Source) -> str:
     """:func:`hardpatch.data.sources.fingerprint` with the labels: other labels for the same images differ, too."""
-    digest = hashlib.sha256("\0".join(source.labels or ()).encode())
+    digest = hashlib.sha256(as_bytes("\0".join(source.labels or ())))
     return f"{fingerprint(source)}, labels {digest.hexdigest()[:8]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,14 +42,14 @@ from hardpatch.evaluate.contenders import (
     standings,
     standings_table,
 )
-from hardpatch.evaluate.features import damage_of_split, whole_split
 from hardpatch.evaluate.result import Result, visualize_command
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.distributed import from_main, is_main
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.files import write_atomically
 from hardpatch.runtime.log import tracked, warn
+from hardpatch.runtime.outputs import make_output_folder
+from hardpatch.runtime.pictures import try_picture
 
 
 class FewLabels(NamedTuple):
@@ -121,13 +122,12 @@ def run(config: LinearConfig) -> LinearResult:
         for count in config.labels_per_class:  # before any work: are there so many?
             choose_per_class(images.train.labels or (), count, seed=config.seed)
         contenders = open_contenders(loaded, config.against, pooling=config.pooling)
-        split = whole_split(images.train, images.val, images.classes)
         fitted: list[Probed] = []
         few_labels: list[FewLabels] = []
-        for contender, features in features_by_contender(contenders, split, config, loaded.device):
+        for contender, features in features_by_contender(contenders, images, config, loaded.device):
             if contender.kind == "run":
-                damaged = damage_of_split(features, split, max_damaged=config.max_damaged)
-                labels, truth = split.labels_of(features)
+                damaged = features.report_damage(images, max_damaged=config.max_damaged)
+                labels, truth = features.labels(images)
             if not all(side.values.isfinite().all() for side in features):
                 raise InputError(
                     f"{contender.name}: the encoder's features are not all finite; its weights are damaged"
@@ -191,11 +191,7 @@ def _mean_and_spread(item: dict[str, Any]) -> str:
 
 
 def _check(config: LinearConfig) -> None:
-    """Refuse settings that cannot work, before any work.
-
-    Raises:
-        InputError: Names the field.
-    """
+    """Refuse settings that cannot work, before any work."""
     for field, values in (("learning_rates", config.learning_rates), ("inverse_penalties", config.inverse_penalties)):
         if len(set(values)) < len(values):
             raise InputError(f"{field}: must be different numbers, got {values}")
@@ -261,10 +257,8 @@ def _draw(confusions: Int[np.ndarray, "c c"], images: LabelledImages, config: Li
         return ""
     path = folder / f"{name}_confusion.png"
     title = f"{name} on frozen features: {top1:.1f} % of {confusions.sum():,} images"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: draw_confusions(confusions, images.classes, file, title=title))
-    except OSError as error:
-        warn(f"could not save the picture in {folder}: {error.strerror}")
-        return ""
-    return str(path)
+    if config.out:
+        with suppress(OSError):  # said with the picture
+            make_output_folder(folder)
+    made = try_picture(lambda: draw_confusions(confusions, images.classes, title=title), path, dpi=130)
+    return str(path) if made else ""

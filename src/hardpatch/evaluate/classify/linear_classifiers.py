@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from hardpatch.evaluate.classify.accuracy import top_k_accuracy
 from hardpatch.method.schedules import learning_rate
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked, warn
@@ -71,12 +71,8 @@ def train_probes(
     Args:
         features: Of the training images, on the device that is to work.
         labels: Their classes, 0 to C - 1, on the same device.
-        num_classes: C.
         rates: Peak learning rates for batches of 256; multiplied by the batch over 256.
-        epochs: Passes over the features.
         batch_size: Features per step; all of them where there are fewer.
-        seed: Decides the start and the order.
-        bar: Show one.
 
     Raises:
         InputError: Fewer than two features: a BatchNorm has nothing to normalise by.
@@ -138,32 +134,25 @@ def probe(
     Then it is trained again on all of them. The validation features decide nothing.
 
     Args:
-        train: Training features, on the device that is to work.
-        labels: Their classes, on the same device.
-        val: Features to classify, on the same device.
-        num_classes: C.
+        train: Training features, on the device that is to work, as all the others.
+        labels: Their classes.
+        val: Features to classify.
         rates: Learning rates for batches of 256.
-        epochs: Passes.
-        batch_size: Features per step.
         seed: Decides what is held out, the start and the order.
-        bar: Show one.
 
     Raises:
         InputError: Too few features.
     """
+    learn = partial(train_probes, num_classes=num_classes, epochs=epochs, batch_size=batch_size, seed=seed, bar=bar)
     chosen, found = rates[0], None
     if len(rates) > 1:
         held = held_out(labels, seed=seed)
-        probes = train_probes(
-            train[~held], labels[~held], num_classes=num_classes, rates=rates, epochs=epochs,
-            batch_size=batch_size, seed=seed, bar=bar,
-        )  # fmt: skip
+        probes = learn(train[~held], labels[~held], rates=rates)
         chosen, found = _choose(dict(zip(rates, probes.logits(train[held]))), labels[held])
-    probes = train_probes(
-        train, labels, num_classes=num_classes, rates=(chosen,), epochs=epochs, batch_size=batch_size, seed=seed,
-        bar=bar,
-    )  # fmt: skip
-    return Probed(_without_unseen(probes.logits(val)[0].cpu(), labels), chosen, found)
+    logits = learn(train, labels, rates=(chosen,)).logits(val)[0].cpu()
+    learnt = torch.zeros(num_classes, dtype=torch.bool)
+    learnt[labels.cpu()] = True
+    return Probed(logits.masked_fill(~learnt, -torch.inf), chosen, found)
 
 
 def logistic(
@@ -178,14 +167,7 @@ def logistic(
 ) -> Probed:
     """scikit-learn's logistic regression on standardised features; C is chosen as the rate in :func:`probe`.
 
-    Args:
-        train: Training features.
-        labels: Their classes.
-        val: Features to classify.
-        num_classes: C of the shapes.
-        inverse_penalties: scikit-learn's C, from which one is chosen.
-        seed: Decides what is held out.
-        bar: Show one.
+    Arguments are those of :func:`probe`, with ``inverse_penalties`` (scikit-learn's C) in the place of the rates.
 
     Raises:
         InputError: Too few features, or of one class only.
@@ -230,10 +212,6 @@ def _fit_logistic(
 def held_out(labels: Int[Tensor, " n"], *, seed: int) -> Tensor:
     """Mark about a tenth of the training images, spread evenly over the classes; one of every class always stays.
 
-    Args:
-        labels: Classes of the training images.
-        seed: Decides which.
-
     Returns:
         Bool (n,), True = held out, on the labels' device.
 
@@ -260,52 +238,3 @@ def _choose(logits: dict[float, Tensor], labels: Int[Tensor, " n"]) -> tuple[flo
     accuracies = {key: float((value.argmax(dim=1) == labels).double().mean() * 100) for key, value in logits.items()}
     losses = {key: float(F.cross_entropy(value, labels)) for key, value in logits.items()}
     return max(logits, key=lambda key: (accuracies[key], -losses[key])), accuracies
-
-
-def _without_unseen(logits: Float[Tensor, "q c"], labels: Int[Tensor, " n"]) -> Float[Tensor, "q c"]:
-    """Never answer with a class that was not learnt."""
-    seen = torch.zeros(logits.shape[1], dtype=torch.bool)
-    seen[labels.cpu()] = True
-    return logits.masked_fill(~seen, -torch.inf)
-
-
-class Accuracy(NamedTuple):
-    """In percent."""
-
-    top1: float
-    top5: float
-
-
-def linear_accuracy(
-    train: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    val: Float[Tensor, "q d"],
-    val_labels: Int[Tensor, " q"],
-    *,
-    num_classes: int,
-    rate: float = 0.3,
-    epochs: int = 90,
-    batch_size: int = 1024,
-    seed: int = 0,
-) -> Accuracy:
-    """Accuracy of the published probe at one learning rate: a few seconds, for tables that compare many runs.
-
-    Args:
-        train: Training features, on the device that is to work.
-        labels: Their classes.
-        val: Features to classify.
-        val_labels: Their classes.
-        num_classes: C.
-        rate: Learning rate for batches of 256.
-        epochs: Passes.
-        batch_size: Features per step.
-        seed: Decides the start and the order.
-
-    Raises:
-        InputError: Fewer than two training features.
-    """
-    found = probe(
-        train, labels, val, num_classes=num_classes, rates=(rate,), epochs=epochs, batch_size=batch_size, seed=seed
-    )
-    truth = val_labels.cpu()
-    return Accuracy(top_k_accuracy(found.logits, truth, 1), top_k_accuracy(found.logits, truth, 5))

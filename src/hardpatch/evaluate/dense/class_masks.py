@@ -93,9 +93,7 @@ class MaskedImages:
     """A numbered list of images with class masks.
 
     Args:
-        images: The images.
         masks: Their mask files in the same order; None where the source brings foreground masks of its own.
-        rules: What the files' values mean.
         indices: Only these images of the source.
     """
 

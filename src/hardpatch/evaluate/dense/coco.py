@@ -50,8 +50,6 @@ class CocoImages:
 
     Args:
         content: A COCO object that :func:`check_content` has passed.
-        folder: Where the images are.
-        decoder: How the images are read.
         shapes: The embedded set that the images are of, instead of a folder; an image's id is its number there, from 1.
     """
 
@@ -155,12 +153,7 @@ def open_instances(
 
     Args:
         annotations: A COCO file, or ``from-masks:DIR``; nothing for shapes, which know theirs.
-        images: The folder, or ``shapes:N``.
-        decoder: How the images are read.
         field: What to call the arguments in a message: train or val.
-        image_size: Height and width at which shapes are made.
-        min_pixels: From masks: smaller parts are left out.
-        drop_empty_boxes: Leave out annotations whose box has no area.
 
     Raises:
         InputError: Nothing there, or contents that do not fit together.
@@ -187,11 +180,7 @@ def open_instances(
 
 
 def _of_shapes(annotations: str, images: str, decoder: Decoder, field: str, image_size: tuple[int, int]) -> CocoImages:
-    """The embedded set; every image has one instance, of its silhouette's category.
-
-    Raises:
-        InputError: Annotations were given.
-    """
+    """The embedded set; every image has one instance, of its silhouette's category."""
     if annotations:
         raise InputError(f"{field}_annotations: shapes know their own, leave it out; got {annotations!r}")
     source = open_source(images, decoder=decoder, image_size=image_size, field=f"{field}_images")
@@ -314,11 +303,8 @@ def instances_from_masks(
     Pixels that touch only at a corner are not connected. Instances that touch come out as one.
 
     Args:
-        images: Folder of images.
         masks: Folder of masks, one per image with the same name up to the ending; above 127 is foreground.
-        decoder: How the images are read.
         min_pixels: Smaller parts are left out.
-        field: What to call the masks in a message.
 
     Raises:
         InputError: A mask is missing, damaged, or of another size than its image.

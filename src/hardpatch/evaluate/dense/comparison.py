@@ -19,7 +19,6 @@ from hardpatch.evaluate.contenders import Contender, folder_name
 from hardpatch.evaluate.harness import Examples, Plan, Training
 from hardpatch.method.schedules import adapted_warmup_steps, learning_rate
 from hardpatch.runs.checkpoint import CheckpointFolder
-from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked
@@ -64,13 +63,6 @@ class Measured(Generic[Model, Figures]):
 
 class Comparison(ABC, Generic[Model, Figures]):
     """Trains and measures the same on every encoder.
-
-    Args:
-        config: How.
-        epochs: Passes over the training images.
-        folder: For checkpoints and pictures.
-        device: Where to run.
-        trained: Whether the encoders learn.
 
     Raises:
         InputError: No epoch.
@@ -132,33 +124,18 @@ class Comparison(ABC, Generic[Model, Figures]):
 
 
 class DenseTraining(Training):
-    """AdamW with warm-up and half a cosine.
-
-    Args:
-        lesson: What is to be learnt.
-        plan: In which steps.
-        peak: Learning rate of the head.
-        name: Beside the bar.
-        folder: For checkpoints.
-        device: Where to run.
-        identity: Of :func:`identity`.
-    """
+    """AdamW with warm-up and half a cosine."""
 
     def __init__(
-        self,
-        lesson: Lesson[Any],
-        plan: Plan,
-        peak: float,
-        *,
-        name: str,
-        folder: Path,
-        device: torch.device,
-        identity: str,
-    ) -> None:
-        optimizer = torch.optim.AdamW(lesson.groups, lr=peak, fused=device.type != "mps")
+        self, lesson: Lesson[Any], plan: Plan, peak: float, *,
+        name: str, folder: Path, device: torch.device, identity: str,
+    ) -> None:  # fmt: skip
         super().__init__(
-            lesson.learner, optimizer, lesson.examples, plan,
-            checkpoints=CheckpointFolder(folder, keep_last=1, holds="optimizer"), device=device, identity=identity,
+            lesson.learner, torch.optim.AdamW(lesson.groups, lr=peak, fused=device.type != "mps"), lesson.examples,
+            plan, checkpoints=CheckpointFolder(
+                folder, keep_last=1, holds="optimizer", if_damaged="remove that folder to train again"
+            ), device=device,
+            identity=identity,
         )  # fmt: skip
         self.lesson, self.peak, self.name = lesson, peak, name
         self.last_loss = torch.zeros(())
@@ -198,23 +175,6 @@ def identity(values: Mapping[str, Any], model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def open_folder(config: DenseConfig, name: str) -> Path:
-    """The folder of pictures and checkpoints.
-
-    Raises:
-        InputError: No folder is named and the checkpoint is a file, or it cannot be made.
-    """
-    run = RunFolder(config.checkpoint)
-    if not config.out and not run.config_file.is_file():
-        raise InputError(f"out: name a folder; {config.checkpoint!r} is no run folder that could hold one")
-    folder = Path(config.out).expanduser() if config.out else run.evaluations / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make {str(folder)!r}: {error.strerror}") from error
-    return folder
 
 
 def mean_values(normalise: Normalise) -> list[int]:

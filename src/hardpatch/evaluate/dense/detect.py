@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
@@ -32,7 +33,6 @@ from hardpatch.evaluate.dense.comparison import (
     Measured,
     held_back,
     mean_values,
-    open_folder,
     spread,
 )
 from hardpatch.evaluate.dense.detect_crops import InstanceCrops, Target, list_pairs
@@ -41,9 +41,8 @@ from hardpatch.evaluate.dense.feature_maps import DenseEncoder, parameter_groups
 from hardpatch.evaluate.dense.overlays import Detected, draw_detections
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.evaluate.harness import Examples
-from hardpatch.evaluate.result import Result, visualize_command
+from hardpatch.evaluate.result import Result, output_folder, visualize_command
 from hardpatch.figures.display import build_display
-from hardpatch.figures.hardness import save_figure
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.method.vit import patch_size
 from hardpatch.runs.build import build_decoder
@@ -51,6 +50,7 @@ from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install
 from hardpatch.runtime.log import say, tracked
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.signals import stopped_by_signals
 
@@ -71,6 +71,7 @@ class Precision(NamedTuple):
 class DetectResult(Result):
     """Figures in percent."""
 
+    kind = "detect"
     ap: float | None
     """By boxes."""
     ap50: float | None
@@ -95,11 +96,6 @@ class DetectResult(Result):
     steps: int
     figure: str | None
     """Pictures of some validation images."""
-
-    @property
-    def name(self) -> str:
-        """There is one kind."""
-        return "detect"
 
     def what_next(self, config: DetectConfig) -> list[str]:
         """The control, then what is hard in the images."""
@@ -166,7 +162,7 @@ def run(config: DetectConfig) -> DetectResult:
             patch = check_patch(patch_size(contender.encoder))
             if size < 1 or size != fitting_size(size, patch):
                 raise InputError(f"size: must be a multiple of 4 patches ({4 * patch} pixels), got {size}")
-        folder = open_folder(config, "detect" + ("-frozen" if config.freeze else ""))
+        folder = output_folder(config, "evaluate", "detect" + ("-frozen" if config.freeze else ""))
         data = open_data(config, decoder=build_decoder(data_config), image_size=data_config.size)
         detection = Detection(config, data, size, folder, loaded.device)
         measured = [detection.measure(contender) for contender in contenders]
@@ -223,11 +219,7 @@ def describe(figures: dict[str, Any]) -> Section:
 
 
 def _check(config: DetectConfig) -> None:
-    """Refuse values that do not fit together, before any work.
-
-    Raises:
-        InputError: One of them.
-    """
+    """Refuse values that do not fit together, before any work."""
     try:
         import pycocotools  # noqa: F401
     except ImportError:
@@ -278,15 +270,7 @@ def open_data(config: DetectConfig, *, decoder: Decoder, image_size: tuple[int, 
 
 
 class Detection(Comparison[FasterRCNN, tuple[Precision, Precision]]):
-    """The same detector on one encoder after the other; its figures are the precision of boxes and of masks.
-
-    Args:
-        config: How.
-        data: The images.
-        size: Side of the square.
-        folder: For checkpoints and pictures.
-        device: Where to run.
-    """
+    """The same detector on one encoder after the other; its figures are the precision of boxes and of masks."""
 
     indifferent = frozenset({"train_images", "train_annotations", "val_annotations"})
 
@@ -372,10 +356,12 @@ class Detection(Comparison[FasterRCNN, tuple[Precision, Precision]]):
         image = self.data.val.read(index).image.to(self.device).float() / 255
         return {name: value.cpu() for name, value in model([image])[0].items()}
 
-    def draw(self, measured: list[Measured[FasterRCNN, tuple[Precision, Precision]]], run_config: Config) -> Path:
+    def draw(
+        self, measured: list[Measured[FasterRCNN, tuple[Precision, Precision]]], run_config: Config
+    ) -> Path | None:
         """Pictures of some validation images; the main process alone writes."""
-        path = self.folder / "detections.png"
-        if distributed.is_main():
+
+        def drawn() -> Figure:
             names = [str(category["name"]) for category in self.data.train.categories]
             rows = []
             for index in spread(len(self.data.val), self.config.num_pictures):
@@ -387,8 +373,10 @@ class Detection(Comparison[FasterRCNN, tuple[Precision, Precision]]):
                 rows.append((image, columns))
             display = build_display(run_config, [image for image, _ in rows])
             about = f"detection, scores above {SHOWN_SCORE:g}, else the best"
-            save_figure(draw_detections(rows, display, f"{self.config.checkpoint}: {about}"), path)
-        return path
+            return draw_detections(rows, display, f"{self.config.checkpoint}: {about}")
+
+        path = self.folder / "detections.png"
+        return path if not distributed.is_main() or try_picture(drawn, path) else None
 
     def _drawable(self, model: FasterRCNN, index: int, names: list[str]) -> Detected:
         found = self.predict(model, index)

@@ -26,12 +26,9 @@ class InstanceCrops(Dataset[tuple[Shaped[Tensor, "c h w"], Target]]):
     Each is a function of (seed, pass, index). Boxes of cut instances fit what is left of their masks.
 
     Args:
-        images: The images.
         size: Side of the square.
         scale: Range of the factor.
-        flip: Mirror half of them.
         fill: Value of every channel outside of the image.
-        seed: Of all draws.
 
     Source: Ghiasi et al., "Simple Copy-Paste", arXiv 2012.07177, section 3 (large-scale jitter).
     """

@@ -25,12 +25,7 @@ RATIOS = (0.5, 1.0, 2.0)
 
 
 class PyramidBackbone(nn.Module):
-    """Encoder and pyramid, as torchvision's detectors want a backbone.
-
-    Args:
-        encoder: With one depth.
-        width: Channels of the pyramid.
-    """
+    """Encoder and pyramid, as torchvision's detectors want a backbone."""
 
     def __init__(self, encoder: DenseEncoder, *, width: int) -> None:
         super().__init__()
@@ -80,15 +75,9 @@ def build_detector(
     Pyramid and heads compute in bfloat16 where the encoder does; proposals, boxes and losses are float32.
 
     Args:
-        encoder: With one depth, for images of ``size``.
-        num_classes: Without the background.
-        masks: Find masks as well.
-        size: Side of the square, a multiple of four patches.
         width: Channels of the pyramid; the heads grow with it (256: torchvision's own).
         anchor_scale: Side of the anchors in strides.
         samples_per_image: Proposals that the heads learn from; None: adapted to ``size``.
-        mean: Of the run's images.
-        std: Of the run's images.
     """
     strides = [patch_size(encoder.vit)[0] / scale for scale in SCALES]
     anchors = AnchorGenerator(

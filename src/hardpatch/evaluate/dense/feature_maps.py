@@ -23,8 +23,6 @@ def choose_depths(given: tuple[int, ...], num_blocks: int, *, count: int = 4) ->
     Args:
         given: What the user asked for; empty: ``count`` of them, evenly spread (3, 6, 9 and 12 of 12 blocks; a
             shallow encoder's blocks are used more than once).
-        num_blocks: Depth of the encoder.
-        count: How many there must be.
 
     Raises:
         InputError: Another number of them, one that is not there, or not in order.
@@ -92,11 +90,7 @@ class DenseEncoder(nn.Module):
         return self
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d y x"]]:
-        """One map per depth, a pixel per patch.
-
-        Args:
-            images: Normalised images.
-        """
+        """One map per depth, a pixel per patch."""
         device = images.device.type
         with (
             torch.set_grad_enabled(self.trained and torch.is_grad_enabled()),
@@ -112,14 +106,7 @@ class DenseEncoder(nn.Module):
 def parameter_groups(
     encoder: DenseEncoder, rest: nn.Module, *, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: the encoder's by layer decay (timm), everything else at the full learning rate.
-
-    Args:
-        encoder: Its groups carry an ``lr_scale``.
-        rest: The head.
-        weight_decay: Of matrices.
-        layer_decay: Learning rate of a block over that of the one after it.
-    """
+    """Groups for AdamW: the encoder's by layer decay (timm), everything else at the full learning rate."""
     groups: list[dict[str, Any]] = param_groups_weight_decay(rest, weight_decay)
     if encoder.trained:
         # To timm the head is a layer of its own, after the last block and the norm. Ours stands outside of the model.

@@ -37,10 +37,6 @@ def rescale(dim: int, scale: float) -> tuple[nn.Module, int]:
 class SimplePyramid(nn.Module):
     """ViTDet's simple feature pyramid from one map, for torchvision's detectors.
 
-    Args:
-        dim: Channels of the map.
-        width: Channels of every level.
-
     Source: Li et al., arXiv 2203.16527, section 3 and appendix A.2.
     """
 

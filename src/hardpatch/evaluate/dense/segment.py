@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int64
+from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -26,7 +27,6 @@ from hardpatch.evaluate.dense.comparison import (
     Lesson,
     Measured,
     mean_values,
-    open_folder,
     spread,
 )
 from hardpatch.evaluate.dense.feature_maps import Bf16, DenseEncoder, check_size, choose_depths, parameter_groups
@@ -36,15 +36,15 @@ from hardpatch.evaluate.dense.segment_data import Data, open_data
 from hardpatch.evaluate.dense.segment_heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
 from hardpatch.evaluate.dense.windows import most_likely, slide
 from hardpatch.evaluate.harness import Examples
-from hardpatch.evaluate.result import Result, visualize_command
+from hardpatch.evaluate.result import Result, output_folder, visualize_command
 from hardpatch.figures.display import build_display
-from hardpatch.figures.hardness import save_figure
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.runs.build import build_decoder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.extras import install
 from hardpatch.runtime.log import tracked
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.signals import stopped_by_signals
 
@@ -63,6 +63,7 @@ class ClassFigures(NamedTuple):
 class SegmentResult(Result):
     """Figures in percent."""
 
+    kind = "segment"
     miou: float
     """Mean over the classes that occur in the validation masks or are predicted there."""
     pixel_accuracy: float
@@ -81,11 +82,6 @@ class SegmentResult(Result):
     steps: int
     figure: str | None
     """Pictures of some validation images."""
-
-    @property
-    def name(self) -> str:
-        """There is one kind."""
-        return "segment"
 
     def what_next(self, config: SegmentConfig) -> list[str]:
         """After the frozen encoder what it can be trained to, then what is hard in the images."""
@@ -135,7 +131,7 @@ def run(config: SegmentConfig) -> SegmentResult:
         for contender in contenders:
             check_size(crop, contender.encoder, field="crop_size")
             choose_depths(config.depths, len(contender.encoder.blocks))
-        folder = open_folder(config, f"segment-{config.head}" + ("-finetuned" if config.finetune else ""))
+        folder = output_folder(config, "evaluate", f"segment-{config.head}" + ("-finetuned" if config.finetune else ""))
         data = open_data(config, decoder=build_decoder(loaded.config.data), size=loaded.config.data.size)
         segmentation = Segmentation(config, data, crop, folder, loaded.device)
         measured = [segmentation.measure(contender) for contender in contenders]
@@ -189,11 +185,7 @@ def describe(figures: dict[str, Any]) -> Section:
 
 
 def _check(config: SegmentConfig) -> None:
-    """Refuse values that do not fit together, before any work.
-
-    Raises:
-        InputError: One of them.
-    """
+    """Refuse values that do not fit together, before any work."""
     try:
         import torchmetrics  # noqa: F401
     except ImportError:
@@ -211,15 +203,7 @@ def _check(config: SegmentConfig) -> None:
 
 
 class Segmentation(Comparison[Segmenter, Int64[Tensor, "k k"]]):
-    """The same head on one encoder after the other; its figures are confusion matrices.
-
-    Args:
-        config: How.
-        data: The images.
-        crop: Height and width of crops and windows.
-        folder: For checkpoints and pictures.
-        device: Where to run.
-    """
+    """The same head on one encoder after the other; its figures are confusion matrices."""
 
     indifferent = frozenset({"val_masks", "window_overlap", "cache_gb", "class_names"})
 
@@ -303,10 +287,10 @@ class Segmentation(Comparison[Segmenter, Int64[Tensor, "k k"]]):
         )
         return most_likely(logits, (height, width))
 
-    def draw(self, measured: list[Measured[Segmenter, Int64[Tensor, "k k"]]], run_config: Config) -> Path:
+    def draw(self, measured: list[Measured[Segmenter, Int64[Tensor, "k k"]]], run_config: Config) -> Path | None:
         """Overlays of some validation images; the main process alone writes."""
-        path = self.folder / "segmentations.png"
-        if distributed.is_main():
+
+        def drawn() -> Figure:
             rows = []
             for position in spread(len(self.data.val), self.config.num_pictures):
                 image, mask = self.data.val.read(position)
@@ -314,5 +298,7 @@ class Segmentation(Comparison[Segmenter, Int64[Tensor, "k k"]]):
                 rows.append(Segmented(image, np.asarray(mask.numpy()), found))
             title = f"{self.config.checkpoint}: {self.config.head}" + (", fine-tuned" if self.config.finetune else "")
             display = build_display(run_config, [row.image for row in rows])
-            save_figure(draw_segmentations(rows, self.data.names, display, title), path)
-        return path
+            return draw_segmentations(rows, self.data.names, display, title)
+
+        path = self.folder / "segmentations.png"
+        return path if not distributed.is_main() or try_picture(drawn, path) else None

@@ -40,13 +40,9 @@ class SegmentationCrops(Dataset[tuple[Shaped[Tensor, "c h w"], Int16[Tensor, "h 
     Where a crop reaches over the edge, the image is filled with ``fill`` and the mask does not count.
 
     Args:
-        images: The images.
-        crop: Height and width of a crop.
         short_side: Of an image before it is enlarged; 0: as it is.
         scale: Range of the factor.
-        flip: Mirror half of them.
         fill: Value of every channel outside of the image.
-        seed: Of all draws.
     """
 
     def __init__(
@@ -96,14 +92,8 @@ class FeatureCache(Dataset[tuple[Float[Tensor, "d y x"], Int16[Tensor, "h w"]]])
     """Features of windows that cover every image, computed once, with the masks of the windows.
 
     Args:
-        encoder: Frozen.
-        images: The images.
-        normalise: The run's normalisation, on the encoder's device.
-        window: Height and width of a window.
         short_side: Of an image; 0: as it is.
         flip: Every window mirrored as well.
-        limit_gb: Largest cache.
-        description: Beside the bar.
 
     Raises:
         InputError: It would be larger.

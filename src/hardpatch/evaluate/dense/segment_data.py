@@ -28,19 +28,14 @@ class Data(NamedTuple):
 def open_data(config: SegmentConfig, *, decoder: Decoder, size: tuple[int, int]) -> Data:
     """Open both sides and look at every image and mask once.
 
-    Args:
-        config: Names them.
-        decoder: How the images are read.
-        size: At which shapes are made.
-
     Raises:
         InputError: Anything that would go wrong later.
     """
     rules = MaskRules(config.binary, config.ignore_index, config.reduce_zero_label)
-    names = _Names.of(config)
-    train = _open(names.images, names.masks, "", rules, decoder, size)
-    if names.val_images:
-        val = _open(names.val_images, names.val_masks, "val_", rules, decoder, size)
+    images, masks, val_images, val_masks = _places(config)
+    train = _open(images, masks, "", rules, decoder, size)
+    if val_images:
+        val = _open(val_images, val_masks, "val_", rules, decoder, size)
     else:
         kept, drawn = held_back(len(train), config.val_share, config.seed)
         train, val = train.only(kept), train.only(drawn)
@@ -60,24 +55,16 @@ def open_data(config: SegmentConfig, *, decoder: Decoder, size: tuple[int, int])
     return Data(train.only(found[0].readable), val.only(found[1].readable), classes, damaged)
 
 
-class _Names(NamedTuple):
-    """What to open, with ADE20K's layout spelt out."""
-
-    images: str
-    masks: str
-    val_images: str
-    val_masks: str
-
-    @classmethod
-    def of(cls, config: SegmentConfig) -> _Names:
-        root = Path(config.images).expanduser()
-        if config.masks or not (root / "images" / "training").is_dir():
-            return cls(config.images, config.masks, config.val_images, config.val_masks or config.masks)
-        images, masks = (str(root / kind / "training") for kind in ("images", "annotations"))
-        if config.val_images or not (root / "images" / "validation").is_dir():
-            return cls(images, masks, config.val_images, config.val_masks)
-        val_images, val_masks = (str(root / kind / "validation") for kind in ("images", "annotations"))
-        return cls(images, masks, val_images, val_masks)
+def _places(config: SegmentConfig) -> tuple[str, str, str, str]:
+    """Images, masks, validation images and their masks, with ADE20K's layout spelt out."""
+    root = Path(config.images).expanduser()
+    if config.masks or not (root / "images" / "training").is_dir():
+        return config.images, config.masks, config.val_images, config.val_masks or config.masks
+    images, masks = (str(root / kind / "training") for kind in ("images", "annotations"))
+    if config.val_images or not (root / "images" / "validation").is_dir():
+        return images, masks, config.val_images, config.val_masks
+    val_images, val_masks = (str(root / kind / "validation") for kind in ("images", "annotations"))
+    return images, masks, val_images, val_masks
 
 
 def _open(
@@ -92,12 +79,7 @@ def _open(
 
 
 def _class_names(config: SegmentConfig, train: Survey, val: Survey, *, brings_own: bool) -> list[str]:
-    """Names of all classes, after a check that both sides fit.
-
-    Raises:
-        InputError: A class out of range, none to tell apart, one that only validation has, or a list of names that
-            does not fit.
-    """
+    """Names of all classes, after a check that both sides fit."""
     if not train.pixels:
         raise InputError("masks: no pixel counts: all have ignore_index" +
                          (" or 0" if config.reduce_zero_label else ""))  # fmt: skip

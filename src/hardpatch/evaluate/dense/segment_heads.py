@@ -17,11 +17,6 @@ from hardpatch.runtime.extras import install
 class LinearHead(nn.Module):
     """BatchNorm and a 1x1 convolution on the maps of all depths side by side.
 
-    Args:
-        dim: Channels of one map.
-        num_maps: Number of maps.
-        num_classes: C.
-
     Source: Oquab et al., "DINOv2", arXiv 2304.07193, section 7.4.
     """
 
@@ -43,11 +38,6 @@ class UperNetHead(nn.Module):
     """A pyramid from four depths, UPerNet's decoder (segmentation_models_pytorch), dropout and a 1x1 convolution.
 
     The finest level comes from the first depth, the coarsest from the last.
-
-    Args:
-        dim: Channels of one map.
-        num_classes: C.
-        width: Channels of the decoder.
 
     Raises:
         InputError: segmentation_models_pytorch is not installed.
@@ -80,12 +70,7 @@ class UperNetHead(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Encoder and head.
-
-    Args:
-        encoder: Gives the maps.
-        head: Turns them into logits.
-    """
+    """Encoder and head."""
 
     def __init__(self, encoder: DenseEncoder, head: nn.Module) -> None:
         super().__init__()
@@ -93,11 +78,7 @@ class Segmenter(nn.Module):
         self.head = head
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
-        """Logits of every pixel: the head's, enlarged bilinearly.
-
-        Args:
-            images: Normalised images.
-        """
+        """Logits of every pixel: the head's, enlarged bilinearly."""
         return enlarge(self.head(self.encoder(images)), (images.shape[2], images.shape[3]))
 
 

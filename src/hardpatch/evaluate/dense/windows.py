@@ -20,8 +20,6 @@ def window_corners(size: tuple[int, int], window: tuple[int, int], *, overlap: f
     """Upper left corners of windows that cover an image, evenly spread and none reaching further than needed.
 
     Args:
-        size: Height and width of the image.
-        window: Of a window.
         overlap: Least share of a window that the next one sees again.
     """
 
@@ -54,11 +52,8 @@ def slide(
     """Logits of every pixel, the mean over the windows that see it.
 
     Args:
-        predict: Logits of every pixel of some windows.
         image: Normalised.
-        window: Height and width.
         overlap: Of neighbouring windows.
-        batch_size: Windows at once.
     """
     height, width = image.shape[1:]
     corners = window_corners((height, width), window, overlap=overlap)

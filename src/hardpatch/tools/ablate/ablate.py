@@ -29,6 +29,7 @@ from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import DivergedError, InputError, Interrupted
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say, warn
+from hardpatch.runtime.outputs import make_output_folder
 from hardpatch.runtime.signals import StopSignal
 from hardpatch.tools.ablate.measure import Accuracies, Images, measure, measure_untrained, open_images
 from hardpatch.tools.ablate.runs_to_do import Budget, Job, Rows, choose_rows, chosen_suite, digest, plan
@@ -54,6 +55,7 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
         Interrupted: A signal stopped a run after it was saved; the same call goes on.
     """
     rows = choose_rows(config, fields)
+    make_output_folder(Path(config.out).expanduser())  # before runs lie in it
     first = next(iter(rows.configs.values()))
     images = open_images(first, str(fields.get("val", "")))
     device = distributed.choose_device(first.run.device)
@@ -155,7 +157,7 @@ def _untrained(out: Path, jobs: list[Job], images: Images, device: torch.device)
             say(f"untrained encoder, seed {seed}")
             measured = measure_untrained(job.config, images, device)
             if distributed.is_main():
-                out.mkdir(parents=True, exist_ok=True)
+                make_output_folder(out)
                 write_text_atomically(file, json.dumps(measured._asdict()) + "\n")
             distributed.barrier()
         found[seed] = Accuracies(**json.loads(file.read_text()))

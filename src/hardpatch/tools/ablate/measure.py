@@ -11,11 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from hardpatch.config.config import Config
 from hardpatch.data.loader.loading import default_workers
 from hardpatch.data.sources import Source, class_indices, fingerprint, open_source
-from hardpatch.evaluate.classify.knn import accuracy_of_features
-from hardpatch.evaluate.classify.labelled_images import labelled_fingerprint
-from hardpatch.evaluate.classify.linear_classifiers import linear_accuracy
+from hardpatch.evaluate.classify.accuracy import top_k_accuracy
+from hardpatch.evaluate.classify.knn import knn_top1
+from hardpatch.evaluate.classify.labelled_images import LabelledImages, labelled_fingerprint
+from hardpatch.evaluate.classify.linear_classifiers import probe
 from hardpatch.evaluate.contenders import untrained_encoder
-from hardpatch.evaluate.features import split_features, whole_split
+from hardpatch.evaluate.features import split_features
 from hardpatch.evaluate.foreground import predicted_loss_auroc
 from hardpatch.figures.hardness import measure_hardness, spread_images
 from hardpatch.runs.build import build_decoder, build_downloads, build_normalise, choose_attention
@@ -36,7 +37,7 @@ class Accuracies(NamedTuple):
 
     knn_top1: float
     linear_top1: float
-    """Accuracy of the published probe at one learning rate: ``linear_classifiers.linear_accuracy``."""
+    """Accuracy of the published probe at one learning rate."""
 
 
 class Images(NamedTuple):
@@ -119,18 +120,17 @@ def _accuracies(
     encoder: VisionTransformer, config: Config, data: Source, val: Source, device: torch.device, bf16: bool
 ) -> Accuracies:
     """The encoder runs over all images once, for both."""
-    split = whole_split(data, val, sorted(set(data.labels or [])))
+    split = LabelledImages(data, val, sorted(set(data.labels or [])))
     features = split_features(
         encoder, split, build_normalise(config).to(device), size=config.data.size, pooling="mean", device=device,
         bf16=bf16, workers=default_workers() if config.run.workers is None else config.run.workers,
     )  # fmt: skip
-    knn = accuracy_of_features(features, split, ks=(NEIGHBOURS,), temperature=0.07)
-    labels, truth = split.labels_of(features)
-    linear = linear_accuracy(
-        features.train.values.to(device), labels.to(device), features.val.values.to(device), truth,
-        num_classes=len(split.classes),
+    labels, truth = features.labels(split)
+    linear = probe(
+        features.train.values.to(device), labels.to(device), features.val.values.to(device),
+        num_classes=len(split.classes), rates=(0.3,), batch_size=1024,
     )  # fmt: skip
-    return Accuracies(knn_top1=knn[NEIGHBOURS][0], linear_top1=linear.top1)
+    return Accuracies(knn_top1(features, split, k=NEIGHBOURS), top_k_accuracy(linear.logits, truth, 1))
 
 
 def measure_untrained(config: Config, images: Images, device: torch.device) -> Accuracies:

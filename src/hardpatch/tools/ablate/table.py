@@ -13,8 +13,9 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hardpatch.figures.hardness import save_figure
 from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.outputs import make_output_folder
+from hardpatch.runtime.pictures import try_picture
 from hardpatch.tools.ablate.measure import Accuracies
 from hardpatch.tools.ablate.runs_to_do import Budget
 
@@ -94,12 +95,12 @@ class Table:
 
     def write(self, out: Path) -> None:
         """Write ``SUITE.md``, ``SUITE.csv`` and, where there are accuracies, ``SUITE.png``."""
-        out.mkdir(parents=True, exist_ok=True)
+        make_output_folder(out)
         write_text_atomically(out / f"{self.suite}.csv", self.as_csv())
         write_text_atomically(out / f"{self.suite}.md", self.as_markdown())
         figure = out / f"{self.suite}.png"
         if any(run.knn_top1 is not None for run in self.outcomes):
-            save_figure(self.draw(), figure)
+            try_picture(self.draw, figure)
         else:  # one of another call would not belong to this table
             figure.unlink(missing_ok=True)
 

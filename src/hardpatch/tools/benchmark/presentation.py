@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from hardpatch.config.benchmark import LOADERS, VARIANTS
-from hardpatch.figures.hardness import save_figure
 from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.pictures import try_picture
 
 OTHERS = ("reference", "transformers", "lightly", "plain")
 """What is not ours is drawn in grey."""
@@ -110,7 +110,7 @@ def save(result: Mapping[str, Any], out: Path, key: str, base: str, title: str) 
         axes.text(rates[name] + deviation, place, told, va="center", fontsize=9)
     axes.set_xlim(0, 1.35 * max(rates.values()))
     axes.set_xlabel(key.replace("_", " "))
-    axes.set_title(title, fontsize=9, wrap=True, parse_math=False)
+    axes.set_title(title, fontsize=9, wrap=True)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, out.with_suffix(".png"))
+    try_picture(lambda: figure, out.with_suffix(".png"))

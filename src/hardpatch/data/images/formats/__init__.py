@@ -51,7 +51,7 @@ def _format_of(content: bytes) -> ModuleType:
         return arrays
     if content.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return tiff
-    return dicom if content[128:132] == b"DICM" else pictures
+    return dicom if dicom.is_dicom(content) else pictures
 
 
 @contextmanager

@@ -28,6 +28,18 @@ _BY_IMAGECODECS = {
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 
+def is_dicom(content: bytes) -> bool:
+    """By its preamble, or, as older devices write it, by a first element that only DICOM begins with."""
+    if content[128:132] == b"DICM":
+        return True
+    group, element = content[:2], content[2:4]
+    is_first = (group == b"\2\0" and element in (b"\0\0", b"\1\0", b"\2\0")) or (
+        group == b"\x08\0" and element in (b"\0\0", b"\1\0", b"\5\0", b"\x08\0", b"\x12\0", b"\x16\0", b"\x18\0")
+    )
+    length_of_implicit = int.from_bytes(content[4:8], "little")
+    return is_first and ((content[4:6].isalpha() and content[4:6].isupper()) or length_of_implicit < len(content))
+
+
 def describe(content: bytes) -> Description:
     """From the tags."""
     header = _header(content)
@@ -46,7 +58,7 @@ def read(content: bytes, channels: int | None) -> Stored:
     """The first frame."""
     header = _header(content)
     pydicom = _pydicom()
-    data = pydicom.dcmread(io.BytesIO(content))
+    data = pydicom.dcmread(io.BytesIO(content), force=True)
     pixels = _first_frame(data)
     if pixels.ndim not in (2, 3):
         raise DecodeError(f"DICOM frame of shape {pixels.shape}")
@@ -87,6 +99,10 @@ def _first_frame(data: Any) -> np.ndarray:
         DecodeError: The frame is not what the tags say.
     """
     pydicom = _pydicom()
+    if "TransferSyntaxUID" not in data.file_meta:  # without a preamble: never compressed
+        implicit, _ = data.original_encoding
+        syntax = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+        data.file_meta.TransferSyntaxUID = syntax
     codec = _BY_IMAGECODECS.get(str(data.file_meta.get("TransferSyntaxUID")))
     if codec is None:
         pixels: np.ndarray = pydicom.pixels.pixel_array(data, index=0)
@@ -139,7 +155,7 @@ def _header(content: bytes) -> Any:
     pydicom = _pydicom()
     if _DEFLATED in content[:10_000]:
         raise DecodeError("deflated DICOM is not read")  # what it inflates to is unknown until it is done
-    header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
+    header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True)
     for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PhotometricInterpretation"):
         if header.get(name) is None:
             raise DecodeError(f"DICOM without {name}: it holds no picture")

@@ -32,6 +32,13 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "AVIF", "TIFF")
 """Only these: some of Pillow's other readers start programs or follow links."""
 
 _MODES = {"P": "palette", "PA": "palette", "CMYK": "cmyk", "LAB": "lab", "1": "grey", "L": "grey", "LA": "grey"}
+_NOT_READ = (
+    (4, b"ftyphe", "HEIC"), (4, b"ftypmif1", "HEIF"), (4, b"ftypmsf1", "HEIF"), (4, b"jP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (4, b"JXL ", "JPEG XL"), (0, b"\xff\x0a", "JPEG XL"), (0, b"8BPS", "PSD"),
+    (0, b"%PDF", "PDF"), (0, b"<svg", "SVG"), (0, b"\x89HDF", "HDF5"), (0, b"SIMPLE  =", "FITS"),
+    (0, b"v/1\1", "OpenEXR"),
+)  # fmt: skip
+"""Place and start of files that people take for images, under any ending."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_SCAN_PIXELS = 20 * MAX_PIXELS
 """Pixels times scans of a progressive JPEG: a small file can ask for thousands of scans."""
@@ -77,6 +84,8 @@ def _opened(content: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(content), formats=_FORMATS)
     except UnidentifiedImageError:  # its message holds an address in memory
+        if kind := next((kind for place, start, kind in _NOT_READ if content.startswith(start, place)), None):
+            raise DecodeError(f"{kind} is not read; convert it, to .png or .tif") from None
         raise DecodeError(
             f"no image, damaged in its header, or of a kind that is not read; it begins with {content[:16]!r}"
         ) from None

@@ -116,7 +116,8 @@ def _opened(content: bytes) -> Iterator[Any]:
 
 def _count_pages(file: Any) -> int:
     try:
-        return len(file.pages)
+        about = (file.imagej_metadata or {}) if file.is_imagej else {}  # large stacks are behind one page
+        return max(len(file.pages), int(about.get("images", 1)))
     except Exception:  # damaged further on, where nothing is read
         return 1
 
@@ -142,12 +143,14 @@ def _layout(page: Any) -> _Layout:
     if photometric not in _MODES:
         raise DecodeError(f"TIFF of colour type {getattr(page.photometric, 'name', photometric)} is not read")
     known = page.sampleformat == _UNSIGNED and (bits == 8 or (photometric == _PALETTE and bits < 8))
-    wanted = {_PALETTE: (1,), _CMYK: (4,), _YCBCR: (3, 1), _LAB: (3,)}[photometric]
+    wanted = {_PALETTE: (1, 2) if extras == (2,) and bits == 8 else (1,), _CMYK: (4,), _YCBCR: (3, 1), _LAB: (3,)}[
+        photometric
+    ]
     if not known or samples not in wanted:
         raise DecodeError(
             f"TIFF of colour type {_MODES[photometric]} with {samples} samples of {bits} bits is not read"
         )
-    return _Layout("rgb", None, by_pillow=True)
+    return _Layout("rgb", alpha, by_pillow=True)
 
 
 def _photometric(page: Any) -> int:
@@ -177,6 +180,8 @@ def _pixels(page: Any, size: int) -> tuple[np.ndarray, np.ndarray | None]:
     """
     if page.dtype is None:
         raise DecodeError(f"TIFF with {page.bitspersample}-bit values of format {page.sampleformat} is not read")
+    if page.dtype.kind == "c":
+        raise DecodeError("TIFF of complex numbers is not read; write their magnitude, or two bands, as floats")
     planes, _, height, width, contiguous = page.shaped
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
     number = math.prod(map(int, page.chunked))

@@ -14,22 +14,27 @@ import numpy as np
 
 from hardpatch.config.commands import CheckConfig
 from hardpatch.data.images.decode import Decoder
+from hardpatch.data.images.value_range import LOOK_AT, join
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import FileSource, Source, open_source, remote
 from hardpatch.data.tools.check.duplicates import groups_of_equal, groups_of_near
-from hardpatch.data.tools.check.look import Look, look_at, other_files
+from hardpatch.data.tools.check.look import Look, look_at
 from hardpatch.data.tools.check.sheet import draw_sheet
 from hardpatch.data.tools.check.workers import look_at_all
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import tracked
 from hardpatch.runtime.machine import usable_cores
+from hardpatch.runtime.outputs import make_output_folder
+from hardpatch.runtime.pictures import try_picture
 
 _COLUMNS = (
     "path", "format", "width", "height", "channels", "alpha", "mode", "depth", "orientation", "frames", "bytes",
     "sha256", "hash", "lowest", "highest", "valid", "damaged",
 )  # fmt: skip
 """Of ``images.csv``; sha256 is cut to its first half."""
+
+_NONE = np.empty(0, np.float32)
 
 _MOST_SIZES = 100
 """Sizes that are counted one by one; rarer ones are summed up."""
@@ -66,6 +71,8 @@ class CheckResult(NamedTuple):
     """Images that are of one value all over."""
     value_range: tuple[float, float] | None
     """Lowest and highest stored value of images that are not 8-bit."""
+    advice: str
+    """What to do about a range that most of these values do not fill."""
     duplicates: list[list[str]]
     """Groups of the same bytes."""
     near_duplicates: list[list[str]]
@@ -82,8 +89,7 @@ def run(config: CheckConfig) -> CheckResult:
         raise InputError(f"out: must be a folder, got the file {config.out!r}")
     source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
     folder = Path(config.data).expanduser()
-    listed = folder.is_dir() and isinstance(source, FileSource)  # a folder saved by datasets has files of its own
-    skipped = [str(path) for path in other_files(folder)] if listed else []
+    skipped = [str(folder / name) for name in source.others] if isinstance(source, FileSource) else []
     cores = usable_cores()
     seen = look_at_all(  # by processes that may die
         partial(look_at, source=source, channels=config.channels, no_data=config.no_data),
@@ -92,7 +98,12 @@ def run(config: CheckConfig) -> CheckResult:
         timeout=config.timeout,
         failed=Look,
     )
-    looks = sorted(tracked(seen, "looking at images", total=len(source)), key=lambda look: look.number)
+    spread = set(source.spread(LOOK_AT))
+    looks = [  # of the others the ends alone: the memory of a million samples is not needed
+        look if look.values is None or look.number in spread else look._replace(values=look.values._replace(some=_NONE))
+        for look in tracked(seen, "looking at images", total=len(source))
+    ]
+    looks.sort(key=lambda look: look.number)
     result = _summed_up(looks, source, skipped, near_bits=config.near_bits)
     if config.out:
         _write(Path(config.out).expanduser(), result, looks, source, config)
@@ -102,7 +113,7 @@ def run(config: CheckConfig) -> CheckResult:
 def _summed_up(looks: list[Look], source: Source, skipped: list[str], *, near_bits: int) -> CheckResult:
     good = [look for look in looks if not look.reason]
     abouts = [look.about for look in good if look.about is not None]
-    ends = [look.ends for look in good if look.ends is not None]
+    found = join([look.values for look in good if look.values is not None])
     sizes = Counter(f"{about.width}x{about.height}" for about in abouts).most_common()
     others = sum(count for _, count in sizes[_MOST_SIZES:])
     equal = groups_of_equal([look.digest for look in good])
@@ -130,7 +141,8 @@ def _summed_up(looks: list[Look], source: Source, skipped: list[str], *, near_bi
         animated=sum(about.frames > 1 for about in abouts),
         without_data=sum(look.valid < 1 for look in good),
         constant=[source.name(look.number) for look in good if look.hash is None],
-        value_range=(min(low for low, _ in ends), max(high for _, high in ends)) if ends else None,
+        value_range=None if found is None else (found.lowest, found.highest),
+        advice="" if found is None else found.advice(),
         duplicates=[names(group, good) for group in equal],
         near_duplicates=[names(group, seen) for group in near],
     )
@@ -158,7 +170,7 @@ def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source,
         InputError: The folder cannot be written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output_folder(folder)
         write_text_atomically(folder / "check.json", json.dumps(as_json(result), indent=1) + "\n")
         write_text_atomically(folder / "images.csv", _table(looks, source))
         if isinstance(source, FileSource):
@@ -167,11 +179,26 @@ def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source,
             lines = [
                 name if remote.is_url(name) else str(Path(name).absolute()) for name in names if name not in copies
             ]
-            write_text_atomically(folder / "good.txt", "".join(line + "\n" for line in lines))
-        figure = draw_sheet(source, looks, result.near_duplicates, config)
-        figure.savefig(folder / "contact_sheet.png", dpi=130)
+            _write_list(folder, lines)
     except OSError as error:
         raise InputError(f"out: cannot write to {str(folder)!r}: {error.strerror}") from error
+    try_picture(
+        lambda: draw_sheet(source, looks, result.near_duplicates, config), folder / "contact_sheet.png",
+        dpi=130, source=config.data,
+    )  # fmt: skip
+
+
+def _write_list(folder: Path, names: list[str]) -> None:
+    """``good.txt``; or ``good.csv`` where a name has a line break in it, or blanks at its ends."""
+    in_lines = all(name == name.strip() and not {"\n", "\r"} & set(name) for name in names)
+    file, other = folder / "good.txt", folder / "good.csv"
+    text = "".join(name + "\n" for name in names)
+    if not in_lines:
+        file, other, rows = other, file, io.StringIO()
+        csv.writer(rows, lineterminator="\n").writerows([("path",), *((name,) for name in names)])
+        text = rows.getvalue()
+    write_text_atomically(file, text)
+    other.unlink(missing_ok=True)  # of a call before
 
 
 def _table(looks: list[Look], source: Source) -> str:
@@ -186,7 +213,7 @@ def _table(looks: list[Look], source: Source) -> str:
             about.orientation, about.frames,
         ]  # fmt: skip
         hashed = "" if look.hash is None else f"{look.hash:016x}"
-        ends = look.ends or ("", "")
+        ends = look.values[:2] if look.values else ("", "")
         writer.writerow(
             [source.name(look.number), *seen, look.size, look.digest.hex(), hashed, *ends, look.valid, look.reason]
         )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from hardpatch.data.images.decode import Decoder, Sample, describe, to_sample
-from hardpatch.data.images.formats import EXTENSIONS, read_stored
+from hardpatch.data.images.formats import read_stored
 from hardpatch.data.images.stored import DecodeError, Description
-from hardpatch.data.images.value_range import stored_ends
+from hardpatch.data.images.value_range import Values, values_of
 from hardpatch.data.sources import Source
 
 
@@ -32,8 +29,8 @@ class Look(NamedTuple):
     """Of the bytes."""
     hash: int | None = None
     """64 bits of the picture; None of one that is all of one value."""
-    ends: tuple[float, float] | None = None
-    """Lowest and highest stored value, of images that are not 8-bit."""
+    values: Values | None = None
+    """Stored values of images that are not 8-bit."""
     valid: float = 1.0
     """Share of the pixels that hold data."""
 
@@ -47,7 +44,7 @@ def look_at(index: int, *, source: Source, channels: int | None, no_data: float 
         channels: As how many channels they are read; None: as many as each has.
         no_data: Value of pixels without data.
     """
-    content, ends = b"", None
+    content, values = b"", None
     try:
         content = source.content(index)
         try:
@@ -59,10 +56,10 @@ def look_at(index: int, *, source: Source, channels: int | None, no_data: float 
         else:
             stored = read_stored(content, channels=channels or about.bands)
             if stored.is_deep:
-                ends = stored_ends(stored, no_data=no_data)
+                values = values_of(stored, no_data=no_data)
             sample = to_sample(stored, Decoder(channels or about.bands, no_data=no_data))
         valid = 1.0 if sample.valid is None else float(sample.valid.float().mean())
-        return Look(index, "", about, len(content), _digest(content), perceptual_hash(sample), ends, valid)
+        return Look(index, "", about, len(content), _digest(content), perceptual_hash(sample), values, valid)
     except Exception as error:  # whatever a source's reader may raise: the next image is looked at all the same
         reason = str(error) if isinstance(error, DecodeError) else f"{type(error).__name__}: {error}"
         return Look(index, reason, size=len(content), digest=_digest(content))
@@ -86,18 +83,3 @@ def perceptual_hash(sample: Sample) -> int | None:
     if np.ptp(grey) < 1:
         return None
     return int(str(imagehash.phash(Image.fromarray(grey.round().astype(np.uint8)))), 16)
-
-
-def other_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder whose ending is not that of an image, hidden ones left out."""
-    seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        here = Path(root).stat()
-        if (here.st_dev, here.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() not in EXTENSIONS:
-                yield Path(root, name)

@@ -72,7 +72,7 @@ def _tile(source: Source, look: Look, config: CheckConfig) -> Tile:
     square = np.full((_SIDE, _SIDE, 3), _PAPER, np.uint8)
     what = f"{about.width}x{about.height} {about.format} {about.bands}{'+a' if about.alpha else ''} {about.depth}"
     tile = Tile(square, f"{short_name(source.name(look.number))}\n{what}")
-    ends = look.ends if look.ends and look.ends[0] < look.ends[1] else None
+    ends = look.values[:2] if look.values and look.values.lowest < look.values.highest else None
     try:
         if about.format == "made":
             sample = source.read(look.number)
