@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +79,9 @@ def _open(spec: str, decoder: Decoder, image_size: tuple[int, int], field: str, 
         if remote.is_url(files[0]):
             return open_shards(files, decoder=decoder, downloads=downloads, field=field)
         return ShardSource([LocalShard(Path(file), field=field) for file in files], decoder=decoder)
-    if ending.endswith(".parquet"):
+    if ending.rstrip("/").endswith(".parquet"):
+        if not remote.is_url(spec) and _local(spec, field).is_dir():  # in parts, as Spark and pandas write
+            spec = f"{spec.rstrip('/')}/*.parquet"
         return _open_parquet(spec, decoder, field, downloads)
     if remote.is_url(spec):
         return _open_remote_table(spec, decoder, field)
@@ -182,11 +185,17 @@ def _folder(file: Path) -> str:
 def _expand(spec: str, field: str) -> list[str]:
     """Files named by braces and stars, in sorted order.
 
+    What is there as it is written is meant as it is written: a file, or the folder before the last slash.
+
     Raises:
         InputError: One of them does not exist.
     """
+    folder, slash, name = spec.rpartition("/")
+    literal = not remote.is_url(spec) and bool(slash) and _local(f"{folder}/", field).is_dir()
+    if not remote.is_url(spec) and _local(spec, field).is_file():
+        return [str(_local(spec, field))]
     try:
-        patterns = list(braceexpand(spec))
+        patterns = [f"{folder}/{each}" for each in braceexpand(name)] if literal else list(braceexpand(spec))
     except ValueError as error:
         raise InputError(f"{field}: unbalanced braces in {spec!r}") from error
     files: list[str] = []
@@ -195,12 +204,19 @@ def _expand(spec: str, field: str) -> list[str]:
             files += _expand_url(pattern, field)
             continue
         path = _local(pattern, field)
-        found = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", pattern) else [path]
+        found = [path] if path.exists() or not re.search(r"[*?\[]", pattern) else sorted(_matching(path, literal))
         if not found or not all(file.is_file() for file in found):
             missing = f"no shard {pattern!r}" if pattern.endswith(ARCHIVES) else f"{pattern!r} does not exist"
             raise InputError(f"{field}: {missing}")
         files += map(str, found)
     return files
+
+
+def _matching(path: Path, literal: bool) -> Iterator[Path]:
+    """Files that a path with stars matches; stars of its folder count unless it is there ``literal``ly."""
+    folder = glob.escape(str(path.parent)) if literal else str(path.parent)
+    # Path.glob takes no absolute patterns.
+    return map(Path, glob.glob(f"{folder}/{path.name}", include_hidden=True))  # noqa: PTH207
 
 
 def _expand_url(pattern: str, field: str) -> list[str]:
