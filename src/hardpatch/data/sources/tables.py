@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import parquet, remote
@@ -44,7 +46,7 @@ def read_table(file: Path, *, folder: str, shown: str, decoder: Decoder, field: 
                 if label is None or label == "":
                     raise InputError(f"{field}: {shown} has a column 'label' but no label in row {number}")
                 labels.append(sys.intern(str(label)))  # one string per class, however many rows
-            yield _tidy(path)
+            yield _quoted(_tidy(path)) if folder.startswith(("http://", "https://")) else _tidy(path)
 
     found = Strings(paths())
     source = FileSource(found, decoder=decoder, folder=folder, labels=Labels.of(labels) if labels else None)
@@ -70,6 +72,15 @@ def _tidy(path: str) -> str:
     if remote.is_url(path) or not ("//" in path or "./" in path or path.endswith(("/", "/."))):
         return path
     return str(PurePosixPath(path))
+
+
+def _quoted(path: str) -> str:
+    """A relative path as a web server is asked for it; escapes that stand in it already are kept."""
+    return (
+        path
+        if remote.is_url(path)
+        else re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", quote(path, "/%", errors="surrogateescape"))
+    )
 
 
 def _rows(file: Path, shown: str, field: str) -> Iterable[tuple[object, object]]:
