@@ -42,11 +42,12 @@ def run(*words, program=ROOT / "benchmarks" / "people_files.py"):
     )  # fmt: skip
 
 
-SOURCES = ("folder", "flat folder", "list", "csv", "tar", "tar.gz", "parquet", "saved")
+SOURCES = ("folder", "flat folder", "list", "csv", "tar", "tar.gz", "parquet", "parquet images", "saved")
 """Those that need no server."""
-NAMES = ("plain", "spaces", "decomposed", "dollars", "stars", "long", "case twins", "dash", "quotes", "percent", "hash",
-         "markup", "colon", "tilde", "equals", "bidi")  # fmt: skip
-PLACES = ("absolute", "relative", "inside", "dotdot", "link", "slash", "read-only", "bare")
+NAMES = ("plain", "spaces", "unicode", "decomposed", "latin-1", "shift-jis", "dollars", "math", "brackets", "stars",
+         "long", "case twins", "dash", "control", "quotes", "backslash", "percent", "hash", "markup", "colon", "tilde",
+         "equals")  # fmt: skip
+PLACES = ("absolute", "relative", "inside", "dotdot", "link", "slash", "read-only", "nested")
 REFUSED = ("has no labels", "Missing value for argument")
 """Why a case may be refused: nearest neighbours without labels; a source whose name begins like a flag."""
 
