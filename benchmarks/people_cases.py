@@ -68,7 +68,7 @@ class Case:
         draw, only = random.Random(f"people {seed} {number}"), only or {}
 
         def one(kind: str, values: Any) -> str:
-            return draw.choice(sorted(only.get(kind) or values))
+            return str(draw.choice(sorted(only.get(kind) or values)))
 
         return cls(
             seed, number, one("sources", SOURCES), one("formats", FORMATS), one("names", NAMES),
@@ -172,6 +172,8 @@ def do_case(case: Case, servers: Servers, checkpoints: dict[int, Path], work: Pa
         kind = hold(case, made, work, code)
     except WrongError as wrong:
         return Outcome(case, wrong.kind, str(wrong))
+    except (ValueError, KeyError) as error:  # what the command wrote cannot be opened, or lacks a column
+        return Outcome(case, "wrong", f"{type(error).__name__}: {error}")
     said = (work / "stderr").read_text(errors="backslashreplace")
     told = next((line for line in said.splitlines() if line.startswith("hardpatch:")), said[-300:])
     return Outcome(case, kind, told if kind == "refused" else "")

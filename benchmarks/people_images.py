@@ -37,7 +37,7 @@ def _raw(n: int, channels: int, highest: float = 255) -> np.ndarray:
     waves = [np.sin(a * x + b) + np.cos(c * y + d) for a, b, c, d in draw.uniform(1, 5, (channels, 4))]
     values = np.stack(waves, -1)
     values = (values - values.min()) / (values.max() - values.min())
-    return np.rint(values * highest)
+    return np.asarray(np.rint(values * highest), np.float64)
 
 
 def _pillow(array: np.ndarray, kind: str, mode: str | None = None, **options: object) -> bytes:
@@ -51,7 +51,7 @@ def _tiff(array: np.ndarray, **options: object) -> bytes:
     import tifffile
 
     buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **{"metadata": None, **options})  # type: ignore[arg-type]
+    tifffile.imwrite(buffer, array, **{"metadata": None, **options})
     return buffer.getvalue()
 
 
@@ -161,8 +161,8 @@ def _made(kind: str, n: int) -> tuple[bytes, str, np.ndarray, tuple[float, float
         case "npy":
             return _npy(rgb), "npy", rgb, None, 0
         case "float npy":
-            real = _raw(n, 1)[..., 0] / 25.5 - 3
-            return _npy(real), "npy", real[..., None], (-3.0, 7.0), 0.01
+            wide = _raw(n, 1)[..., 0] / 25.5 - 3
+            return _npy(wide), "npy", wide[..., None], (-3.0, 7.0), 0.01
         case "planes npy":
             bands = _raw(n, 5, 4000).astype(np.uint16)
             return _npy(np.ascontiguousarray(bands.transpose(2, 0, 1))), "npy", bands, (0.0, 4000.0), 0.01

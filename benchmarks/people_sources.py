@@ -87,7 +87,7 @@ class Servers:
         return int(child.stdout.readline())
 
     def _client(self) -> Any:
-        import boto3
+        import boto3  # type: ignore[import-untyped]
 
         return boto3.client("s3", endpoint_url=self.store)
 

@@ -46,7 +46,7 @@ class WebServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, handler, *, body):
-        path = unquote(urlsplit(handler.path).path)
+        path = unquote(urlsplit(handler.path).path, errors="surrogateescape")
         with self._lock:
             self.requests.append((handler.command, path))
             number = self.requests.count((handler.command, path))

@@ -158,6 +158,29 @@ def test_a_table_on_the_web_lists_files_beside_it_or_anywhere(site, downloads):
             assert source.name(1) == f"{server.url}/in/b.png"
 
 
+ODD = (
+    "#1 a.png",
+    "what? b=c.png",
+    "100% sure.png",
+    "a,b;c&d.png",
+    "größe 日本.png",
+    os.fsdecode(b"caf\xe9.png"),
+    "a+b.png",
+)
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv"])
+def test_a_table_on_the_web_names_files_as_the_disk_does(site, downloads, ending):
+    """An address ends at a ``#`` and a ``?``: what the server gave instead would be called damaged."""
+    write(site / "in", *ODD)
+    lines = [f'"{name}"' if ending == "csv" else name for name in ODD]
+    text = "".join(f"{line}\n" for line in (["path", *lines] if ending == "csv" else lines))
+    (site / "in" / f"table.{ending}").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with serving(site) as server:
+        source = open_source(f"{server.url}/in/table.{ending}", downloads=downloads)
+        assert values(source) == list(range(len(ODD)))
+
+
 def test_a_local_table_may_list_urls_and_a_missing_one_is_damage_not_the_end(site, tmp_path):
     write(site, "a.png")
     with serving(site) as server:

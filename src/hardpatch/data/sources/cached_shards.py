@@ -235,7 +235,9 @@ def _list(urls: Sequence[str], field: str) -> list[Listed]:
     missing = [url for url in urls if url not in listed]
     if (promised := listed.get(urls[0], first)).size not in (None, first.size or promised.size):
         raise InputError(f"{field}: {urls[0]} has {first.size} bytes and {SIDECAR} says {promised.size}; write it anew")
-    listed |= {each.url: each for each in _in_threads(_describe, missing, "looking at the shards")}
+    listed |= dict(
+        zip(missing, _in_threads(_describe, missing, "looking at the shards"))
+    )  # by the words that name them
     return [listed[url] for url in urls]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from pyarrow import compute
 
@@ -79,8 +81,8 @@ class FileSource(Source):
 
 
 def _quoted(path: str) -> str:
-    """A file name as a part of a URL, where these three characters mean something else."""
-    return path.replace("%", "%25").replace("#", "%23").replace("?", "%3F")
+    """A file name as a part of a URL: three characters mean something else there."""
+    return re.sub(r"[%#?\udc80-\udcff]", lambda found: quote(found[0], errors="surrogateescape"), path)
 
 
 def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:
