@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pwd
 import random
 import threading
 import time
@@ -490,6 +491,47 @@ def test_a_process_that_is_killed_while_it_fetches_blocks_nobody_and_leaves_noth
     assert read(Downloads(tmp_path), "b", b"abc") == b"abc"
     assert not (tmp_path / "a.part").exists()
     assert read(Downloads(tmp_path), "a", b"whole") == b"whole"
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user id without a name in a batch system: no HOME, and nobody knows where it would be."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def nobody(_):
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+
+@pytest.mark.parametrize("spec", ["in", "list.txt", "s-*.tar", "shapes:4"])
+def test_what_lies_here_needs_no_home_folder(homeless, tmp_path, spec):
+    write_shards(tmp_path)
+    write(tmp_path / "in", "a.png", "b.png")
+    (tmp_path / "list.txt").write_text("in/a.png\nin/b.png\n")
+    assert len(open_source(spec if ":" in spec else str(tmp_path / spec))) > 1
+
+
+def test_what_is_fetched_without_a_home_folder_says_what_to_give(homeless, site):
+    write_shards(site, num_shards=1)
+    said = "download_dir: must be given here, because this user has no home folder"
+    with serving(site) as server, pytest.raises(InputError, match=said):
+        open_source(f"{server.url}/s-0.tar")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_home_folder_that_is_another_users_is_named(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    downloads = Downloads(home / "cache")
+    os.seteuid(54321)
+    try:
+        for ask in (lambda: downloads.ensure("a", lambda _: None, size=1), lambda: downloads.index_path("a")):
+            with pytest.raises(InputError, match="download_dir: cannot write in"):
+                ask()
+    finally:
+        os.seteuid(0)
 
 
 def test_a_full_disk_is_said_with_the_folder(tmp_path):

@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import TextIOWrapper
@@ -87,6 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
             complain(f"{error.strerror}: {error.filename}")
             raise SystemExit(2) from None
+        if not _temporary_folder():
+            complain(
+                "TMPDIR: must name a folder that can be written to, as there is no other for temporary files (/tmp, "
+                f"/var/tmp, the current folder), got {os.environ.get('TMPDIR', '')!r}"
+            )
+            raise SystemExit(2) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         complain(
@@ -102,6 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             say_plainly(str(stopped))
         raise SystemExit(3) from None
     raise SystemExit(0)
+
+
+def _temporary_folder() -> bool:
+    """Is there one? Packages that commands import make files in it and end in an OSError of their own without."""
+    try:
+        return bool(tempfile.gettempdir())
+    except FileNotFoundError:
+        return False
 
 
 def _nobody_reads() -> bool:

@@ -141,8 +141,8 @@ class RunFolder:
         if not self.damaged_file.is_file():
             return {}
         try:
-            text = self.damaged_file.read_text(encoding="utf-8", errors="surrogateescape")
-            rows = list(csv.reader(io.StringIO(text, newline="")))
+            with self.damaged_file.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                rows = list(csv.reader(file))
         except (ValueError, csv.Error):
             rows = []
         if rows[:1] != [["path", "reason"]]:

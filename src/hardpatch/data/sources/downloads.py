@@ -27,8 +27,18 @@ _TOUCH_SECONDS = 20
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/hardpatch``, usually ``~/.cache/hardpatch``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hardpatch"
+    """``$XDG_CACHE_HOME/hardpatch``, usually ``~/.cache/hardpatch``.
+
+    Raises:
+        InputError: There is no home folder, as for a user id without a name in a batch system.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hardpatch"
+    except RuntimeError as error:
+        raise InputError(
+            "download_dir: must be given here, because this user has no home folder (HOME is not set, and the user id "
+            "has no name); or set XDG_CACHE_HOME to a folder for what is fetched"
+        ) from error
 
 
 class Downloads:
@@ -40,9 +50,20 @@ class Downloads:
     """
 
     def __init__(self, folder: Path | None = None, *, gigabytes: float = 100.0) -> None:
-        self.folder = folder or default_folder()
+        self._folder = folder
         self.max_bytes = int(gigabytes * 1e9)
         self._touched: dict[str, float] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where; looked for when something is kept, as most sources keep nothing.
+
+        Raises:
+            InputError: None was given, and there is no home folder.
+        """
+        if self._folder is None:
+            self._folder = default_folder()
+        return self._folder
 
     def key(self, *identity: str) -> str:
         """File name for what has this URL, size and version."""
@@ -53,8 +74,15 @@ class Downloads:
         return self.folder / f"{key}.data"
 
     def index_path(self, key: str) -> Path:
-        """Where what is known of a file lies, if it is there."""
-        return self.folder / f"{key}.index"
+        """Where what is known of a file lies, if it is there.
+
+        Raises:
+            InputError: The folder may not be looked into.
+        """
+        file = self.folder / f"{key}.index"
+        with self._writing():
+            file.exists()
+        return file
 
     def open(self, key: str, fill: Callable[[Path], None], *, size: int) -> int:
         """A file descriptor of a file, which is fetched first where it is not there. Close it.
@@ -78,7 +106,9 @@ class Downloads:
 
     def ensure(self, key: str, fill: Callable[[Path], None], *, size: int) -> None:
         """Fetch a file unless it is there; of several processes one fetches it and the others wait."""
-        if self.path(key).exists():
+        with self._writing():
+            there = self.path(key).exists()
+        if there:
             self._touch(key)
             return
         with self._writing(), self._locked(key):
