@@ -1,6 +1,7 @@
 """The smallest run that has everything: 32-pixel shapes, 16 patches, one-block transformers."""
 
 import multiprocessing
+import signal
 from pathlib import Path
 
 import torch
@@ -112,3 +113,14 @@ def tiny_student(seed: int = 0, **changes):
             if name != "encoder.pos_embed":
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return student.eval()
+
+
+def stop_at(step: int, learn):
+    """In the place of a training's ``_learn``: a signal arrives in this step."""
+
+    def signalled(training, *arguments):
+        if training.step + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+        return learn(training, *arguments)
+
+    return signalled

@@ -14,7 +14,7 @@ from jinja2 import Environment
 from hardpatch.config.values import decisions
 from hardpatch.export.backbone import Backbone
 from hardpatch.runs.folder import RunFolder, versions
-from hardpatch.runtime.log import read_object
+from hardpatch.runtime.log import read_object, warn
 
 _TOO_FINE = ("by_group", "per_class", "confusion", "top1_by_k", "held_out_top1", "chosen", "about")
 """Parts of an evaluation that a card leaves out."""
@@ -28,7 +28,7 @@ def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: s
     config, run = backbone.config, backbone.run
     about: dict[str, Any] = {}
     if run is not None:
-        about = yaml.safe_load(run.config_file.read_text()).get("about", {})
+        about = _about(run)
     recipe = {} if config is None else {k: v for k, v in decisions(config).items() if k not in ("data.data",)}
     if init_from := recipe.get("model.init_from"):
         recipe["model.init_from"] = _last_part(init_from)
@@ -53,6 +53,16 @@ def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: s
         exported_with=versions(torch.device("cpu")),
     )  # fmt: skip
     return text
+
+
+def _about(run: RunFolder) -> dict[str, Any]:
+    """Versions and the machine of a run; the checkpoint has its config."""
+    try:
+        found = yaml.safe_load(run.config_file.read_text()).get("about", {})
+        return {**found}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        warn(f"{run.config_file} is damaged: the card leaves out what the run was trained with")
+        return {}
 
 
 def figures(run: RunFolder) -> Iterator[tuple[str, str, str]]:

@@ -75,7 +75,10 @@ def describe_evaluations(folder: RunFolder) -> list[Section]:
         for kept in evaluation.kept_as or (name,):
             file = folder.evaluations / f"{kept}.json"
             if figures := read_object(file):  # imported only here: a run without evaluations need not wait for them
-                sections.append(import_module(evaluation.module).describe(figures))
+                try:
+                    sections.append(import_module(evaluation.module).describe(figures))
+                except (LookupError, TypeError, ValueError, AttributeError):
+                    warn(f"{file} is damaged or of another version, and left out of the report")
     return sections
 
 

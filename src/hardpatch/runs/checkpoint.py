@@ -154,7 +154,7 @@ def verify(path: Path, *, require_checksum: bool) -> None:
     """
     checksum = _checksum_file(path)
     if checksum.is_file():
-        if checksum.read_text().split()[:1] != [_digest(path)]:
+        if checksum.read_bytes().split()[:1] != [_digest(path).encode()]:
             raise InputError(f"checkpoint {path} is damaged: its checksum does not fit")
     elif require_checksum:
         raise InputError(f"checkpoint {path} cannot be verified: {checksum.name} is missing")
@@ -179,7 +179,7 @@ def load_verified(path: Path, *, require_checksum: bool = True, holds: str = "st
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever unpickling a damaged file may raise
-        if what := what_it_is(path):
+        if (what := what_it_is(path)) and not what.startswith("a checkpoint"):
             raise WrongKind(f"checkpoint {path} is {what}") from error
         problem = f"{type(error).__name__}: {error}"
         raise InputError(f"checkpoint {path} is damaged, or no checkpoint at all: {problem}") from error

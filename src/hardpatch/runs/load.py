@@ -168,8 +168,9 @@ def arguments_of_encoder(checkpoint: str | Path) -> dict[str, Any]:
 def _weights_file(checkpoint: str | Path) -> Path | None:
     """The ``.safetensors`` that is meant or lies in the run folder that is meant, if there is one."""
     path = Path(checkpoint).expanduser()
-    inside = (RunFolder(path).weights_file, path / RunFolder(path).weights_file.name)
-    weights = next((file for file in inside if file.is_file()), path)
+    weights = RunFolder(path).weights_file if path.is_dir() else path
+    if path.is_dir() and CheckpointFolder(weights.parent).steps():
+        return None  # the checkpoint says the same, and has a checksum
     return weights if weights.suffix == ".safetensors" and weights.is_file() else None
 
 

@@ -59,11 +59,13 @@ from hardpatch.evaluate.contenders import (
 )
 from hardpatch.evaluate.result import Result, output_folder
 from hardpatch.figures.sections import Picture, Section, Tile
+from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.folder import RunFolder, about_this_run
 from hardpatch.runs.kinds import CLASSIFIER_FILE
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
+from hardpatch.runtime.log import warn
 from hardpatch.runtime.pictures import try_picture
 from hardpatch.runtime.signals import stopped_by_signals
 
@@ -248,20 +250,20 @@ def fine_tune(
         "encoder": _weights_digest(contender.encoder),
     }
     distributed.require_same(decisive)
-    check_folder(folder, decisive, restart=config.resume == "restart")
+    is_written = check_folder(folder, decisive, restart=config.resume == "restart")
     distributed.barrier()  # before any process makes anything there
     try:
         if distributed.is_main():
             folder.claim()
             if config.resume == "restart":
                 clear(folder)
-            if not folder.config_file.is_file():
+            if not (is_written and folder.config_file.is_file()):
                 about = {**about_this_run(device), "checkpoint": config.checkpoint}
                 text = yaml.safe_dump({"finetune": decisive, "about": about}, sort_keys=False, default_flow_style=None)
                 write_text_atomically(folder.config_file, text)
         distributed.barrier()
         distributed.warn_of_emulated_bf16(config.precision, device)
-        training = Finetuning(settings, config, contender, images, folder, device)
+        training = Finetuning(settings, config, contender, images, folder, device, decisive)
         training.resume()
         try:
             training.run()
@@ -303,26 +305,44 @@ def conclude(training: Finetuning, classified: Classified, folder: RunFolder) ->
     return outcome
 
 
-def check_folder(folder: RunFolder, settings: dict[str, Any], *, restart: bool) -> None:
+def check_folder(folder: RunFolder, settings: dict[str, Any], *, restart: bool) -> bool:
     """Can a fine-tuning with these settings start or go on here?
 
+    Returns:
+        Does ``config.yaml`` say so already? Where it is damaged, the checkpoints say what the training is.
+
     Raises:
-        InputError: A file is in the way, the folder holds other things, or a fine-tuning with other settings.
+        InputError: The folder holds other things, or a fine-tuning with other settings.
     """
-    path = folder.path
-    if not folder.config_file.is_file():
+    path, checkpoints = folder.path, CheckpointFolder(folder.checkpoints, holds="model")
+    if not folder.config_file.is_file() and not checkpoints.steps():
         if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise InputError(f"out: {str(path)!r} is not empty and holds no fine-tuning; choose a new folder")
-        return
+        return False
     try:
-        before = yaml.safe_load(folder.config_file.read_text())["finetune"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"out: {str(path)!r} holds no fine-tuning but something else; choose a new folder") from error
-    if not restart and (changed := differences(before, settings)):
+        before: dict[str, Any] | None = dict(yaml.safe_load(folder.config_file.read_text())["finetune"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        before = None
+    if before is not None and (restart or not differences(before, settings)):
+        return not restart
+    try:
+        trained = ((checkpoints.load_latest() if checkpoints.steps() else None) or {}).get("decisive", before)
+    except InputError:  # of something else, or damaged
+        trained = before
+    if trained is None:
+        raise InputError(
+            f"out: {str(path)!r} holds no fine-tuning but something else, or its {folder.config_file.name} is damaged; "
+            "choose a new folder"
+        )
+    if restart:
+        return False
+    if changed := differences(trained, settings):
         raise InputError(
             f"out: {str(path)!r} holds a fine-tuning with other settings; choose another folder with --out, or start "
             "over with --resume restart. Changed:\n  " + "\n  ".join(changed)
         )
+    warn(f"{folder.config_file} does not say what its checkpoints say: it is damaged, and written anew")
+    return False
 
 
 def clear(folder: RunFolder) -> None:

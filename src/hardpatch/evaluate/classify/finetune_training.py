@@ -59,7 +59,10 @@ class Finetuning(Training):
         images: LabelledImages,
         folder: RunFolder,
         device: torch.device,
+        decisive: dict[str, Any],
     ) -> None:
+        self.decisive = decisive
+        """What makes it this training: in every checkpoint, since ``config.yaml`` may be damaged."""
         self.settings, self.config, self.contender, self.images = settings, config, contender, images
         self.folder = folder.path
         self.bf16 = distributed.is_bf16(config.precision, device)
@@ -108,8 +111,8 @@ class Finetuning(Training):
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """Sums of the epoch."""
-        return {"last_loss": self.last_loss, "sums": self.sums}
+        """Sums of the epoch, and what makes it this training."""
+        return {"last_loss": self.last_loss, "sums": self.sums, "decisive": self.decisive}
 
     def load_state(self, saved: dict[str, Any]) -> None:
         """Take them over."""

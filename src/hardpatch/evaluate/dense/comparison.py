@@ -134,7 +134,7 @@ class DenseTraining(Training):
         super().__init__(
             lesson.learner, torch.optim.AdamW(lesson.groups, lr=peak, fused=device.type != "mps"), lesson.examples,
             plan, checkpoints=CheckpointFolder(
-                folder, keep_last=1, holds="optimizer", if_damaged="remove that folder to train again"
+                folder, keep_last=2, holds="optimizer", if_damaged="remove that folder to train again"
             ), device=device,
             identity=identity,
         )  # fmt: skip
