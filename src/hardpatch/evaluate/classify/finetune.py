@@ -343,7 +343,7 @@ def check_folder(folder: RunFolder, settings: dict[str, Any], *, restart: bool) 
         return
     try:
         before = yaml.safe_load(folder.config_file.read_text())["finetune"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"out: {str(path)!r} holds no fine-tuning but something else; choose a new folder") from error
     if not restart and (changed := differences(before, settings)):
         raise InputError(
