@@ -140,7 +140,7 @@ SIBLINGS = {
     "fewer images": ({"data": "shapes:47"}, "images: 48 images"),
     "other images": ({"data": "shapes:48@1"}, "images: 48 images"),
     "another config": ({"mask_ratio": 0.5}, "mask_ratio: 0.75 on rank 0"),
-    "another mean": ({"mean": (0.1, 0.2, 0.3)}, "mean: "),
+    "another mean": ({"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.2, 0.2)}, "mean: "),
     "no images": ({"data": "/no/such/folder"}, "'/no/such/folder' does not exist"),
 }
 
