@@ -173,7 +173,7 @@ def pull(machines: Machines, base: Path, minutes: float) -> dict[str, Any]:
     row: dict[str, Any] = {
         "exit codes": [code for code, _ in found], "limit in seconds": 60 * minutes, "left after seconds": seconds,
         "both said for whom they waited": all("waiting for" in said for _, said in found),
-        "checkpoint named": all("step_" in said for _, said in found),
+        "checkpoint named": all("checkpoints" in said for _, said in found),
     }  # fmt: skip
     if not row["both said for whom they waited"]:
         row["said"] = [said[-600:] for _, said in found]

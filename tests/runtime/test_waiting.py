@@ -12,7 +12,7 @@ import pytest
 
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.waiting import LIMIT, wait_limit, watched_by
-from tiny import TINY, flags
+from tiny import TINY, flags, in_child
 
 EXCHANGE = """
 import os, signal, sys, time
@@ -36,7 +36,7 @@ except InputError as error:
 """
 
 
-def two(commands: list[list[str]], *, environment=None, seconds: float = 120) -> list[tuple[int, str]]:
+def two(commands: list[list[str]], *, environment=None, seconds: float = 300) -> list[tuple[int, str]]:
     """Run two processes of one group; exit code and standard error of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -63,7 +63,31 @@ def two(commands: list[list[str]], *, environment=None, seconds: float = 120) ->
     return found
 
 
-def exchange(second: str, minutes: float, *, seconds: float = 120) -> list[tuple[int, str]]:
+def be_one(rank: int, port: int, words: list[str], said: str) -> None:
+    """Run a command as one of two processes; what it says goes to a file."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    from hardpatch.cli import main
+
+    main(words)
+
+
+def two_commands(folder: Path, commands: list[list[str]]) -> list[tuple[int, str]]:
+    """Run a command in two processes that have imported hardpatch already; exit code and standard error of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    files = [folder / f"said{rank}" for rank in range(2)]
+    processes = [in_child(be_one, rank, port, words, str(files[rank])) for rank, words in enumerate(commands)]
+    for process in processes:
+        process.join(300)
+    return [(p.exitcode, " ".join(file.read_text().split())) for p, file in zip(processes, files, strict=True)]
+
+
+def exchange(second: str, minutes: float, *, seconds: float = 300) -> list[tuple[int, str]]:
     return two([["-c", EXCHANGE.format(second=second)]] * 2, environment={LIMIT: str(minutes)}, seconds=seconds)
 
 
@@ -116,7 +140,7 @@ SIBLINGS = {
     "fewer images": ({"data": "shapes:47"}, "images: 48 images"),
     "other images": ({"data": "shapes:48@1"}, "images: 48 images"),
     "another config": ({"mask_ratio": 0.5}, "mask_ratio: 0.75 on rank 0"),
-    "another mean": ({"mean": (0.1, 0.2, 0.3)}, "mean: "),
+    "another mean": ({"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.2, 0.2)}, "mean: "),
     "no images": ({"data": "/no/such/folder"}, "'/no/such/folder' does not exist"),
 }
 
@@ -124,8 +148,8 @@ SIBLINGS = {
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_processes_that_do_not_see_the_same_are_refused_before_the_first_step(tmp_path, name):
     given, named = SIBLINGS[name]
-    start = ["-m", "hardpatch", "pretrain", "--out", str(tmp_path / "run")]
-    found = two([[*start, *flags(TINY)], [*start, *flags(TINY | given)]])
+    start = ["pretrain", "--out", str(tmp_path / "run")]
+    found = two_commands(tmp_path, [[*start, *flags(TINY)], [*start, *flags(TINY | given)]])
     assert [code for code, _ in found] == [2, 2]
     assert all(named in said and "rank 1" in said for _, said in found)
     assert not (tmp_path / "run").exists()
@@ -165,9 +189,8 @@ def test_other_commands_refuse_likewise(tmp_path, trained, name):
         "finetune": ["evaluate", "finetune", "--val", "shapes:16@1", "--out", str(tmp_path / "f"), "--epochs", "1",
                      "--batch-size", "8", "--workers", "0", "--train"],
     }[name]  # fmt: skip
-    start = ["-m", "hardpatch", *command]
     given = ["--checkpoint", str(trained), "--device", "cpu"]
-    found = two([[*start, "shapes:24", *given], [*start, "shapes:23", *given]])
+    found = two_commands(tmp_path, [[*command, "shapes:24", *given], [*command, "shapes:23", *given]])
     assert [code for code, _ in found] == [2, 2], found
     assert "24 images" in found[0][1]
     assert "23 images" in found[0][1]

@@ -10,14 +10,17 @@ before, can share them.
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
 from hardpatch.data.loader.loading import Damage
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically, write_text_atomically
+from hardpatch.runtime.log import warn
 from hardpatch.runtime.outputs import make_output_folder
 
 
@@ -56,8 +59,10 @@ class Parts:
                 write_text_atomically(file, json.dumps(settings, indent=2) + "\n")
                 return
             before = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"out: cannot use {str(self.path)!r}: {error}") from error
+        if not isinstance(before, dict):
+            raise InputError(f"out: cannot use {str(self.path)!r}: {file.name} holds a {type(before).__name__}")
         changed = [
             f"{name}: {before.get(name)!r} -> {settings.get(name)!r}"
             for name in {**before, **settings}
@@ -85,9 +90,21 @@ class Parts:
 
     def read(self, number: int) -> Part:
         """A finished part."""
-        with np.load(self.file(number)) as content:
+        with self.file(number).open("rb") as file, np.load(file) as content:  # closed also where it is damaged
             columns = {name: content[name] for name in content.files if name != "damaged"}
             return Part(columns, [Damage(*item) for item in json.loads(str(content["damaged"]))])
+
+    def is_done(self, number: int) -> bool:
+        """Is this part there, and whole? A damaged one goes, and is made again."""
+        if not self.file(number).is_file():
+            return False
+        try:
+            self.read(number)  # an archive with a checksum of every column
+        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error) as error:
+            warn(f"{self.file(number)} is damaged, and made again: {error}")
+            self.file(number).unlink()
+            return False
+        return True
 
     def column(self, number: int, name: str) -> np.ndarray:
         """One column of a finished part, or its ``damaged``; the others are not read."""

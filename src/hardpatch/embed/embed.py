@@ -141,7 +141,7 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
         parts.claim(job.settings)
         for leftover in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it joined
             leftover.unlink(missing_ok=True)
-        done = [number for number in range(len(cuts)) if parts.file(number).is_file()]
+        done = [number for number in range(len(cuts)) if parts.is_done(number)]
         _check_space(out, bytes_per_image * (2 * len(source) - len(done) * part_images))
         return done
 

@@ -39,13 +39,15 @@ _kept: list[str] = []
 
 
 def note_kept(checkpoint: Path) -> None:
-    """Remember the last checkpoint, to be named where this process has to leave."""
+    """Remember the last checkpoint, or the folder of all, to be named where this process has to leave."""
     _kept[:] = [str(checkpoint)]
 
 
 def what_is_kept() -> str:
     """A clause that names the last checkpoint."""
-    found = f"the last checkpoint is {_kept[0]}" if _kept else "no checkpoint was saved yet"
+    found = (
+        f"the last checkpoint is {'' if _kept[0].endswith('.pt') else 'in '}{_kept[0]}" if _kept else "nothing is lost"
+    )
     return f"{found}; the same command goes on from there"
 
 

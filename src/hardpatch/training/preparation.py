@@ -34,6 +34,7 @@ from hardpatch.runs.trackers import check_trackers
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say
+from hardpatch.runtime.waiting import note_kept
 from hardpatch.training.branching import Branch
 from hardpatch.training.fitting import fit_target
 from hardpatch.training.gate import MiningGate, mining_threshold
@@ -86,6 +87,7 @@ def prepare(
     if branch is not None:
         distributed.from_main(lambda: branch.start(device))
     distributed.barrier()
+    note_kept(checkpoints.path)  # the main process may save alone
     saved = distributed.on_every(checkpoints.load_latest)
     there = "no checkpoint" if saved is None else f"a checkpoint of step {saved['step']}"
     distributed.require_same({f"newest in {str(folder.path)!r} (has every machine the same disk?)": there})

@@ -122,8 +122,8 @@ class Run:
     def save(self) -> None:
         """Save the state and the encoder; every process has to ask, the main process alone writes."""
         state = self.state.to_dict(self.config, self.images)
-        note_kept(self.checkpoints.file(self.state.step))
         if distributed.is_main():
+            note_kept(self.checkpoints.file(self.state.step))
             self.checkpoints.save(state)
             prefix = "encoder."
             save_weights(
