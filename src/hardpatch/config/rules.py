@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hardpatch.method.choices import MASKS, TARGETS
+from hardpatch.method.choices import TARGETS
 from hardpatch.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def check_together(config: Config) -> None:
         InputError: Names the field, the rule and the value.
     """
     data, model, method, optimisation = config.data, config.model, config.method, config.optimisation
-    guide = MASKS[method.mask].guide
+    guide = method.guided_by
     if optimisation.warmup_epochs is not None and optimisation.warmup_epochs >= optimisation.epochs:
         raise InputError(
             f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
@@ -35,7 +35,7 @@ def check_together(config: Config) -> None:
         raise InputError(f"value_range: must be a lower and a higher number, got {data.value_range}")
     if method.predicted_loss == "none" and guide == "predicted_loss":
         raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
-    if method.mining_threshold and method.predicted_loss == "none":
+    if method.mining_threshold and not method.learns_hardness:
         raise InputError("mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'")
     if method.mining_threshold and guide is None:
         raise InputError(f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided")
@@ -56,12 +56,12 @@ def check_together(config: Config) -> None:
             f"hardness_block: must be 1 with target {method.target!r}, which is not made of pixels; "
             f"got {method.hardness_block}"
         )
-    if method.hardness_block > 1 and method.predicted_loss == "none":
+    if method.hardness_block > 1 and not method.learns_hardness:
         raise InputError("hardness_block: with predicted_loss 'none' nothing learns what is hard, so it must be 1; "
                          f"got {method.hardness_block}")  # fmt: skip
-    if method.hardness_in_pixels and (not kind.normalised or method.predicted_loss == "none"):
+    if method.hardness_in_pixels and (not kind.normalised or not method.learns_hardness):
         raise InputError(
-            "hardness_in_pixels: goes with target 'norm_pix' and a loss predictor, got target "
+            "hardness_in_pixels: goes with target 'norm_pix' and a loss predictor or scout, got target "
             f"{method.target!r} and predicted_loss {method.predicted_loss!r}"
         )
     if len(data.image_size) not in (1, 2):
