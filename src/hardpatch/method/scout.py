@@ -31,7 +31,7 @@ class Scout(nn.Module):
         self.patch = patch
         self.embed = nn.Linear(patch[0] * patch[1] * channels, width)
         self.layers = nn.ModuleList(nn.Linear(3 * width, width) for _ in range(depth))
-        self.head = nn.Linear(width, 1)
+        self.head = nn.Linear(width, 1, bias=False)  # only differences between patches are learnt
 
     def forward(
         self, images: Float[Tensor, "b c h w"], valid: Bool[Tensor, "b n"] | None = None
