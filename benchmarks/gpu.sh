@@ -150,7 +150,7 @@ fi
 
 bench=("$PYTHON" -m hardpatch benchmark)
 stage agreement 150 "$PYTHON" benchmarks/cuda_agreement.py --out "$FOUND/agreement.json"
-stage base 200 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants reference mae exact fast --profile \
+stage base 200 "${bench[@]}" step --encoder "$base_model" --batch-size "$batch" "${step[@]}" --variants reference mae exact fast \
     --out "$FOUND/step_base.json"
 if stage pretrain "${PRETRAIN_SECONDS:-110}" "$PYTHON" -m hardpatch pretrain --recipe hpm-both-norm-pix-64px --data "$train" --val "$val" \
     --out "$RUN" --resume restart "${pretrain[@]}" --json >"$SCRATCH/pretrain.txt"; then

@@ -21,7 +21,8 @@ from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.method.student import Student, StudentOutput
 from hardpatch.runs.build import blocks, build_method, build_student
-from hardpatch.training.sharding import gathered, parallel
+from hardpatch.runtime.parallel import parallel
+from hardpatch.training.sharding import gathered
 
 SMALL = {
     "image_size": 32, "encoder": "vit_tiny_patch16_224", "patch_size": 8, "encoder_width": 64, "encoder_depth": 3,

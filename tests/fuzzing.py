@@ -21,6 +21,13 @@ CHECKED = ("png", "npz")
 """Formats with a checksum over all values: what is decoded is what was stored."""
 
 
+def decode(content, channels):
+    """The pixels of one file."""
+    from hardpatch.data.images.decode import Decoder
+
+    return Decoder(channels)(content).image
+
+
 def picture(height=40, width=48, channels=3, dtype=np.uint8):
     """Smooth, so that lossy formats keep it, with some noise."""
     y, x = np.mgrid[:height, :width]

@@ -9,18 +9,23 @@ import pytest
 
 from hardpatch.cli import COMMANDS, main
 from hardpatch.config.benchmark import LoadingConfig, StepConfig
-from hardpatch.config.commands import DemoCommand, PretrainCommand, VisualizeCommand
+from hardpatch.config.commands import (
+    CheckConfig,
+    ConvertConfig,
+    DemoCommand,
+    DoctorConfig,
+    EmbedConfig,
+    ExportConfig,
+    PackConfig,
+    PretrainCommand,
+    StatsConfig,
+    VisualizeCommand,
+)
 from hardpatch.config.config import Config
-from hardpatch.config.data_check import CheckConfig
-from hardpatch.config.data_tools import PackConfig, StatsConfig
 from hardpatch.config.dense_evaluations import DetectConfig, SegmentConfig
-from hardpatch.config.doctor import DoctorConfig
-from hardpatch.config.embed import EmbedConfig
 from hardpatch.config.evaluations import FinetuneConfig, ForegroundConfig, KnnConfig, LinearConfig
-from hardpatch.config.export import ExportConfig
 from hardpatch.config.fields import Positive, Settings
 from hardpatch.config.plan import PlanConfig
-from hardpatch.config.weights import ConvertConfig
 from hardpatch.runtime.errors import InputError
 from hardpatch.tools.ablate.suites import AblateConfig
 

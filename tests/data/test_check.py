@@ -14,7 +14,7 @@ from PIL import Image
 
 import fuzzing
 from hardpatch.cli import main
-from hardpatch.config.data_check import CheckConfig
+from hardpatch.config.commands import CheckConfig
 from hardpatch.data.images.decode import Decoder, Sample
 from hardpatch.data.sources import open_source
 from hardpatch.data.sources.drawn_shapes import make_shape

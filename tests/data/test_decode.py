@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fuzzing import deep_png
+from fuzzing import decode, deep_png
 from hardpatch.data.images import stored
-from hardpatch.data.images.decode import DecodeError, Decoder, Sample, decode
+from hardpatch.data.images.decode import DecodeError, Decoder, Sample
 from hardpatch.runtime.errors import InputError
 from places import SHARED
 

@@ -7,7 +7,7 @@ import pytest
 import tifffile
 import torch
 
-from hardpatch.config.embed import EmbedConfig
+from hardpatch.config.commands import EmbedConfig
 from hardpatch.data.loader.loading import TrainingImages
 from hardpatch.embed import embed
 from hardpatch.runs.build import open_images

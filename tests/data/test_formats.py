@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fuzzing import channels_of, deep_png, dicom, encapsulated, npy, npz, picture, pillow, seeds, tiff
+from fuzzing import channels_of, decode, deep_png, dicom, encapsulated, npy, npz, picture, pillow, seeds, tiff
 from hardpatch.data.images import stored
-from hardpatch.data.images.decode import DecodeError, Decoder, decode, describe
+from hardpatch.data.images.decode import DecodeError, Decoder, describe
 from hardpatch.data.images.value_range import find_value_range
 from hardpatch.data.sources import open_source
 from places import ROOT, SHARED

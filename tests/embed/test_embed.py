@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from hardpatch.cli import main
-from hardpatch.config.embed import EmbedConfig
+from hardpatch.config.commands import EmbedConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.loader.loading import Cover
 from hardpatch.data.sources import open_source

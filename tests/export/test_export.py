@@ -13,7 +13,7 @@ from torch import nn
 
 import hardpatch
 from hardpatch.cli import main
-from hardpatch.config.export import ExportConfig
+from hardpatch.config.commands import ExportConfig
 from hardpatch.data.loader.loading import Cover, Normalise
 from hardpatch.export import export, huggingface
 from hardpatch.export.backbone import Pooled, read_backbone

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hardpatch.method import masks
 from hardpatch.method.losses import PREDICTED_LOSSES
 from hardpatch.method.masks import split_patches
-from hardpatch.method.method import MaskedBatch, Method, FullView
+from hardpatch.method.method import FullView, MaskedBatch, Method
 from hardpatch.method.student import Student, Teacher
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.targets.target import feature_loss

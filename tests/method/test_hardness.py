@@ -10,7 +10,7 @@ from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.figures.hardness import measure_hardness
 from hardpatch.method.losses import rank_correlation
-from hardpatch.method.method import MaskedBatch, FullView
+from hardpatch.method.method import FullView, MaskedBatch
 from hardpatch.method.student import StudentOutput, Teacher
 from hardpatch.method.targets.pixels import PixelHardness, PixelTarget
 from hardpatch.method.vit import patchify, take

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import TINY, assert_same_state, final_state
 
 import hardpatch
 from hardpatch.config.config import Config
@@ -15,6 +14,7 @@ from hardpatch.method.vit import patch_variance, patchify
 from hardpatch.runs.build import SCOUT_LEARNING_RATE, build_hpm, build_optimizer
 from hardpatch.runs.load import LoadedRun, load_teacher
 from hardpatch.runtime.errors import InputError
+from tiny import TINY, assert_same_state, final_state
 
 
 def slowly(scout: Scout, image: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -93,10 +93,10 @@ def test_its_loss_reaches_the_scout_and_nothing_else():
     for model in (plain, scouted):
         model.step(images, noise, num_hard=0).total.backward()
     for name, parameter in plain.student.named_parameters():
-        assert parameter.grad is None or torch.equal(
-            parameter.grad, scouted.student.get_parameter(name).grad
-        ), name
-    assert all(parameter.grad.abs().sum() > 0 for parameter in scouted.student.scout.parameters() if parameter.dim() > 1)
+        assert parameter.grad is None or torch.equal(parameter.grad, scouted.student.get_parameter(name).grad), name
+    assert all(
+        parameter.grad.abs().sum() > 0 for parameter in scouted.student.scout.parameters() if parameter.dim() > 1
+    )
 
 
 def test_it_hides_what_it_finds_hard_and_no_teacher_is_kept():
@@ -171,9 +171,8 @@ def test_a_run_says_what_is_hard_without_a_teacher(run):
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, tmp_path, monkeypatch):
-    from tiny import stop_after
-
     from hardpatch.runtime.errors import Interrupted
+    from tiny import stop_after
 
     fields = TINY | {"guide": "scout", "predicted_loss": "none", "figures": True}
     with monkeypatch.context() as patch:

@@ -7,7 +7,7 @@ import pytest
 
 from hardpatch.cli import main
 from hardpatch.runs import trackers
-from hardpatch.runs.trackers import TRACKERS, Trackers, check_trackers, start_trackers
+from hardpatch.runs.trackers import TRACKERS, Tracker, Trackers, check_trackers, start_trackers
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
 from hardpatch.runtime.signals import StopSignal
@@ -159,31 +159,26 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_made(tmp_pat
 
 
 class Fake:
-    """A tracker that may fail."""
-
-    run = "r1"
+    """A tracker that may fail, and what it was asked."""
 
     def __init__(self, fails=()):
         self.fails, self.seen = fails, []
+        self.tracker = Tracker(
+            "r1",
+            log=lambda metrics, step: self._do("log"),
+            log_figure=lambda name, file, step: self._do("figure"),
+            close=lambda *, finished: self._do(f"close {finished}"),
+        )
 
     def _do(self, what):
         self.seen.append(what)
         if what in self.fails:
             raise ConnectionError("no route to host\nmore")
 
-    def log(self, metrics, step):
-        self._do("log")
-
-    def log_figure(self, name, file, step):
-        self._do("figure")
-
-    def close(self, *, finished):
-        self._do(f"close {finished}")
-
 
 def test_one_that_fails_is_told_once_and_left(capsys):
     good, bad = Fake(), Fake(fails=("log",))
-    both = Trackers({"bad": bad, "good": good})
+    both = Trackers({"bad": bad.tracker, "good": good.tracker})
     for step in range(3):
         both.log({"loss": 1.0}, step)
     both.close(finished=True)
@@ -199,7 +194,7 @@ def test_one_that_cannot_be_started_ends_the_others_and_the_run(tmp_path, monkey
     def refuse(*_):
         raise PermissionError("api_key not configured")
 
-    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": lambda *_: good, "mlflow": refuse})
+    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": lambda *_: good.tracker, "mlflow": refuse})
     with pytest.raises(InputError, match="trackers: 'mlflow' cannot be started: api_key not configured"):
         start_trackers(["wandb", "mlflow"], "hpm", tmp_path, {})
     assert good.seen == ["close False"]
@@ -225,8 +220,8 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
 
 
 def test_figures_that_are_no_number_are_not_sent():
-    tracker, seen = Fake(), []
-    tracker.log = lambda metrics, step: seen.append((metrics, step))
+    seen = []
+    tracker = Fake().tracker._replace(log=lambda metrics, step: seen.append((metrics, step)))
     Trackers({"one": tracker}).log({"loss": 1, "knn": None, "rank": float("nan")}, 7)
     assert seen == [({"loss": 1.0}, 7)]
 

@@ -90,21 +90,6 @@ def test_step_command_measures_every_variant(tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 5000
 
 
-def test_profile_has_the_largest_shares_first():
-    config = StepConfig(**SMALL, batch_size=8, seconds=0.01, rounds=1, device="cpu", variants=("mae",), profile=True)
-    shares = step.run(config)["profile"]["mae"]
-    assert 0.3 < sum(shares.values()) <= 1
-    assert list(shares.values()) == sorted(shares.values(), reverse=True)
-
-
-def test_whole_training_is_measured_with_its_data():
-    config = StepConfig(**SMALL, batch_size=8, seconds=0.01, rounds=1, device="cpu", data="shapes:32",
-                        variants=("mae", "shared"))  # fmt: skip
-    result = step.run(config)
-    assert result["measured"] == "training from shapes:32"
-    assert result["ratio_to_reference"] is None
-
-
 def test_turn_times_exactly_the_steps_asked_for():
     calls = []
 
@@ -142,7 +127,7 @@ def interrupt():
     signal.raise_signal(signal.SIGTERM)
 
 
-CONDITIONS = StepConfig(image_size=8, seconds=1e-9, rounds=4, profile=True)
+CONDITIONS = StepConfig(image_size=8, seconds=1e-9, rounds=4)
 
 
 def measured(builders):
@@ -162,7 +147,6 @@ def test_a_signal_ends_the_rounds_and_keeps_those_that_are_whole(in_round, whole
     found = measured({"a": lambda: Sleeping(after_step), "b": Sleeping})
     assert {len(values) for values in found["images_per_second_rounds"].values()} == {whole}
     assert found["stopped_by"] == "SIGTERM"
-    assert found["profile"] == {}
 
 
 def test_a_signal_while_preparing_leaves_the_rest_out():
@@ -233,17 +217,6 @@ def test_what_fails_beside_others_costs_only_itself(when, capsys):
     assert "in failing" in capsys.readouterr().err, "where it failed"
 
 
-def test_a_profiler_that_fails_costs_only_the_profile(monkeypatch, capsys):
-    def broken(*_):
-        raise RuntimeError("no counters")
-
-    monkeypatch.setattr(timing, "profile", broken)
-    found = measured({"a": Sleeping})
-    assert found["images_per_second"].keys() == {"a"}
-    assert found["profile"] == {}
-    assert "no profile of a: RuntimeError: no counters" in capsys.readouterr().err
-
-
 def test_a_command_that_measured_less_than_was_asked_for_fails(monkeypatch, capsys, tmp_path):
     def broken(*_, **__):
         raise RuntimeError("no such kernel")
@@ -287,8 +260,6 @@ def test_the_command_shows_what_was_measured_before_a_signal(tmp_path, capsys, m
     [
         (["step", "--image-size", "30", "--patch-size", "8"], "image_size: must be divisible by the patch size"),
         (["step", "--variants", "mae", "mae"], "variants: must be different"),
-        (["step", "--data", "nowhere/"], "data: 'nowhere/'"),
-        (["step", "--data", "shapes:8", "--batch-size", "16"], "data: needs at least batch_size"),
         (["stepp"], "did you mean step"),
         ([], "benchmark: needs a name: step, data"),
     ],

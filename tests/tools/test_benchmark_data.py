@@ -10,12 +10,11 @@ from hardpatch.cli import main
 from hardpatch.config.benchmark import LOADERS, LoadingConfig
 from hardpatch.data.sources import open_source
 from hardpatch.tools.benchmark import data, step
-from hardpatch.tools.benchmark.loaders import endless_batches
 
 torch.set_num_threads(1)
 SMALL = ["--images=16", "--batch-size=8", "--seconds=0.05", "--rounds=2", "--image-size=32", "--enlarge", "70", "50",
          "--packed-size=40", "--data=shapes:16", "--device=cpu"]  # fmt: skip
-ON_CPU = ("plain", "torchvision", "files", "shards", "cache", "packed-cache")
+ON_CPU = ("plain", "files", "shards", "cache")
 
 
 def test_command_measures_every_path_beside_the_plain_loader(tmp_path, capsys):
@@ -40,7 +39,7 @@ def test_command_measures_every_path_beside_the_plain_loader(tmp_path, capsys):
 def test_every_path_gives_batches_of_crops(name, tmp_path):
     config = LoadingConfig(batch_size=8, images=16, image_size=32, enlarge=(70, 50), packed_size=40)
     files = data.make_files(open_source("shapes:16", image_size=(50, 70)), config, tmp_path)
-    loader = endless_batches(name, files, tmp_path, config, torch.device("cpu"))
+    loader = data.endless_batches(name, files, tmp_path, config, torch.device("cpu"))
     for _ in range(4):
         batch = next(loader)
         assert batch.shape == (8, 3, 32, 32)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hardpatch.cli import main
-from hardpatch.config.doctor import DoctorConfig
+from hardpatch.config.commands import DoctorConfig
 from hardpatch.tools.doctor import Finding, surroundings, trials
 from hardpatch.tools.doctor.examine import examine, summary, try_apart
 from places import ROOT

@@ -13,7 +13,7 @@ from hardpatch.config.config import Config, OptimisationConfig
 from hardpatch.config.values import load_config, with_fields
 from hardpatch.method.targets.tokens import CodebookTarget
 from hardpatch.runs.checkpoint import CheckpointFolder, CheckpointWarning
-from hardpatch.runs.schedule import branching_step, resolve_schedule
+from hardpatch.runs.schedule import resolve_schedule
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
 from hardpatch.training.pretrain import pretrain
@@ -268,8 +268,8 @@ def test_a_falling_learning_rate_cannot_be_branched_off(tmp_path):
 def test_where_a_run_can_be_branched_off():
     schedule = resolve_schedule(OptimisationConfig(epochs=10, batch_size=10, learning_rate_schedule="constant"), 105)
     assert (schedule.total_steps, schedule.cooldown_steps) == (100, 20)
-    assert branching_step(schedule) == 80
-    assert branching_step(resolve_schedule(OptimisationConfig(epochs=10, batch_size=10), 105)) is None
+    assert schedule.branching_step == 80
+    assert resolve_schedule(OptimisationConfig(epochs=10, batch_size=10), 105).branching_step is None
 
 
 def test_ramps_of_another_length():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import hardpatch
 from hardpatch.cli import main
-from hardpatch.config.weights import ConvertConfig
+from hardpatch.config.commands import ConvertConfig
 from hardpatch.method.vit import encode
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError

@@ -30,7 +30,7 @@ def benchmark_data(arguments: list[str]) -> None:
     config, as_json = parse(LoadingConfig, "benchmark data", arguments)
 
     from hardpatch.tools.benchmark import data
-    from hardpatch.tools.benchmark.presentation import draw_loaders, loader_table, save
+    from hardpatch.tools.benchmark.presentation import loader_table, save
 
     result = data.run(config)
     print(f"{result['images']}; {result['device']}, one core")
@@ -39,7 +39,7 @@ def benchmark_data(arguments: list[str]) -> None:
     for line in data.verdict(result):
         print(line)
     if config.out:
-        save(result, Path(config.out), draw_loaders)
+        save(result, Path(config.out), "images_per_second_per_core", "plain", f"{result['images']}; {result['device']}")
         print(f"look:  {Path(config.out).with_suffix('.png')}")
     print(
         "next:  hardpatch data pack SRC --out DIR    shards that are quick to read; "
@@ -55,21 +55,19 @@ def report_steps(result: dict[str, Any], out: str, next_command: str, *, as_json
     Raises:
         Interrupted: A signal stopped it, and less was measured than was asked for.
     """
-    from hardpatch.tools.benchmark.presentation import draw_steps, save, step_table
+    from hardpatch.tools.benchmark.presentation import save, step_table
 
-    print(
+    about = (
         f"{result['model']} at {result['settings']['image_size']} px, batch {result['settings']['batch_size']}, "
         f"{result['precision']}{', compiled' if result['compiled'] else ''}, {result['device']}; {result['measured']}"
     )
+    print(about)
     header, *rows = step_table(result)
     print_table(header, rows)
     peaks = ", ".join(f"{name} {value:.2f}" for name, value in result["matmul_peak_tflops"].items())
     print(f"\nmeasured matrix peak, TFLOP/s: {peaks}; the share is of the first")
-    for name, shares in result.get("profile", {}).items():
-        print(f"\nwhere the time of {name} goes:")
-        print_table(("operation", "share"), [(operation, f"{share:.1%}") for operation, share in shares.items()])
     if out:
-        save(result, Path(out), draw_steps)
+        save(result, Path(out), "images_per_second", "reference" if result["ratio_to_reference"] else "mae", about)
         print(f"look:  {Path(out).with_suffix('.png')}")
     print(f"next:  {next_command}")
     if as_json:

@@ -23,7 +23,7 @@ def source_first(arguments: list[str]) -> list[str]:
 
 def data_check(arguments: list[str]) -> None:
     """``hardpatch data check``."""
-    from hardpatch.config.data_check import CheckConfig
+    from hardpatch.config.commands import CheckConfig
 
     config, as_json = parse(CheckConfig, "data check", source_first(arguments))
 
@@ -35,7 +35,6 @@ def data_check(arguments: list[str]) -> None:
         ("format", result.formats),
         ("channels", result.channels),
         ("depth", result.depths),
-        ("width to height", result.aspect_ratios),
         ("size", dict(list(result.sizes.items())[:10])),
     ):
         if counts:
@@ -43,7 +42,7 @@ def data_check(arguments: list[str]) -> None:
             print_table((title, "images"), [(name, f"{count:,}") for name, count in counts.items()])
     if result.loaded:
         print()
-        rows = [(name, *(f"{value:,.0f}" for value in spread)) for name, spread in
+        rows = [(name, *(f"{value:,.0f}" for value in spread.values())) for name, spread in
                 (("width", result.width), ("height", result.height))]  # fmt: skip
         print_table(("pixels", "lowest", "median", "highest"), rows)
     if result.value_range:
@@ -62,7 +61,7 @@ def data_check(arguments: list[str]) -> None:
         print_table(("skipped: no ending of an image",), [(_below(data, name),) for name in result.skipped[:_SHOWN]])
         _more(result.skipped)
     print()
-    for line in _next_steps(data, result):
+    for line in _next_steps(config, result):
         print(line)
     if as_json:
         print_json(check.as_json(result))
@@ -118,17 +117,17 @@ def _short(reason: str, most: int = 100) -> str:
     return reason if len(reason) <= most else reason[: most - 1] + "…"
 
 
-def _next_steps(data: str, result) -> list[str]:  # type: ignore[no-untyped-def]
+def _next_steps(config, result) -> list[str]:  # type: ignore[no-untyped-def]
     """What to do with what was found."""
     import shlex
     from pathlib import Path
 
-    lines = []
-    if result.out:
-        out = Path(result.out)
+    data, lines = config.data, []
+    if config.out:
+        out = Path(config.out)
         lines.append(f"look:  {out / 'contact_sheet.png'}, {out / 'images.csv'}")
-    good = Path(result.out) / "good.txt"
-    if result.out and good.is_file() and (result.damaged or result.duplicates):
+    good = Path(config.out) / "good.txt"
+    if config.out and good.is_file() and (result.damaged or result.duplicates):
         data = str(good)
         lines.append(f"{good} lists the files that load, one of each kind of copy")
     if not result.loaded:
@@ -149,7 +148,7 @@ def _next_steps(data: str, result) -> list[str]:  # type: ignore[no-untyped-def]
 
 def data_stats(arguments: list[str]) -> None:
     """``hardpatch data stats``."""
-    from hardpatch.config.data_tools import StatsConfig
+    from hardpatch.config.commands import StatsConfig
 
     config, as_json = parse(StatsConfig, "data stats", source_first(arguments))
 
@@ -174,7 +173,7 @@ def data_pack(arguments: list[str]) -> None:
     """``hardpatch data pack``."""
     import shlex
 
-    from hardpatch.config.data_tools import PackConfig
+    from hardpatch.config.commands import PackConfig
 
     config, as_json = parse(PackConfig, "data pack", source_first(arguments))
 

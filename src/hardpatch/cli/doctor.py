@@ -20,7 +20,7 @@ def doctor(arguments: list[str]) -> None:
     from hardpatch.tools.doctor.surroundings import look_at_software
 
     try:
-        from hardpatch.config.doctor import DoctorConfig
+        from hardpatch.config.commands import DoctorConfig
         from hardpatch.tools.doctor.examine import examine, summary
 
         config, as_json = parse(DoctorConfig, "doctor", arguments)

@@ -11,7 +11,7 @@ _SHOWN = 5
 
 def embed(arguments: list[str]) -> None:
     """``hardpatch embed``."""
-    from hardpatch.config.embed import EmbedConfig
+    from hardpatch.config.commands import EmbedConfig
 
     config, as_json = parse(EmbedConfig, "embed", arguments)
 

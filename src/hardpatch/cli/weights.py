@@ -8,7 +8,7 @@ from hardpatch.cli.output import print_json, print_table
 
 def convert(arguments: list[str]) -> None:
     """``hardpatch convert``."""
-    from hardpatch.config.weights import ConvertConfig
+    from hardpatch.config.commands import ConvertConfig
 
     config, as_json = parse(ConvertConfig, "convert", arguments)
 
@@ -47,7 +47,7 @@ def convert(arguments: list[str]) -> None:
 
 def export(arguments: list[str]) -> None:
     """``hardpatch export``."""
-    from hardpatch.config.export import ExportConfig
+    from hardpatch.config.commands import ExportConfig
 
     config, as_json = parse(ExportConfig, "export", arguments)
 

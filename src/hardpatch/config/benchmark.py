@@ -45,11 +45,9 @@ VARIANTS: dict[str, Variant] = {
 
 LOADERS: dict[str, str] = {
     "plain": "Pillow opens, crops, resizes; ToTensor, Normalize: the loader of most research code",
-    "torchvision": "torchvision decodes, crops and resizes uint8",
     "files": "hardpatch from image files",
     "shards": "hardpatch from tar shards written by hardpatch data pack",
     "cache": "hardpatch with cache ram, after the first epoch",
-    "packed-cache": "hardpatch with cache ram from these shards, after the first epoch",
     "device-decode": "hardpatch with augmentation device: decoded and cropped on the GPU",
     "device-cache": "hardpatch with cache device, after the first epoch",
 }
@@ -89,8 +87,6 @@ class BenchmarkConfig(Settings):
     """Timed seconds for each, over all rounds."""
     rounds: Positive = 5
     """Turns of each; the spread is over them."""
-    profile: bool = False
-    """Afterwards, also find where the time of each goes, by operation."""
     out: str = ""
     """JSON file to write; a figure is drawn beside it."""
 
@@ -99,16 +95,13 @@ class BenchmarkConfig(Settings):
 class StepConfig(BenchmarkConfig):
     """Images per second of one training step: ours, the fast presets, MAE, and a plain step as published, in turns.
 
-    Images are random bytes that lie on the device, unless --data is given: then the whole training is measured, each
-    step with the images of its own data processes. images/s counts student views.
+    Images are random bytes that lie on the device. images/s counts student views.
     """
 
     variants: tuple[VariantName, ...] = (
         "reference", "mae", "exact", "fast", "fast-in-pixels", "random+lpred-fast", "shared",
     )  # fmt: skip
-    """What to measure: the plain reference step, recipes, and every means of the fast mode alone on the exact step."""
-    data: str = ""
-    """Images, any source: measure the whole training, loading included; none: the step alone."""
+    """What to measure: the plain reference step, recipes, and every means of the fast mode alone on the exact one."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -21,14 +21,25 @@ from hardpatch.config.fields import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenseConfig(Settings):
-    """What both have in common."""
+@dataclass(frozen=True)
+class EvaluationConfig(Settings):
+    """What every evaluation can be told."""
 
     checkpoint: str
     """Run folder or checkpoint file."""
+    _: KW_ONLY
     against: tuple[str, ...] = ()
-    """The same training with other encoders: timm:NAME, timm:local-dir:PATH, or another run."""
+    """The same with other encoders: timm:NAME, timm:local-dir:PATH, or another run."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to run on."""
+    max_damaged: Share = 0.01
+    """Stop when more than this share of a source's images cannot be decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(EvaluationConfig):
+    """What both have in common."""
+
     out: str = ""
     """Folder for pictures and for going on after a kill; a folder of the run's where none is given."""
     val_share: OpenShare = 0.2
@@ -51,12 +62,8 @@ class DenseConfig(Settings):
     """Validation images that are drawn, spread over the set; 0: none."""
     checkpoint_minutes: PositiveFloat = 5.0
     """Time between two checkpoints of the training."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to run on."""
     workers: NotNegative = 0
     """Data processes."""
-    max_damaged: Share = 0.01
-    """Stop when more than this share of a source's images cannot be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from hardpatch.config.dense_evaluations import DetectConfig, SegmentConfig
+from hardpatch.config.dense_evaluations import DetectConfig, EvaluationConfig, SegmentConfig
 from hardpatch.config.fields import (
     NotNegative,
     NotNegativeFloat,
@@ -15,7 +15,6 @@ from hardpatch.config.fields import (
     Positive,
     PositiveFloat,
     Seed,
-    Settings,
     Share,
     ShareAboveZero,
     ShareBelowOne,
@@ -26,11 +25,9 @@ Pooling = Literal["class", "mean", "both", "hardness"]
 
 
 @dataclass(frozen=True)
-class KnnConfig(Settings):
+class KnnConfig(EvaluationConfig):
     """k-nearest-neighbour evaluation."""
 
-    checkpoint: str
-    """Run folder or checkpoint file."""
     train: str
     """Labelled images to look for neighbours among."""
     val: str
@@ -42,22 +39,14 @@ class KnnConfig(Settings):
     pooling: Pooling = "mean"
     """Feature of an image: class token, mean of the patch tokens, or both; hardness: no feature of the encoder, but the
     teacher's predicted loss of every patch, standardised within the image."""
-    against: tuple[str, ...] = ()
-    """Other encoders by the same protocol: timm:NAME, timm:local-dir:PATH, or another run."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to run on."""
     workers: NotNegative = 0
     """Data processes."""
-    max_damaged: Share = 0.01
-    """Stop when more than this share of a source's images cannot be decoded."""
 
 
 @dataclass(frozen=True)
-class LinearConfig(Settings):
+class LinearConfig(EvaluationConfig):
     """Linear classification of frozen features: the published probe, or logistic regression."""
 
-    checkpoint: str
-    """Run folder or checkpoint file."""
     train: str
     """Labelled images to learn from."""
     val: str
@@ -79,26 +68,18 @@ class LinearConfig(Settings):
     """Also learn from so few labelled images of every class, e.g. 5 10 50."""
     draws: Positive = 5
     """Random choices of those few images; quoted are mean and standard deviation."""
-    against: tuple[str, ...] = ()
-    """Other encoders by the same protocol: timm:NAME, timm:local-dir:PATH, or another run."""
     out: str = ""
     """Folder for the confusion picture and the figures; none: RUN/evaluate."""
     seed: Seed = 0
     """Decides what is held out, the few labels, the start and the order."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to run on."""
     workers: NotNegative = 0
     """Data processes."""
-    max_damaged: Share = 0.01
-    """Stop when more than this share of a source's images cannot be decoded."""
 
 
 @dataclass(frozen=True)
-class ForegroundConfig(Settings):
+class ForegroundConfig(EvaluationConfig):
     """Foreground evaluation."""
 
-    checkpoint: str
-    """Run folder or checkpoint file."""
     images: str
     """Images; shapes:N brings its own masks."""
     masks: str = ""
@@ -107,22 +88,14 @@ class ForegroundConfig(Settings):
     """Instead of masks: table.csv (path, xmin, ymin, xmax, ymax) or .npy (n, 4); images without a box do not count."""
     untrained: bool = True
     """Measure the same with the model's own random start."""
-    against: tuple[str, ...] = ()
-    """Other models to hold beside it: another run, or timm:NAME (whose attention alone can be asked)."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to run on."""
-    max_damaged: Share = 0.01
-    """Stop when more than this share of the images cannot be decoded."""
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Settings):
+class FinetuneConfig(EvaluationConfig):
     """Fine-tuning: the whole encoder learns to classify. Defaults are the published recipe; where it stands "none:
     adapted", small data and images get a value by a written rule (docs/evaluate.md), and the published size the
     published value."""
 
-    checkpoint: str
-    """Run folder or checkpoint file to start from."""
     train: str
     """Labelled images to learn from."""
     val: str
@@ -133,8 +106,6 @@ class FinetuneConfig(Settings):
     """Learn from so many images of every class, drawn by the seed; none: all."""
     untrained: bool = False
     """The same from the untrained encoder as well (in untrained/ of the folder). Doubles the cost."""
-    against: tuple[str, ...] = ()
-    """The same from other encoders (in folders of their names): timm:NAME, timm:local-dir:PATH or another run."""
     resume: Literal["auto", "restart"] = "auto"
     """auto goes on with an unfinished run in the folder; restart begins anew."""
 
@@ -185,8 +156,6 @@ class FinetuneConfig(Settings):
     seed: Seed = 0
     """Seed of head, order, augmentation, mixing, and of the images that labels_per_class draws."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to run on."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Autocast precision; auto: bf16 where the hardware has it."""
     workers: NotNegative | None = None
@@ -195,8 +164,6 @@ class FinetuneConfig(Settings):
     """Epochs between two looks at the validation images; after the last there always is one."""
     checkpoint_minutes: NotNegativeFloat = 2.0
     """Save at least this often, minutes; 0: after every step."""
-    max_damaged: Share = 0.01
-    """Stop when more than this share of a source's images cannot be decoded."""
 
 
 class Evaluation(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hardpatch.method.choices import TARGETS
@@ -17,80 +18,84 @@ def check_together(config: Config) -> None:
     Raises:
         InputError: Names the field, the rule and the value.
     """
-    data, model, method, optimisation = config.data, config.model, config.method, config.optimisation
-    guide = method.guided_by
-    if optimisation.warmup_epochs is not None and optimisation.warmup_epochs >= optimisation.epochs:
-        raise InputError(
-            f"warmup_epochs: must be less than epochs ({optimisation.epochs}), got {optimisation.warmup_epochs:g}"
-        )
-    if optimisation.cooldown_epochs is not None and optimisation.learning_rate_schedule != "constant":
-        raise InputError(
-            f"cooldown_epochs: goes with learning_rate_schedule 'constant', got {optimisation.cooldown_epochs:g} with "
-            f"{optimisation.learning_rate_schedule!r}"
-        )
-    shown = config.run.display_channels
-    if len(shown) not in (0, 1, 3) or any(channel >= data.channels for channel in shown):
-        raise InputError(f"display_channels: must be one or three of channels 0 to {data.channels - 1}, got {shown}")
-    if data.value_range and (len(data.value_range) != 2 or not data.value_range[0] < data.value_range[1]):
-        raise InputError(f"value_range: must be a lower and a higher number, got {data.value_range}")
-    if method.predicted_loss == "none" and guide == "predicted_loss":
-        raise InputError(f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
-    if method.mining_threshold and not method.learns_hardness:
-        raise InputError("mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'")
+    for told in (*_lengths(config), *_hardness(config), *_targets(config), *_sizes(config)):
+        raise InputError(told)
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    """What is broken of the rules between lengths, batch and views."""
+    data, method, optimisation = config.data, config.method, config.optimisation
+    epochs, batch, masks = optimisation.epochs, optimisation.batch_size, method.masks_per_image
+    warmup, cooldown = optimisation.warmup_epochs, optimisation.cooldown_epochs
+    if warmup is not None and warmup >= epochs:
+        yield f"warmup_epochs: must be less than epochs ({epochs}), got {warmup:g}"
+    if cooldown is not None and (schedule := optimisation.learning_rate_schedule) != "constant":
+        yield f"cooldown_epochs: goes with learning_rate_schedule 'constant', got {cooldown:g} with {schedule!r}"
+    if batch % masks:
+        yield f"masks_per_image: must divide batch_size {batch}, got {masks}"
+    if batch % (masks * data.crops_per_image):
+        yield (f"crops_per_image: times masks_per_image ({masks}) must divide batch_size {batch}, "
+               f"got {data.crops_per_image}")  # fmt: skip
+
+
+def _hardness(config: Config) -> Iterator[str]:
+    """What is broken of the rules between the masks and the predicted loss that guides them."""
+    method, kind = config.method, TARGETS[config.method.target]
+    guide, predicts, learns = method.guided_by, method.predicted_loss != "none", method.learns_hardness
+    if not predicts and guide == "predicted_loss":
+        yield f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'"
+    if method.mining_threshold and not learns:
+        yield "mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'"
     if method.mining_threshold and guide is None:
-        raise InputError(f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided")
-    if method.predictor_detached and (method.predicted_loss == "none" or method.predictor_view == "full"):
-        raise InputError(
-            "predictor_detached: with predicted_loss 'none' or predictor_view 'full' there is no gradient to cut"
-        )
-    kind = TARGETS[method.target]
+        yield f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided"
+    if method.predictor_detached and (not predicts or method.predictor_view == "full"):
+        yield "predictor_detached: with predicted_loss 'none' or predictor_view 'full' there is no gradient to cut"
+    if method.hardness_block > 1 and not kind.of_pixels:
+        yield (f"hardness_block: must be 1 with target {method.target!r}, which is not made of pixels; "
+               f"got {method.hardness_block}")  # fmt: skip
+    if method.hardness_block > 1 and not learns:
+        yield ("hardness_block: with predicted_loss 'none' nothing learns what is hard, so it must be 1; "
+               f"got {method.hardness_block}")  # fmt: skip
+    if method.hardness_in_pixels and not (kind.normalised and learns):
+        yield ("hardness_in_pixels: goes with target 'norm_pix' and a loss predictor or scout, got target "
+               f"{method.target!r} and predicted_loss {method.predicted_loss!r}")  # fmt: skip
+
+
+def _targets(config: Config) -> Iterator[str]:
+    """What is broken of the rules between a target and what belongs to it."""
+    method, kind, reduction = config.method, TARGETS[config.method.target], config.model.teacher_reduction
     for name, row in TARGETS.items():
         for option in row.options:
             if getattr(method, option) and name != method.target:
-                raise InputError(f"{option}: goes with target {name!r}, got target {method.target!r}")
+                yield f"{option}: goes with target {name!r}, got target {method.target!r}"
     for option in kind.required:
         if not getattr(method, option):
-            raise InputError(f"{option}: must be given with target {method.target!r}, got {getattr(method, option)!r}")
-    if method.hardness_block > 1 and not kind.of_pixels:
-        raise InputError(
-            f"hardness_block: must be 1 with target {method.target!r}, which is not made of pixels; "
-            f"got {method.hardness_block}"
-        )
-    if method.hardness_block > 1 and not method.learns_hardness:
-        raise InputError("hardness_block: with predicted_loss 'none' nothing learns what is hard, so it must be 1; "
-                         f"got {method.hardness_block}")  # fmt: skip
-    if method.hardness_in_pixels and (not kind.normalised or not method.learns_hardness):
-        raise InputError(
-            "hardness_in_pixels: goes with target 'norm_pix' and a loss predictor or scout, got target "
-            f"{method.target!r} and predicted_loss {method.predicted_loss!r}"
-        )
+            yield f"{option}: must be given with target {method.target!r}, got {getattr(method, option)!r}"
+    if reduction > 1 and (kind.needs_teacher or method.guided_by == "attention"):
+        yield (f"teacher_reduction: must be 1 with target {method.target!r} and mask {method.mask!r}, which need what "
+               f"the teacher says of every patch; got {reduction}")  # fmt: skip
+
+
+def _sizes(config: Config) -> Iterator[str]:
+    """What is broken of the rules between numbers that come in pairs or one for each channel, and of widths."""
+    data, model, shown = config.data, config.model, config.run.display_channels
+    if len(shown) not in (0, 1, 3) or any(channel >= data.channels for channel in shown):
+        yield f"display_channels: must be one or three of channels 0 to {data.channels - 1}, got {shown}"
+    if data.value_range and (len(data.value_range) != 2 or not data.value_range[0] < data.value_range[1]):
+        yield f"value_range: must be a lower and a higher number, got {data.value_range}"
     if len(data.image_size) not in (1, 2):
-        raise InputError(f"image_size: must be one number or height and width, got {data.image_size}")
+        yield f"image_size: must be one number or height and width, got {data.image_size}"
     if not 0 < data.crop_scale[0] <= data.crop_scale[1]:
-        raise InputError(f"crop_scale: must go from a small area above 0 to a large one, got {data.crop_scale}")
+        yield f"crop_scale: must go from a small area above 0 to a large one, got {data.crop_scale}"
     for name in ("mean", "std"):
-        values = getattr(data, name)
-        if values and len(values) != data.channels:
-            raise InputError(f"{name}: needs one value per channel ({data.channels}), got {len(values)}")
+        if (values := getattr(data, name)) and len(values) != data.channels:
+            yield f"{name}: needs one value per channel ({data.channels}), got {len(values)}"
     if bool(data.mean) != bool(data.std):
-        raise InputError("mean, std: give both or neither")
+        yield "mean, std: give both or neither"
     if model.decoder_width % model.decoder_heads:
-        raise InputError(f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}")
-    if optimisation.batch_size % method.masks_per_image:
-        raise InputError(f"masks_per_image: must divide batch_size {optimisation.batch_size}, "
-                         f"got {method.masks_per_image}")  # fmt: skip
-    if optimisation.batch_size % (method.masks_per_image * data.crops_per_image):
-        raise InputError(
-            f"crops_per_image: times masks_per_image ({method.masks_per_image}) must divide batch_size "
-            f"{optimisation.batch_size}, got {data.crops_per_image}"
-        )
-    if model.teacher_reduction > 1 and (kind.needs_teacher or guide == "attention"):
-        raise InputError(
-            f"teacher_reduction: must be 1 with target {method.target!r} and mask {method.mask!r}, which need what the "
-            f"teacher says of every patch; got {model.teacher_reduction}"
-        )
+        yield f"decoder_heads: must divide decoder_width {model.decoder_width}, got {model.decoder_heads}"
     if model.decoder_width % 4:
-        raise InputError(f"decoder_width: must be divisible by 4, got {model.decoder_width}")
+        yield f"decoder_width: must be divisible by 4, got {model.decoder_width}"
 
 
 def split_batch(config: Config, *, processes: int) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hardpatch.config.config import Config
+from hardpatch.method.decoder import CrossAttention
 from hardpatch.method.hpm import HPM
 from hardpatch.method.targets.tokens import TokenTarget
-from hardpatch.method.vit import CrossAttention
 from hardpatch.runs.build import build_hpm
 
 NUM_IMAGES = 2

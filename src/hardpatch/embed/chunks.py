@@ -10,47 +10,21 @@ before, can share them.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64
 
 from hardpatch.data.loader.loading import Damage
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically, write_text_atomically
 
 
-class Rows(NamedTuple):
-    """The columns of the table, one row per readable image; None where a column is not asked for."""
-
-    position: Int64[np.ndarray, " n"]
-    """In the source, from 0."""
-    class_token: Float[np.ndarray, "n d"] | None = None
-    """Class tokens of the last layer, normalised as the encoder does."""
-    patch_mean: Float[np.ndarray, "n d"] | None = None
-    """Mean of the patch tokens."""
-    patch_tokens: Float[np.ndarray, "n p d"] | None = None
-    """All patch tokens, in image order."""
-    difficulty: Float[np.ndarray, " n"] | None = None
-    """Mean of ``reconstruction_error``: comparable between images."""
-    contrast: Float[np.ndarray, " n"] | None = None
-    """Standard deviation of the pixels within a patch, root mean square over patches, in 0..1."""
-    reconstruction_error: Float[np.ndarray, "n rows columns"] | None = None
-    """The student's loss on each patch, averaged over masks."""
-    predicted_loss: Float[np.ndarray, "n rows columns"] | None = None
-    """The teacher's scores: comparable within an image only."""
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """Those that are there, by name, in order."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
-
-
 class Part(NamedTuple):
     """A finished part."""
 
-    rows: Rows
+    columns: dict[str, np.ndarray]
+    """By name, a row per readable image."""
     damaged: list[Damage]
     """Images of the part that could not be read; they have no row."""
 
@@ -95,12 +69,8 @@ class Parts:
             )
 
     def file(self, number: int) -> Path:
-        """The file of a part."""
+        """The file of a part: it is there when the part is finished."""
         return self.path / f"{number:08d}.npz"
-
-    def is_done(self, number: int) -> bool:
-        """Is a part finished?"""
-        return self.file(number).is_file()
 
     def write(self, number: int, part: Part) -> None:
         """Keep a finished part."""
@@ -108,7 +78,7 @@ class Parts:
 
         def save(temporary: Path) -> None:
             with temporary.open("wb") as file:
-                np.savez(file, damaged=damaged, **part.rows.columns())  # type: ignore[arg-type]
+                np.savez(file, damaged=damaged, **part.columns)  # type: ignore[arg-type]
 
         write_atomically(self.file(number), save)
 
@@ -116,18 +86,10 @@ class Parts:
         """A finished part."""
         with np.load(self.file(number)) as content:
             columns = {name: content[name] for name in content.files if name != "damaged"}
-            return Part(Rows(**columns), [Damage(*item) for item in json.loads(str(content["damaged"]))])
+            return Part(columns, [Damage(*item) for item in json.loads(str(content["damaged"]))])
 
     def column(self, number: int, name: str) -> np.ndarray:
-        """One column of a finished part; the others are not read."""
+        """One column of a finished part, or its ``damaged``; the others are not read."""
         with np.load(self.file(number)) as content:
             array: np.ndarray = content[name]
             return array
-
-    def damaged(self, number: int) -> list[Damage]:
-        """Images of a finished part that could not be read."""
-        return [Damage(*item) for item in json.loads(str(self.column(number, "damaged")))]
-
-    def remove(self) -> None:
-        """Forget all parts."""
-        shutil.rmtree(self.path)

@@ -21,9 +21,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from hardpatch.method.vit import patch_variance
 from hardpatch.figures.hardness import average_loss
-from hardpatch.method.vit import patch_size, whole_patches
+from hardpatch.method.vit import patch_size, patch_variance, whole_patches
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.seeding import Stream, derive_seed
 
@@ -69,9 +68,8 @@ def measure_difficulty(
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         said = run.method.look(run.student, run.teacher, normalised)
         target = run.method.target(normalised, said.features)
-        error = average_loss(
-            run.student, run.method, normalised, target, order.to(images.device).expand(len(images), -1)
-        ).loss
+        orders = order.to(images.device).expand(len(images), -1)
+        error, _ = average_loss(run.student, run.method, normalised, target, orders)
     patch = patch_size(run.student.encoder)
     variance = patch_variance(images / 255, patch)
     scores = None if said.scores is None else said.scores.float()

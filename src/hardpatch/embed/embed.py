@@ -2,15 +2,26 @@
 
 Images come in the source's order, whole and unaugmented; a damaged one is named and has no row. The work is cut into
 parts (:mod:`hardpatch.embed.chunks`), shared by the processes of ``torchrun``, and joined by the main one at the end.
+
+Columns, a row per readable image; N patches, D width::
+
+    position                number in the source, from 0; path and label beside it
+    class_token (D)         of the last layer, normalised as the encoder does
+    patch_mean (D)          mean of the patch tokens
+    patch_tokens (N, D)     all of them, in image order
+    difficulty              mean of reconstruction_error: comparable between images
+    contrast                standard deviation of the pixels within a patch, root mean square over patches, in 0..1
+    reconstruction_error    (rows, columns): the student's loss on each patch, averaged over masks
+    predicted_loss          (rows, columns): the teacher's scores, comparable within an image only
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hardpatch.config.embed import EmbedConfig
+from hardpatch.config.commands import EmbedConfig
 from hardpatch.data.loader.loading import Cover, Damage, OrderedBatch, ordered_batches
 from hardpatch.data.sources import Source, fingerprint, open_source
-from hardpatch.embed.chunks import Part, Parts, Rows
+from hardpatch.embed.chunks import Part, Parts
 from hardpatch.embed.difficulty import mask_order, measure_difficulty, rank_agreement
 from hardpatch.embed.sheet import Ranked, draw_sheet, ends
-from hardpatch.embed.tables import Table, check_format, write_table
+from hardpatch.embed.tables import Table, write_npz, write_parquet
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.figures.display import build_display
 from hardpatch.figures.hardness import save_figure
@@ -72,17 +83,10 @@ class Job:
     run: LoadedRun
     source: Source
     config: EmbedConfig
-    part_images: int
-    """Images of a part; a multiple of the batch."""
-
-    @property
-    def num_parts(self) -> int:
-        """All of them, the finished ones too."""
-        return -(-len(self.source) // self.part_images)
-
-    def images_of(self, part: int) -> range:
-        """Positions in the source."""
-        return range(part * self.part_images, min(len(self.source), (part + 1) * self.part_images))
+    parts: list[range]
+    """Positions in the source, by part; all but the last are whole batches."""
+    settings: dict[str, Any]
+    """Everything that decides the table."""
 
 
 def run(config: EmbedConfig) -> Embedded:
@@ -111,29 +115,29 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
     for model in (loaded.student, loaded.teacher):
         choose_attention(model, device, bf16=config.precision == "bf16")
     bytes_per_image = _bytes_per_image(loaded, config)
-    batches_per_part = max(1, min(PART_IMAGES, PART_BYTES // bytes_per_image) // config.batch_size)
-    job = Job(loaded, source, config, batches_per_part * config.batch_size)
+    part_images = max(1, min(PART_IMAGES, PART_BYTES // bytes_per_image) // config.batch_size) * config.batch_size
+    cuts = [range(first, min(len(source), first + part_images)) for first in range(0, len(source), part_images)]
+    job = Job(loaded, source, config, cuts, _settings(loaded, source, config, part_images))
     parts = Parts(out.with_name(out.name + ".parts"))
-    settings = _settings(job)
 
     def claim() -> list[int]:
-        parts.claim(settings)
+        parts.claim(job.settings)
         for leftover in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it joined
             leftover.unlink(missing_ok=True)
-        done = [number for number in range(job.num_parts) if parts.is_done(number)]
-        _check_space(out, bytes_per_image * (2 * len(source) - len(done) * job.part_images))
+        done = [number for number in range(len(cuts)) if parts.file(number).is_file()]
+        _check_space(out, bytes_per_image * (2 * len(source) - len(done) * part_images))
         return done
 
     if config.hardness and not loaded.student.predicts_hardness:
         warn("this run has no loss predictor: no column predicted_loss")
     done = from_main(claim)
     if done:
-        say(f"going on: {len(done)} of {job.num_parts} parts are there")
-    todo = [number for number in range(job.num_parts) if number not in set(done)]
+        say(f"going on: {len(done)} of {len(cuts)} parts are there")
+    todo = [number for number in range(len(cuts)) if number not in set(done)]
     _work(job, parts, todo[rank() :: world_size()])
     barrier()
-    new_images = sum(len(job.images_of(number)) for number in todo)
-    return from_main(lambda: _join(job, parts, settings, out=out, sheet=sheet, started=started, new_images=new_images))
+    new_images = sum(len(cuts[number]) for number in todo)
+    return from_main(lambda: _join(job, parts, out=out, sheet=sheet, started=started, new_images=new_images))
 
 
 def _check(config: EmbedConfig) -> tuple[Path, Path | None]:
@@ -143,7 +147,8 @@ def _check(config: EmbedConfig) -> tuple[Path, Path | None]:
         InputError: A setting is out of range, or something is in the way.
     """
     out = Path(config.out).expanduser()
-    check_format(out)
+    if out.suffix not in (".parquet", ".npz"):
+        raise InputError(f"out: must end in .parquet or .npz, got {str(out)!r}")
     sheet = Path(config.contact_sheet).expanduser() if config.contact_sheet else None
     if sheet is not None and not config.hardness:
         raise InputError("contact_sheet: shows images by difficulty; add --hardness")
@@ -178,14 +183,13 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def _settings(run: LoadedRun, source: Source, config: EmbedConfig, part_images: int) -> dict[str, Any]:
     """Everything that decides the table: a job with another value here is another job."""
-    run, config = job.run, job.config
     models = [run.student, run.teacher] if config.hardness else [run.student.encoder]
     return {
         "weights": _digest(models),
         "step": run.step,
-        "images": fingerprint(job.source),
+        "images": fingerprint(source),
         "image_size": list(run.config.data.size),
         "features": config.features,
         "dtype": config.dtype,
@@ -193,7 +197,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "hardness": config.hardness,
         "seed": config.seed if config.hardness else None,
         "batch_size": config.batch_size,
-        "part_images": job.part_images,
+        "part_images": part_images,
     }
 
 
@@ -215,7 +219,7 @@ def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
     """
     config = job.config
     describe = _describer(job)
-    indices = [index for number in todo for index in job.images_of(number)]
+    indices = [index for number in todo for index in job.parts[number]]
     batches = ordered_batches(
         job.source, size=job.run.config.data.size, indices=indices, batch_size=config.batch_size, workers=config.workers
     )
@@ -225,14 +229,15 @@ def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
     bar = tracked(batches, "embed", total=total, images_per_item=config.batch_size * world_size())
     all_damaged: list[Damage] = []
     for number in todo:
-        rows: list[Rows] = []
+        rows: list[dict[str, np.ndarray]] = []
         damaged: list[Damage] = []
-        for _ in range(-(-len(job.images_of(number)) // config.batch_size)):
+        for _ in range(-(-len(job.parts[number]) // config.batch_size)):
             batch = next(bar)
             damaged += batch.damaged
             if batch.indices:
                 rows.append(describe(batch))
-        parts.write(number, Part(_stacked(rows), damaged))
+        columns = {name: np.concatenate([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+        parts.write(number, Part(columns or {"position": np.empty(0, np.int64)}, damaged))
         all_damaged += damaged
         if len(all_damaged) > config.max_damaged * len(job.source):  # no need to read the rest
             report_damage({"data": (all_damaged, len(job.source))}, max_damaged=config.max_damaged)
@@ -240,8 +245,8 @@ def _work(job: Job, parts: Parts, todo: Sequence[int]) -> None:
         pass
 
 
-def _describer(job: Job) -> Callable[[OrderedBatch], Rows]:
-    """What turns a batch of images into rows."""
+def _describer(job: Job) -> Callable[[OrderedBatch], dict[str, np.ndarray]]:
+    """What turns a batch of images into columns, a row per image."""
     run, config = job.run, job.config
     vit, grid, bf16 = run.student.encoder, grid_size(run.student.encoder), config.precision == "bf16"
     order = mask_order(config.seed, grid[0] * grid[1])
@@ -254,80 +259,61 @@ def _describer(job: Job) -> Callable[[OrderedBatch], Rows]:
         return array
 
     def per_patch(values: Tensor) -> np.ndarray:
-        array: np.ndarray = values.float().unflatten(1, grid).cpu().numpy()
-        return array
+        return np.asarray(values.float().unflatten(1, grid).cpu().numpy())
 
     @torch.no_grad()
-    def describe(batch: OrderedBatch) -> Rows:
+    def describe(batch: OrderedBatch) -> dict[str, np.ndarray]:
         images = batch.images.to(run.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             tokens = encode(vit, run.normalise(images)).float()
         patches = tokens[:, vit.num_prefix_tokens :]
-        kept = config.features
-        rows = Rows(
-            position=np.array(batch.indices, dtype=np.int64),
-            class_token=stored(tokens[:, 0]) if kept in ("class", "both") else None,
-            patch_mean=stored(patches.mean(dim=1)) if kept in ("mean", "both") else None,
-            patch_tokens=stored(patches) if kept == "tokens" else None,
-        )
-        if not config.hardness:
-            return rows
-        found = measure_difficulty(run, images, order, bf16=bf16, valid=batch.valid)
-        return rows._replace(
-            difficulty=found.difficulty.float().cpu().numpy(),
-            contrast=found.contrast.float().cpu().numpy(),
-            reconstruction_error=per_patch(found.reconstruction_error),
-            predicted_loss=None if found.predicted_loss is None else per_patch(found.predicted_loss),
-        )
+        columns = {"position": np.array(batch.indices, dtype=np.int64)}
+        if config.features in ("class", "both"):
+            columns["class_token"] = stored(tokens[:, 0])
+        if config.features in ("mean", "both"):
+            columns["patch_mean"] = stored(patches.mean(dim=1))
+        if config.features == "tokens":
+            columns["patch_tokens"] = stored(patches)
+        if config.hardness:
+            found = measure_difficulty(run, images, order, bf16=bf16, valid=batch.valid)
+            columns["difficulty"] = found.difficulty.float().cpu().numpy()
+            columns["contrast"] = found.contrast.float().cpu().numpy()
+            columns["reconstruction_error"] = per_patch(found.reconstruction_error)
+            if found.predicted_loss is not None:
+                columns["predicted_loss"] = per_patch(found.predicted_loss)
+        return columns
 
     return describe
 
 
-def _stacked(rows: Sequence[Rows]) -> Rows:
-    """The rows of several batches; without any, only the column of no positions."""
-    if not rows:
-        return Rows(position=np.empty(0, dtype=np.int64))
-    columns = {name: [part.columns()[name] for part in rows] for name in rows[0].columns()}
-    return Rows(**{name: np.concatenate(parts) for name, parts in columns.items()})
-
-
-def _join(
-    job: Job,
-    parts: Parts,
-    settings: dict[str, Any],
-    *,
-    out: Path,
-    sheet: Path | None,
-    started: float,
-    new_images: int,
-) -> Embedded:
+def _join(job: Job, parts: Parts, *, out: Path, sheet: Path | None, started: float, new_images: int) -> Embedded:
     """All parts to one file, the sheet, and the parts' end.
 
     Raises:
         InputError: Too many damaged images, or something cannot be written.
     """
     source, config = job.source, job.config
-    numbers = range(job.num_parts)
-    damaged = [item for number in numbers for item in parts.damaged(number)]
+    contents = [parts.column(number, "damaged") for number in range(len(job.parts))]
+    damaged = [Damage(*item) for content in contents for item in json.loads(str(content))]
     if len(damaged) == len(source):
         raise none_readable(damaged)
     num_damaged = report_damage({"data": (damaged, len(source))}, max_damaged=config.max_damaged)
 
     names = [source.name(index) for index in range(len(source))]
-    about = {"checkpoint": config.checkpoint, "data": config.data, **settings}
-    filled = [number for number in numbers if len(parts.column(number, "position"))]
-    table = Table(parts, filled, len(source) - len(damaged), names, source.labels, about)
+    about = {"checkpoint": config.checkpoint, "data": config.data, **job.settings}
+    filled = [number for number in range(len(job.parts)) if len(parts.column(number, "position"))]
+    table = Table(parts, filled, names, source.labels, about)
     easiest, hardest, agreement = _rank(job, table, sheet)
-    write_atomically(out, lambda temporary: write_table(table, temporary, kind=out.suffix))
-    first = parts.read(filled[0]).rows
-    with suppress(OSError):
-        parts.remove()
+    write = write_parquet if out.suffix == ".parquet" else write_npz
+    write_atomically(out, lambda temporary: write(table, temporary))
+    shapes = {name: column.shape[1:] for name, column in parts.read(filled[0]).columns.items() if name != "position"}
+    shutil.rmtree(parts.path, ignore_errors=True)
     seconds = time.monotonic() - started
     return Embedded(
         out=config.out,
-        images=table.num_rows,
+        images=len(source) - len(damaged),
         damaged=num_damaged,
-        columns={name: column.shape[1:] for name, column in first.columns().items() if name != "position"},
+        columns=shapes,
         bytes=out.stat().st_size,
         seconds=seconds,
         images_per_second=new_images / seconds,
@@ -363,7 +349,5 @@ def _rank(job: Job, table: Table, sheet: Path | None) -> tuple[list[Ranked], lis
 
 def as_json(result: Embedded) -> dict[str, Any]:
     """The result as plain values."""
-    plain = result._asdict()
-    for name in ("easiest", "hardest"):
-        plain[name] = [item._asdict() for item in getattr(result, name)]
-    return plain
+    ends = {name: [item._asdict() for item in getattr(result, name)] for name in ("easiest", "hardest")}
+    return result._asdict() | ends

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from hardpatch.embed.chunks import Parts, Rows
-from hardpatch.runtime.errors import InputError
+from hardpatch.embed.chunks import Parts
 
 
 class Table(NamedTuple):
@@ -23,7 +22,6 @@ class Table(NamedTuple):
     """The parts that hold the rows."""
     numbers: Sequence[int]
     """The parts that have any, in order."""
-    num_rows: int
     names: Sequence[str]
     """What the source calls each image, by position."""
     labels: Sequence[str] | None
@@ -36,30 +34,8 @@ class Table(NamedTuple):
         return np.concatenate([self.parts.column(number, name) for number in self.numbers])
 
 
-def check_format(path: Path) -> None:
-    """Can this kind of table be written here?
-
-    Raises:
-        InputError: Another ending.
-    """
-    if path.suffix not in (".parquet", ".npz"):
-        raise InputError(f"out: must end in .parquet or .npz, got {str(path)!r}")
-
-
-def write_table(table: Table, to: Path, *, kind: str) -> None:
-    """Join the parts.
-
-    Args:
-        table: What to write.
-        to: The file.
-        kind: ``.parquet`` or ``.npz``.
-    """
-    (_write_parquet if kind == ".parquet" else _write_npz)(table, to)
-
-
-def _write_npz(table: Table, to: Path) -> None:
+def write_npz(table: Table, to: Path) -> None:
     """A zip of ``.npy``, each column streamed; ``numpy.load`` reads it without pickle."""
-    first = table.parts.read(table.numbers[0]).rows
     with zipfile.ZipFile(to, "w", zipfile.ZIP_STORED) as archive:
 
         def put(name: str, array: np.ndarray) -> None:
@@ -67,26 +43,19 @@ def _write_npz(table: Table, to: Path) -> None:
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
         positions = table.column("position")
-        put("position", positions)
         put("path", np.array([table.names[i] for i in positions]))
         if table.labels is not None:
             put("label", np.array([table.labels[i] for i in positions]))
-        for name, column in first.columns().items():
-            if name == "position":
-                continue
-            header = {
-                "descr": np.lib.format.dtype_to_descr(column.dtype),
-                "fortran_order": False,
-                "shape": (table.num_rows, *column.shape[1:]),
-            }
+        for name, column in table.parts.read(table.numbers[0]).columns.items():
+            descr, shape = np.lib.format.dtype_to_descr(column.dtype), (len(positions), *column.shape[1:])
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_2_0(file, header)
+                np.lib.format.write_array_header_2_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
                 for number in table.numbers:
                     file.write(np.ascontiguousarray(table.parts.column(number, name)).data)
         put("about", np.array(json.dumps(table.about)))
 
 
-def _write_parquet(table: Table, to: Path) -> None:
+def write_parquet(table: Table, to: Path) -> None:
     """A row group per part; arrays as lists of fixed size, nested where they have rows and columns."""
 
     def column(array: np.ndarray) -> Any:
@@ -95,17 +64,19 @@ def _write_parquet(table: Table, to: Path) -> None:
             flat = pa.FixedSizeListArray.from_arrays(flat, size)
         return flat
 
-    def batch(rows: Rows) -> Any:
+    def batch(rows: dict[str, np.ndarray]) -> Any:
         columns = {
-            "position": pa.array(rows.position),
-            "path": pa.array([table.names[i] for i in rows.position], pa.string()),
+            "position": pa.array(rows["position"]),
+            "path": pa.array([table.names[i] for i in rows["position"]], pa.string()),
         }
         if table.labels is not None:
-            columns["label"] = pa.array([table.labels[i] for i in rows.position], pa.string())
-        columns |= {name: column(array) for name, array in rows.columns().items() if name != "position"}
+            columns["label"] = pa.array([table.labels[i] for i in rows["position"]], pa.string())
+        columns |= {name: column(array) for name, array in rows.items() if name != "position"}
         return pa.table(columns)
 
-    schema = batch(table.parts.read(table.numbers[0]).rows).schema.with_metadata({"hardpatch": json.dumps(table.about)})
+    schema = batch(table.parts.read(table.numbers[0]).columns).schema.with_metadata(
+        {"hardpatch": json.dumps(table.about)}
+    )
     with parquet.ParquetWriter(to, schema) as writer:
         for number in table.numbers:
-            writer.write_table(batch(table.parts.read(number).rows).replace_schema_metadata(schema.metadata))
+            writer.write_table(batch(table.parts.read(number).columns).replace_schema_metadata(schema.metadata))

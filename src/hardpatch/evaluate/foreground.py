@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hardpatch.config.config import Config
 from hardpatch.config.evaluations import ForegroundConfig
-from hardpatch.data.images.decode import DecodeError, decode
+from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Cover, Damage, Normalise, ordered_batches
 from hardpatch.data.sources import Source, open_source
 from hardpatch.evaluate.boxes import box_overlaps, extents, largest_parts, overlap, read_boxes
@@ -380,7 +380,7 @@ def _read_masks(folder: Path, source: Source, size: tuple[int, int]) -> dict[int
     cover, masks = Cover(size), {}
     for index, file in enumerate(match_by_stem(source, folder, field="masks")):
         try:
-            mask = decode(file.read_bytes(), 1)[0] > 127
+            mask = Decoder(1)(file.read_bytes()).image[0] > 127
         except (DecodeError, OSError) as error:
             raise InputError(f"masks: cannot read {file}: {error}") from error
         try:

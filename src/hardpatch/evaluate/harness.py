@@ -14,12 +14,11 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from hardpatch.data.loader.loading import Position, TrainingOrder, batches_in_order
@@ -28,6 +27,7 @@ from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.log import say, tracked
+from hardpatch.runtime.parallel import exchanging, parallel
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.signals import StopSignal
 
@@ -178,9 +178,13 @@ class Training(ABC):
             # Workers leave before the process does.
             with StopSignal() as stop, closing(self._batches()) as batches, closing(steps):
                 self._run(steps, batches, stop)
-        for buffer in self.model.buffers():  # running means of a process's own share: all take the main process's
-            distributed.broadcast_from_main(buffer)
+        self._share_buffers()
         self.model.eval()
+
+    def _share_buffers(self) -> None:
+        """Running means are of a process's own share: all processes take the main process's."""
+        for buffer in self.model.buffers():
+            distributed.broadcast_from_main(buffer)
 
     def _run(self, steps: Iterable[int], batches: Iterator[Any], stop: StopSignal) -> None:
         plan, model = self.plan, parallel(self.model, self.device)
@@ -192,6 +196,7 @@ class Training(ABC):
             self.after_step(loss, norm)
             if self.step % plan.steps_per_epoch == 0:
                 self._count_time()
+                self._share_buffers()
                 self.end_epoch()
                 self._since = time.monotonic()
             last = self.step == plan.total_steps
@@ -253,17 +258,3 @@ class Training(ABC):
             self.examples.images, order, collate=self.examples.collate, workers=plan.workers,
             pin_memory=self.device.type == "cuda", **({} if source is None else {"prepare": source.prepare}),
         )  # fmt: skip
-
-
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as a step calls it: itself, or wrapped for several processes where there are several."""
-    if distributed.world_size() == 1:
-        return model
-    if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-
-
-def exchanging(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Processes exchange gradients only with the last micro-batch of a step."""
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()

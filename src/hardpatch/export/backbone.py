@@ -12,8 +12,8 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from hardpatch.config.commands import Output
 from hardpatch.config.config import Config
-from hardpatch.config.export import Output
 from hardpatch.runs.build import input_config, timm_arguments
 from hardpatch.runs.checkpoint import about_weights
 from hardpatch.runs.folder import RunFolder

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from hardpatch.config.export import ExportConfig, ExportFormat, Output
+from hardpatch.config.commands import ExportConfig, ExportFormat, Output
 from hardpatch.export import graphs, huggingface, timm_format
 from hardpatch.export.backbone import Backbone, Computed, Pooled, random_images, read_backbone
 from hardpatch.export.card import model_card

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hardpatch.config.export import Output
+from hardpatch.config.commands import Output
 from hardpatch.export.backbone import Backbone, Computed, Pooled, random_images
 
 INPUT, OUTPUT = "images", "features"

@@ -96,24 +96,16 @@ def measure_hardness(
     return Hardness(true_loss, hardness, said.scores, hidden, filled, whole)
 
 
-class AverageLoss(NamedTuple):
-    """Means over masks, for every patch."""
-
-    loss: Float[Tensor, "b n"]
-    """The student's reconstruction loss."""
-    hardness: Float[Tensor, "b n"]
-    """What the loss predictor learns; the loss, where the run does not say otherwise."""
-
-
 def average_loss(
     student: Student,
     method: Method,
     images: Float[Tensor, "b c h w"],
     target: Num[Tensor, "b n q"],
     order: Int[Tensor, "b n"],
-) -> AverageLoss:
-    """Mean loss and hardness of every patch over :data:`NUM_MASKS` masks that rotate, so that each is hidden equally
-    often.
+) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n"]]:
+    """Mean of the student's loss, and of what the loss predictor learns, for every patch.
+
+    Over :data:`NUM_MASKS` masks that rotate, so that each patch is hidden equally often.
 
     Args:
         student: Reconstructs; in evaluation mode.
@@ -134,7 +126,7 @@ def average_loss(
             hard.scatter_add_(1, index, method.hardness(prediction, wanted, images, index))
         count += hidden
     loss = total / count.clamp(min=1)
-    return AverageLoss(loss, loss if method.hardness is None else hard / count.clamp(min=1))
+    return loss, loss if method.hardness is None else hard / count.clamp(min=1)
 
 
 def _fill_in(

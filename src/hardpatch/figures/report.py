@@ -43,11 +43,9 @@ def write_report(folder: RunFolder) -> None:
     page = Environment(autoescape=True).from_string(template).render(
         name=folder.path.name,
         tiles=_tiles(folder.result() or {}, records, [section.tile for section in sections if section.tile]),
-        curves=[(title, _image(_plot(records, title, lines, unit))) for title, lines, unit in CURVES
+        curves=[(title, _drawn(_plot(records, title, lines, unit))) for title, lines, unit in CURVES
                 if any(key in record for record in records for key in lines)],
-        first_figure=_file_image(hardness[0]) if hardness else None,
-        last_figure=_file_image(hardness[-1]) if hardness else None,
-        figures=[(int(path.stem.split("_")[1]), _file_image(path)) for path in hardness],
+        figures=[(int(path.stem.split("_")[1]), _image(path.read_bytes())) for path in hardness],
         sections=[(section.title, [_block(folder, block) for block in section.blocks]) for section in sections],
         config=folder.config_file.read_text(),
     )  # fmt: skip
@@ -73,7 +71,7 @@ def _block(folder: RunFolder, block: str | Table | Picture) -> dict[str, Any]:
         return {"table": block}
     places = (Path(block.path), folder.evaluations / Path(block.path).name)
     found = next((place for place in places if place.is_file()), None)
-    return {"picture": found and _file_image(found), "title": block.title}
+    return {"picture": found and _image(found.read_bytes()), "title": block.title}
 
 
 def _tiles(result: dict[str, Any], records: list[dict[str, Any]], measured: list[Tile]) -> list[Tile]:
@@ -101,13 +99,8 @@ def _plot(records: list[dict[str, Any]], title: str, lines: dict[str, str], unit
     for key, label in lines.items():
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
-            axis.plot(
-                *zip(*points),
-                label=label,
-                linewidth=1.5,
-                marker="o" if len(points) < 20 else None,
-                markersize=3,
-            )
+            marker = "o" if len(points) < 20 else None
+            axis.plot(*zip(*points), label=label, linewidth=1.5, marker=marker, markersize=3)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel("step", fontsize=8)
     axis.set_ylabel(unit, fontsize=8)
@@ -119,15 +112,12 @@ def _plot(records: list[dict[str, Any]], title: str, lines: dict[str, str], unit
     return figure
 
 
-def _image(figure: Figure) -> str:
+def _drawn(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    return _data_uri(buffer.getvalue())
+    return _image(buffer.getvalue())
 
 
-def _file_image(path: Path) -> str:
-    return _data_uri(path.read_bytes())
-
-
-def _data_uri(png: bytes) -> str:
+def _image(png: bytes) -> str:
+    """The address of a picture that stands in the page itself."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

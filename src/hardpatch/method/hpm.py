@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hardpatch.method.choices import MASKS, TARGETS, Guide, guide_of, resolve, row_of
-from hardpatch.method.losses import PREDICTED_LOSSES
+from hardpatch.method.losses import PREDICTED_LOSSES, PredictedLoss
 from hardpatch.method.masks import num_hidden_patches
 from hardpatch.method.method import Losses, Method, PredictorView
 from hardpatch.method.student import DecoderKind, Student, StudentOutput, Teacher
@@ -75,9 +75,9 @@ class HPM:
             encoder: Name of a timm ViT, or a ViT that is there already.
             image_size: Height and width in pixels, for an encoder by name.
             channels: Channels of the images, likewise.
-            patch_size: Side of a patch in pixels, likewise; None keeps the model's own.
+            patch_size: Side of a patch, likewise; None keeps the model's own.
             target: A name in :data:`hardpatch.method.choices.TARGETS`, or a target of your own.
-            target_model: timm model behind the target ``timm_features``.
+            target_model: timm model behind ``timm_features``.
             mask: A name in :data:`hardpatch.method.choices.MASKS`.
             guide: What guides the mask; None: what the table says. A ``scout`` needs no teacher.
             mask_ratio: Share of the patches that is hidden.
@@ -97,10 +97,7 @@ class HPM:
         if isinstance(encoder, str):
             encoder = create_encoder(encoder, image_size=image_size, channels=channels, patch_size=patch_size)
         if isinstance(target, str):
-            geometry = Geometry.of(encoder)
-            colours = geometry.channels == len(IMAGENET_DEFAULT_MEAN)
-            mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if colours else ((0.5,) * geometry.channels,) * 2
-            target = make_target(target, TargetContext(geometry, encoder, mean, std, target_model=target_model))
+            target = make_target(target, default_context(encoder, target_model))
         student = Student(
             encoder, target_dim=target.dim, decoder=decoder, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
             decoder_heads=decoder_heads, predictor_depth=0 if predicted_loss == "none" else predictor_depth,
@@ -173,6 +170,15 @@ class HPM:
             return (self.student if self.teacher is None else self.teacher).predict_loss(images)
 
 
+def default_context(encoder: VisionTransformer, target_model: str = "") -> TargetContext:
+    """What a target is built from where images are normalised by ImageNet's statistics, or to -1..1."""
+    geometry = Geometry.of(encoder)
+    if geometry.channels == len(IMAGENET_DEFAULT_MEAN):
+        return TargetContext(geometry, encoder, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, target_model)
+    half = (0.5,) * geometry.channels
+    return TargetContext(geometry, encoder, half, half, target_model)
+
+
 def make_target(name: str, context: TargetContext) -> Target:
     """Build a target of the table.
 
@@ -220,11 +226,7 @@ def make_method(
             f"decoded_share: must leave at least 2 of the {num_hidden} hidden patches, which are compared to "
             f"learn what is hard, got {decoded_share}"
         )
-    if guide == "predicted_loss" and predict is None:
-        raise InputError(f"mask: {mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
-    if guide == "attention" and not has_class_attention(encoder):
-        name = (getattr(encoder, "pretrained_cfg", None) or {}).get("architecture", type(encoder).__name__)
-        raise InputError(f"mask: {mask!r} needs an encoder with a class token and plain attention blocks, got {name!r}")
+    _check_guide(mask, guide, predict, encoder)
     if any(side % hardness_block for side in patch):
         raise InputError(f"hardness_block: must divide a patch of {patch[0]}x{patch[1]} pixels, got {hardness_block}")
     if patch == (hardness_block, hardness_block) and isinstance(target, PixelTarget) and target.normalise:
@@ -245,3 +247,12 @@ def make_method(
         num_decoded=num_decoded,
         hardness=PixelHardness(patch, block=hardness_block, in_pixels=hardness_in_pixels) if own else None,
     )
+
+
+def _check_guide(mask: str, guide: Guide | None, predict: PredictedLoss | None, encoder: VisionTransformer) -> None:
+    """Refuse a mask that is guided by what is not there: attention, or a predicted loss."""
+    if guide == "predicted_loss" and predict is None:
+        raise InputError(f"mask: {mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
+    if guide == "attention" and not has_class_attention(encoder):
+        name = (getattr(encoder, "pretrained_cfg", None) or {}).get("architecture", type(encoder).__name__)
+        raise InputError(f"mask: {mask!r} needs an encoder with a class token and plain attention blocks, got {name!r}")

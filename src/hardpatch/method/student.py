@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from hardpatch.method.decoder import Decoder
 from hardpatch.method.masks import split_patches
 from hardpatch.method.scout import Scout
 from hardpatch.method.vit import (
-    CrossDecoder,
-    Decoder,
     Geometry,
     encode,
     encode_with_attention,
@@ -88,18 +88,13 @@ class Student(nn.Module):
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.positions = nn.Buffer(sincos_positions(self.geometry.grid, decoder_dim).unsqueeze(0))
-        kind: type[Decoder | CrossDecoder] = CrossDecoder if decoder == "cross" else Decoder
-        self.reconstructor = kind(decoder_dim, depth=decoder_depth, heads=decoder_heads, out_dim=target_dim)
-        self.predictor: Decoder | CrossDecoder | None = None
+        kind = partial(Decoder, decoder_dim, heads=decoder_heads, cross=decoder == "cross")
+        self.reconstructor = kind(depth=decoder_depth, out_dim=target_dim)
+        self.predictor: Decoder | None = None
         if predictor_depth:
             # As published, the head is as wide as a patch's pixels and its mean is the score: the same functions as
             # a head of width 1, with other training dynamics.
-            self.predictor = kind(
-                decoder_dim,
-                depth=predictor_depth,
-                heads=decoder_heads,
-                out_dim=encoder.patch_embed.proj.weight[0].numel(),
-            )
+            self.predictor = kind(depth=predictor_depth, out_dim=encoder.patch_embed.proj.weight[0].numel())
         for part in (self.decoder_embed, self.reconstructor, self.predictor):
             if part is not None:
                 initialise(part)
@@ -186,7 +181,7 @@ class Student(nn.Module):
         coarse = grid[0] // r, grid[1] // r
         prefix, patches = self.decoder_embed(features).tensor_split([self.encoder.num_prefix_tokens], dim=1)
         patches = patches + self.positions_on(coarse)
-        if isinstance(self.predictor, CrossDecoder):
+        if self.predictor is not None and self.predictor.cross:
             places = self.positions_on(grid).expand(len(features), -1, -1)
             if at is not None:  # the views of an image ask together: queries do not see each other
                 places = take(places, at.reshape(len(features), -1))

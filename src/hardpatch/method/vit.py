@@ -1,4 +1,4 @@
-"""The transformers: a stock timm ViT run on the visible patches only, and a light decoder.
+"""A stock timm ViT, run on the visible patches only.
 
 Nothing here subclasses or patches timm: the encoder that is trained *is* the ``timm`` model, so its weights load
 anywhere that timm weights load.
@@ -7,15 +7,13 @@ anywhere that timm weights load.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num, Shaped
-from timm.layers import Attention, Mlp, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
-from timm.models import checkpoint_seq
+from timm.layers import Attention, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -201,13 +199,12 @@ def encode(
     return encoded
 
 
-def run_blocks(model: VisionTransformer | Decoder, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+def run_blocks(model: Any, tokens: Float[Tensor, "b t d"], *context: Tensor) -> Tensor:
     """The model's blocks one after another; where it says ``grad_checkpointing``, for a backward pass that computes
     them again."""
-    if model.grad_checkpointing and torch.is_grad_enabled():
-        tokens = checkpoint_seq(model.blocks, tokens, use_reentrant=False)
-    else:
-        tokens = model.blocks(tokens)
+    recompute = model.grad_checkpointing and torch.is_grad_enabled()
+    for block in model.blocks:
+        tokens = checkpoint(block, tokens, *context, use_reentrant=False) if recompute else block(tokens, *context)
     return tokens
 
 
@@ -225,7 +222,8 @@ def embed(
         return embedded
     # What timm makes of empty patches: prefix tokens of every kind, and positions.
     places = grid_size(vit) if vit.dynamic_img_size else (vit.patch_embed.num_patches,)
-    blank = vit._pos_embed(images.new_zeros(1, *places, vit.embed_dim))
+    # Of two, or the gradient of the class token would be a view of a larger tensor, which DDP has to copy.
+    blank = vit._pos_embed(images.new_zeros(2, *places, vit.embed_dim))[:1]
     prefix, positions = blank.tensor_split([vit.num_prefix_tokens], dim=1)
     positions = resample_positions(positions.detach(), grid_size(vit), grid)  # a fixed table
     if visible is None:
@@ -324,113 +322,6 @@ def class_attention(vit: VisionTransformer, images: Float[Tensor, "b c h w"]) ->
         ValueError: The encoder has no class token, or its last block is of another kind.
     """
     return encode_with_attention(vit, images)[1]
-
-
-class Decoder(nn.Module):
-    """Blocks, norm and a linear head on the whole sequence: the reconstructor and the loss predictor as published.
-
-    Args:
-        dim: Token width.
-        depth: Number of blocks.
-        heads: Attention heads; must divide ``dim``.
-        out_dim: Width of the head's output.
-    """
-
-    def __init__(self, dim: int, *, depth: int, heads: int, out_dim: int) -> None:
-        super().__init__()
-        norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
-        self.grad_checkpointing = False
-        self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
-        self.norm = norm(dim)
-        self.head = nn.Linear(dim, out_dim)
-
-    def forward(self, context: Float[Tensor, "b s d"], queries: Float[Tensor, "b q d"]) -> Float[Tensor, "b q p"]:
-        """Decode context and queries as one sequence; return the head's output for the queries."""
-        tokens = run_blocks(self, torch.cat([context, queries], dim=1))
-        decoded: Tensor = self.head(self.norm(tokens[:, context.shape[1] :]))
-        return decoded
-
-
-class CrossBlock(nn.Module):
-    """A block whose queries attend to a context and not to each other: cross-attention and MLP, both pre-norm.
-
-    Args:
-        dim: Token width.
-        heads: Attention heads; must divide ``dim``.
-
-    Source: Fu et al., "Rethinking Patch Dependence for Masked Autoencoders" (CrossMAE), arXiv 2401.14391, section 3.
-    """
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = CrossAttention(dim, num_heads=heads)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, queries: Float[Tensor, "b q d"], context: Float[Tensor, "b s d"]) -> Float[Tensor, "b q d"]:
-        """Queries, each with what it found in the context."""
-        queries = queries + self.attn(self.norm1(queries), context)
-        decoded: Tensor = queries + self.mlp(self.norm2(queries))
-        return decoded
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries to a context.
-
-    ``fused_attn`` chooses between PyTorch's fused attention and the same written out, as in timm's ``Attention``.
-
-    Args:
-        dim: Token width.
-        num_heads: Attention heads; must divide ``dim``.
-    """
-
-    def __init__(self, dim: int, *, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.fused_attn = True
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, queries: Float[Tensor, "b q d"], context: Float[Tensor, "b s d"]) -> Float[Tensor, "b q d"]:
-        """One vector per query."""
-        query = self.q(queries).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        key, value = self.kv(context).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.fused_attn:
-            found = F.scaled_dot_product_attention(query, key, value)
-        else:
-            found = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
-        projected: Tensor = self.proj(found.transpose(1, 2).flatten(2))
-        return projected
-
-
-class CrossDecoder(nn.Module):
-    """Decoder of cross-attention blocks: only what is asked for is decoded, so its price is that of its queries.
-
-    Args:
-        dim: Token width.
-        depth: Number of blocks.
-        heads: Attention heads; must divide ``dim``.
-        out_dim: Width of the head's output.
-    """
-
-    def __init__(self, dim: int, *, depth: int, heads: int, out_dim: int) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.blocks = nn.ModuleList(CrossBlock(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(dim, out_dim)
-
-    def forward(self, context: Float[Tensor, "b s d"], queries: Float[Tensor, "b q d"]) -> Float[Tensor, "b q p"]:
-        """The head's output for every query."""
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                queries = checkpoint(block, queries, context, use_reentrant=False)
-            else:
-                queries = block(queries, context)
-        decoded: Tensor = self.head(self.norm(queries))
-        return decoded
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Float[Tensor, "b n p"]:

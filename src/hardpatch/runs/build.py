@@ -19,11 +19,12 @@ from hardpatch.data.images.decode import Decoder
 from hardpatch.data.images.value_range import find_value_range, has_shallow_images
 from hardpatch.data.loader.loading import Normalise, measure_statistics, read_or_next
 from hardpatch.data.sources import Downloads, Source, open_source
+from hardpatch.method.decoder import CrossAttention, CrossBlock
 from hardpatch.method.hpm import HPM, make_method, make_target
 from hardpatch.method.method import Method
 from hardpatch.method.student import Student
 from hardpatch.method.targets.target import FittedTarget, Target, TargetContext
-from hardpatch.method.vit import CrossAttention, CrossBlock, Geometry, create_encoder, grid_size
+from hardpatch.method.vit import Geometry, create_encoder, grid_size
 from hardpatch.runtime.distributed import is_main_of_environment
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say, warn
@@ -252,6 +253,11 @@ def build_optimizer(config: OptimisationConfig, student: Student) -> torch.optim
     if scout:
         groups.append({"params": scout, "lr": SCOUT_LEARNING_RATE, "weight_decay": 0.0, "constant": True})
     return torch.optim.AdamW(groups, lr=config.base_learning_rate, betas=config.betas, fused=True)
+
+
+def clipped_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters whose gradients are clipped together: all but a scout's."""
+    return [parameter for group in optimizer.param_groups if not group.get("constant") for parameter in group["params"]]
 
 
 def choose_attention(model: nn.Module, device: torch.device, *, bf16: bool) -> None:

@@ -117,13 +117,11 @@ def load_encoder(checkpoint: str | Path) -> VisionTransformer:
     Raises:
         InputError: Nothing there, or damaged.
     """
-    path = Path(checkpoint).expanduser()
-    weights = RunFolder(path).weights_file if path.is_dir() else path
-    if weights.suffix != ".safetensors" or not weights.is_file():
-        run = LoadedRun(path)
-        run.student.encoder.pretrained_cfg.update(input_config(run.config))
-        return run.student.encoder
-    return load_timm_weights(weights)
+    if weights := _weights_file(checkpoint):
+        return load_timm_weights(weights)
+    run = LoadedRun(checkpoint)
+    run.student.encoder.pretrained_cfg.update(input_config(run.config))
+    return run.student.encoder
 
 
 def load_timm_weights(weights: Path, *, field: str = "checkpoint") -> VisionTransformer:
@@ -149,11 +147,16 @@ def arguments_of_encoder(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         InputError: Nothing there, or damaged.
     """
+    if weights := _weights_file(checkpoint):
+        return _read_timm_weights(weights, "checkpoint")[0]
+    return timm_arguments(LoadedRun(checkpoint).config)
+
+
+def _weights_file(checkpoint: str | Path) -> Path | None:
+    """The ``.safetensors`` that is meant or lies in the run folder that is meant, if there is one."""
     path = Path(checkpoint).expanduser()
     weights = RunFolder(path).weights_file if path.is_dir() else path
-    if weights.suffix != ".safetensors" or not weights.is_file():
-        return timm_arguments(LoadedRun(path).config)
-    return _read_timm_weights(weights, "checkpoint")[0]
+    return weights if weights.suffix == ".safetensors" and weights.is_file() else None
 
 
 def _read_timm_weights(weights: Path, field: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:

@@ -23,13 +23,17 @@ class Schedule:
     steps_per_epoch: int
     total_steps: int
     ramp_steps: int
-    """Length that hard share and progressive resolution are spread over: that of the run, or of the one that it
-    branched off."""
+    """Length that the hard share is spread over: that of the run, or of the one that it branched off."""
     warmup_steps: int
     cooldown_steps: int
     """Last steps of a constant learning rate, in which it falls to 0; 0 with a cosine, which falls all the time."""
     peak_learning_rate: float
     ema: EmaSchedule
+
+    @property
+    def branching_step(self) -> int | None:
+        """The last step from which a run of another length can branch off; None with a cosine."""
+        return self.total_steps - self.cooldown_steps if self.cooldown_steps else None
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -80,11 +84,6 @@ def resolve_schedule(config: OptimisationConfig, num_images: int) -> Schedule:
         peak_learning_rate=config.base_learning_rate * config.batch_size / 256,
         ema=ema,
     )
-
-
-def branching_step(schedule: Schedule) -> int | None:
-    """The last step from which a run of another length can branch off; None with a cosine."""
-    return schedule.total_steps - schedule.cooldown_steps if schedule.cooldown_steps else None
 
 
 def _cooldown_steps(config: OptimisationConfig, total_steps: int, warmup_steps: int) -> int:

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
@@ -27,128 +27,76 @@ MLFLOW_BATCH = 100
 """Parameters that MLflow takes at once."""
 
 
-@runtime_checkable
-class Tracker(Protocol):
+class Tracker(NamedTuple):
     """Somewhere that a run can be looked at."""
 
     run: str
     """By what it knows the run."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take figures."""
-        ...
-
-    def log_figure(self, name: str, file: Path, step: int) -> None:
-        """Take a picture."""
-        ...
-
-    def close(self, *, finished: bool) -> None:
-        """The run has ended, or was stopped and may go on."""
-        ...
+    log: Callable[[Mapping[str, float], int], object]
+    """Takes figures, and the step."""
+    log_figure: Callable[[str, Path, int], object]
+    """Takes a picture: its name, file and step."""
+    close: Callable[..., object]
+    """Told, by ``finished``, whether the run has ended, or was stopped and may go on."""
 
 
-class Wandb:
-    """Weights & Biases.
-
-    Args:
-        project: Its project.
-        folder: The run folder, whose name is the run's.
-        run: Of a run that goes on; None: a new one.
-        config: Fields and values.
-    """
-
-    def __init__(self, project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> None:
-        self.module = importlib.import_module("wandb")
-        # A run that the caller has open himself stays as it is; older versions do not know the word.
-        beside = {} if getattr(self.module, "run", None) is None else {"reinit": "create_new"}
-        self._run = self.module.init(
-            project=project, name=folder.name, id=run, resume="allow", config=dict(config), dir=str(folder), **beside
-        )
-        self.run = str(self._run.id)
-        # Steps of its own only ever grow, and a run that goes on from a checkpoint repeats some.
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take figures."""
-        self._run.log({**metrics, "step": step})
-
-    def log_figure(self, name: str, file: Path, step: int) -> None:
-        """Take a picture."""
-        self._run.log({name: self.module.Image(str(file)), "step": step})
-
-    def close(self, *, finished: bool) -> None:
-        """The run has ended, or was stopped and may go on."""
-        self._run.finish(exit_code=0 if finished else 1)
+# Each is started with the project, the run folder (whose name is the run's), the run that goes on or None, and the
+# fields of the config.
 
 
-class Mlflow:
-    """MLflow; the project is its experiment.
-
-    Args:
-        project: Its experiment.
-        folder: The run folder, whose name is the run's.
-        run: Of a run that goes on; None: a new one.
-        config: Fields and values.
-    """
-
-    def __init__(self, project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> None:
-        self.module = importlib.import_module("mlflow")
-        experiment = self.module.set_experiment(project)
-        started = self.module.start_run(
-            run_id=run, experiment_id=experiment.experiment_id, run_name=None if run else folder.name
-        )
-        self.run = str(started.info.run_id)
-        if run is None:  # parameters are written once
-            fields = [(name, str(value)[:500]) for name, value in config.items()]
-            for first in range(0, len(fields), MLFLOW_BATCH):
-                self.module.log_params(dict(fields[first : first + MLFLOW_BATCH]))
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take figures."""
-        self.module.log_metrics(dict(metrics), step=step, synchronous=False)
-
-    def log_figure(self, name: str, file: Path, step: int) -> None:
-        """Take a picture."""
-        self.module.log_artifact(str(file), name)
-
-    def close(self, *, finished: bool) -> None:
-        """The run has ended, or was stopped and may go on."""
-        self.module.end_run("FINISHED" if finished else "KILLED")
+def start_wandb(project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> Tracker:
+    """Weights & Biases."""
+    wandb = importlib.import_module("wandb")
+    # A run that the caller has open himself stays as it is; older versions do not know the word.
+    beside = {} if getattr(wandb, "run", None) is None else {"reinit": "create_new"}
+    started = wandb.init(
+        project=project, name=folder.name, id=run, resume="allow", config=dict(config), dir=str(folder), **beside
+    )
+    # Steps of its own only ever grow, and a run that goes on from a checkpoint repeats some.
+    started.define_metric("*", step_metric="step")
+    return Tracker(
+        str(started.id),
+        log=lambda metrics, step: started.log({**metrics, "step": step}),
+        log_figure=lambda name, file, step: started.log({name: wandb.Image(str(file)), "step": step}),
+        close=lambda *, finished: started.finish(exit_code=0 if finished else 1),
+    )
 
 
-class Trackio:
-    """Trackio, of Hugging Face.
+def start_mlflow(project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> Tracker:
+    """MLflow; the project is its experiment."""
+    mlflow = importlib.import_module("mlflow")
+    experiment = mlflow.set_experiment(project).experiment_id
+    started = mlflow.start_run(run_id=run, experiment_id=experiment, run_name=None if run else folder.name)
+    if run is None:  # parameters are written once
+        fields = [(name, str(value)[:500]) for name, value in config.items()]
+        for first in range(0, len(fields), MLFLOW_BATCH):
+            mlflow.log_params(dict(fields[first : first + MLFLOW_BATCH]))
+    return Tracker(
+        str(started.info.run_id),
+        log=lambda metrics, step: mlflow.log_metrics(dict(metrics), step=step, synchronous=False),
+        log_figure=lambda name, file, step: mlflow.log_artifact(str(file), name),
+        close=lambda *, finished: mlflow.end_run("FINISHED" if finished else "KILLED"),
+    )
 
-    Args:
-        project: Its project.
-        folder: The run folder, whose name is the run's.
-        run: Of a run that goes on; None: a new one.
-        config: Fields and values.
-    """
 
-    def __init__(self, project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> None:
-        self.module = importlib.import_module("trackio")
-        # Its runs are known by their names alone: one of the folder's might be another folder's, too.
-        name = run or f"{folder.name}-{secrets.token_hex(3)}"
-        self.run = str(self.module.init(project=project, name=name, config=dict(config), resume="allow").name)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take figures."""
-        self.module.log(dict(metrics), step=step)
-
-    def log_figure(self, name: str, file: Path, step: int) -> None:
-        """Take a picture."""
-        self.module.log({name: self.module.Image(str(file))}, step=step)
-
-    def close(self, *, finished: bool) -> None:
-        """The run has ended, or was stopped and may go on."""
-        self.module.finish()
+def start_trackio(project: str, folder: Path, run: str | None, config: Mapping[str, Any]) -> Tracker:
+    """Trackio, of Hugging Face."""
+    trackio = importlib.import_module("trackio")
+    # Its runs are known by their names alone: one of the folder's might be another folder's, too.
+    name = run or f"{folder.name}-{secrets.token_hex(3)}"
+    started = trackio.init(project=project, name=name, config=dict(config), resume="allow")
+    return Tracker(
+        str(started.name),
+        log=lambda metrics, step: trackio.log(dict(metrics), step=step),
+        log_figure=lambda name, file, step: trackio.log({name: trackio.Image(str(file))}, step=step),
+        close=lambda *, finished: trackio.finish(),
+    )
 
 
 TRACKERS: dict[str, Callable[[str, Path, str | None, Mapping[str, Any]], Tracker]] = {
-    "wandb": Wandb,
-    "mlflow": Mlflow,
-    "trackio": Trackio,
+    "wandb": start_wandb,
+    "mlflow": start_mlflow,
+    "trackio": start_trackio,
 }
 """By the name of their package."""
 
@@ -190,7 +138,7 @@ class Trackers:
         self._each(lambda tracker: tracker.close(finished=finished))
         self._trackers.clear()
 
-    def _each(self, do: Callable[[Tracker], None]) -> None:
+    def _each(self, do: Callable[[Tracker], object]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
                 do(tracker)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 from hardpatch.config.config import Config
 from hardpatch.data.loader.cache import SharedImages, open_cache
@@ -28,24 +27,19 @@ from hardpatch.runtime.log import warn
 from hardpatch.training.state import Run
 
 
-class Opened(NamedTuple):
-    """The batches of a run from its step on."""
+def open_batches(run: Run) -> tuple[Generator[Batch, None, None], AbstractContextManager[None]]:
+    """The batches of a run from its step on, on the device; all processes have to ask.
 
-    batches: Generator[Batch, None, None]
-    """On the device."""
-    naming: AbstractContextManager[None]
-    """While entered, a data process that dies is named with the image that it was reading."""
-
-
-def open_batches(run: Run) -> Opened:
-    """The batches of a run from its step on; all processes have to ask.
+    Returns:
+        The batches, and what names a data process that dies with the image that it was reading, while it is entered.
 
     Raises:
         InputError: A cache that was asked for does not fit.
     """
     config, device = run.config, run.device
+    views = config.method.masks_per_image * config.data.crops_per_image  # of every image of the source
     order = TrainingOrder(
-        len(run.source), batch_size=run.files_per_step, first_step=run.state.step,
+        len(run.source), batch_size=config.optimisation.batch_size // views, first_step=run.state.step,
         total_steps=run.schedule.total_steps, seed=config.optimisation.seed, position=run.position,
         blocks=run.source.blocks(),
     )  # fmt: skip
@@ -54,16 +48,16 @@ def open_batches(run: Run) -> Opened:
         if device.type == "cpu":
             warn("cache: 'device' is the CPU's memory here; --cache ram crops with less work and in data processes")
         on_device = ImagesOnDevice(training_images(config, run.source), device=device, workers=workers)
-        return Opened(batches_kept_on_device(on_device, order), nullcontext())
+        return batches_kept_on_device(on_device, order), nullcontext()
     if config.run.augmentation == "device":
         wholes = last_read(WholeImages(training_images(config, run.source), encoded=device.type == "cuda"), workers)
-        return Opened(batches_decoded_on_device(wholes, order, device=device, workers=workers), wholes.naming())
+        return batches_decoded_on_device(wholes, order, device=device, workers=workers), wholes.naming()
     data = config.data
     cache = open_cache(run.source, config.run.cache, size=data.size, jpeg_scaling=data.jpeg_scaling)
     images = training_images(config, run.source, cache=cache)
     noted = last_read(images, workers)
     batches = training_batches(images, order, workers=workers, pin_memory=device.type == "cuda", noted=noted)
-    return Opened(copied_behind(batches, device), noted.naming())
+    return copied_behind(batches, device), noted.naming()
 
 
 def training_images(config: Config, source: Source, *, cache: SharedImages | None = None) -> TrainingImages:

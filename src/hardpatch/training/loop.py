@@ -19,16 +19,17 @@ from hardpatch.method.method import Losses, MaskedBatch
 from hardpatch.method.schedules import ema_decay, untouched_share
 from hardpatch.method.student import StudentOutput
 from hardpatch.method.vit import whole_patches
-from hardpatch.runs.build import build_normalise
+from hardpatch.runs.build import build_normalise, clipped_parameters
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.log import say, warn
+from hardpatch.runtime.parallel import exchanging, parallel
 from hardpatch.runtime.seeding import Stream, derive_seed, mask_noise
 from hardpatch.runtime.signals import StopSignal
 from hardpatch.training.batches import open_batches
 from hardpatch.training.meter import Meter
 from hardpatch.training.reporting import reporting
-from hardpatch.training.sharding import exchanging, gathered, parallel
+from hardpatch.training.sharding import gathered
 from hardpatch.training.state import Run
 
 
@@ -43,22 +44,16 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     _announce(run)
     seed = config.optimisation.seed
     student = parallel(state.model.student, device)
-    parameters = [p for group in state.optimizer.param_groups if not group.get("constant") for p in group["params"]]
+    parameters = clipped_parameters(state.optimizer)
     geometry, normalise = state.model.geometry, build_normalise(config).to(device)
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)
-    opened = open_batches(run)
+    batches, naming = open_batches(run)
     with (
         reporting(run) as report,
-        closing(opened.batches) as batches,  # workers leave before the process does
-        opened.naming,
+        closing(batches),  # workers leave before the process does
+        naming,
     ):
-
-        def fetch() -> Batch:
-            batch, damaged = meter.next_batch(batches)
-            report.damaged(damaged)
-            return batch
-
         report.start()
         meter.restart()
         for step in range(state.step, schedule.total_steps):
@@ -69,7 +64,11 @@ def train_steps(run: Run, stop: StopSignal) -> None:
             noise = mask_noise(
                 seed, step, batch_size=config.optimisation.batch_size, num_patches=geometry.num_patches, device=device
             )
-            fetched = [fetch() for _ in slices]
+            fetched = []
+            for _ in slices:
+                read, news = meter.next_batch(batches)
+                report.damaged(news)
+                fetched.append(read)
             step_loss, correlation = torch.zeros(2, device=device)
             for number, (batch, weights) in enumerate(masked_batches(run, normalise, fetched, noise, slices)):
                 with exchanging(student, last=number == len(slices) - 1):
@@ -125,7 +124,7 @@ def _mask(run: Run, normalise: Normalise, batch: Batch, noise: Tensor) -> Masked
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
         return method.mask(
             model.student, model.teacher if method.needs_teacher else None, images, noise,
-            num_hard=run.state.gate.admit(run.num_hard(run.state.step)), valid=valid,
+            num_hard=run.state.gate.admit(int(method.num_hidden * run.hard_share(run.state.step))), valid=valid,
         )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from hardpatch.config.rules import split_batch
 from hardpatch.data.loader.loading import Position
 from hardpatch.data.sources import Source, fingerprint
 from hardpatch.method.hpm import HPM
+from hardpatch.method.method import Method
 from hardpatch.method.student import Student
 from hardpatch.method.targets.target import FittedTarget
 from hardpatch.runs.build import (
@@ -28,12 +28,12 @@ from hardpatch.runs.build import (
 )
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.folder import RunFolder
-from hardpatch.runs.schedule import Schedule, branching_step, resolve_schedule
+from hardpatch.runs.schedule import resolve_schedule
 from hardpatch.runs.trackers import check_trackers
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say
-from hardpatch.training.branching import copy_branch_point, find_branch_point
+from hardpatch.training.branching import Branch
 from hardpatch.training.fitting import fit_target
 from hardpatch.training.gate import MiningGate, mining_threshold
 from hardpatch.training.monitor import labelled_validation
@@ -59,56 +59,35 @@ def prepare(
     """
     distributed.from_main(lambda: check_trackers(config.run.trackers))  # only the main process needs them
     config, source = open_images(config)
-    schedule = resolve_schedule(config.optimisation, len(source))
-    position = _position(config)
+    schedule, position, images = (
+        resolve_schedule(config.optimisation, len(source)),
+        _position(config),
+        fingerprint(source),
+    )
     target = build_target(config)
     student = build_student(config, target_dim=target.dim)
     method = build_method(config, student, target)
     folder.check_usable(config, resume)
     distributed.barrier()  # before any process makes anything there
     labelled_validation(config)
-    kept = branching_step(schedule)
+    kept = schedule.branching_step
     _check_disk(folder.path, student, config.run.keep_last + (kept is not None))
-
     checkpoints = CheckpointFolder(
         folder.checkpoints, keep_last=config.run.keep_last, keep_steps=config.run.keep_steps, kept=kept
     )
-    sharded = config.run.sharding == "full"
-    if not sharded:  # or only the shares go there
-        student.to(device)
-    if isinstance(target, nn.Module):
-        target.to(device)
-    bf16 = distributed.is_bf16(config.run.precision, device)
-    choose_attention(student, device, bf16=bf16)
-    model = HPM(student, method)
     # Decided by one process: another may look when the first has written there.
     fresh = distributed.from_main(lambda: resume == "restart" or not checkpoints.steps())
-    images = fingerprint(source)
-    branch_points: list[dict[str, Any]] = []  # on the main process, which alone needs it
-    if fresh and parent is not None:
-        distributed.from_main(
-            lambda: branch_points.append(
-                find_branch_point(parent, config, schedule, images=images, num_images=len(source))
-            )
-        )
-    elif fresh:
-        _begin(config, source, model)
-    if config.run.activation_checkpointing:
-        recompute_blocks(student)
-    if compiled := distributed.is_compiled(config.run.compile, device):
-        compile_blocks(*model.networks)
-    if sharded:
-        shard(student, model.teacher, device)
-    gate = MiningGate(mining_threshold(config), device)
-    optimizer = build_optimizer(config.optimisation, student)
-    state = State(model, optimizer, gate)
+    branch = Branch(parent, config, schedule, folder) if fresh and parent is not None else None
+    if branch is not None:
+        distributed.from_main(lambda: branch.find(images=images, num_images=len(source)))
+    state, compiled = _put_together(config, source, student, method, device, begins=fresh and branch is None)
     if distributed.is_main():
         folder.claim()
         if resume == "restart":
             folder.clear()
         checkpoints.clear_temporary()
-    if fresh and parent is not None:
-        distributed.from_main(lambda: _start_branch(parent, branch_points[0], config, schedule, folder, device))
+    if branch is not None:
+        distributed.from_main(lambda: branch.start(device))
     distributed.barrier()
     if saved := checkpoints.load_latest():
         if saved["images"] != images:
@@ -120,37 +99,41 @@ def prepare(
         say(f"going on with {folder.path} at step {state.step} of {schedule.total_steps}")
     elif distributed.is_main():
         folder.write_config(config, device, schedule)
+    bf16 = distributed.is_bf16(config.run.precision, device)
     return Run(config, folder, device, bf16, compiled, source, schedule, position, state, checkpoints, images)
 
 
-def _start_branch(
-    parent: RunFolder,
-    branch_point: dict[str, Any],
-    config: Config,
-    schedule: Schedule,
-    folder: RunFolder,
-    device: torch.device,
-) -> None:
-    """Start as a branch; config first and checkpoint last, so that a folder left half made is branched off again."""
-    folder.write_config(config, device, schedule)
-    copy_branch_point(parent, branch_point, config, folder)
+def _put_together(
+    config: Config, source: Source, student: Student, method: Method, device: torch.device, *, begins: bool
+) -> tuple[State, bool]:
+    """All that changes, on the device; and whether it is compiled.
 
-
-def _begin(config: Config, source: Source, model: HPM) -> None:
-    """What only a run that starts afresh needs: weights to start from, a target fitted to the images."""
-    if config.model.init_from:
-        say(start_from(config, model.student, model.teacher))
+    A run that ``begins`` afresh takes over the weights that it starts from, and its target is fitted to the images.
+    """
+    sharded = config.run.sharding == "full"
+    if not sharded:  # or only the shares go there
+        student.to(device)
+    if isinstance(target := method.target, nn.Module):
+        target.to(device)
+    choose_attention(student, device, bf16=distributed.is_bf16(config.run.precision, device))
+    model = HPM(student, method)
+    if begins and config.model.init_from:
+        say(start_from(config, student, model.teacher))
         distributed.barrier()  # the weights may be those of the run that restart is about to clear
-    if isinstance(target := model.method.target, FittedTarget):
+    if begins and isinstance(target, FittedTarget):
         target.adopt(fit_target(config, source, target))
+    if config.run.activation_checkpointing:
+        recompute_blocks(student)
+    if compiled := distributed.is_compiled(config.run.compile, device):
+        compile_blocks(*model.networks)
+    if sharded:
+        shard(student, model.teacher, device)
+    gate = MiningGate(mining_threshold(config), device)
+    return State(model, build_optimizer(config.optimisation, student), gate), compiled
 
 
 def _position(config: Config) -> Position:
-    """Split the global batch over processes and micro-batches.
-
-    Raises:
-        InputError: It does not divide, or a micro-batch is larger than the share of a process.
-    """
+    """Split the global batch over processes and micro-batches."""
     processes = distributed.world_size()
     if config.run.sharding == "full":
         check_sharding(processes=processes)

@@ -128,7 +128,7 @@ class Reporter:
     def _is_due(self, step: int) -> bool:
         """Is a checkpoint with figures due after this step?"""
         run, keep = self.run, self.run.config.run.keep_steps
-        at = (run.schedule.total_steps, run.branching_step)
+        at = (run.schedule.total_steps, run.schedule.branching_step)
         return step % run.checkpoint_steps == 0 or step in at or bool(keep and step % keep == 0)
 
     def _is_overdue(self) -> bool:

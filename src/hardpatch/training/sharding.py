@@ -1,4 +1,4 @@
-"""One student for many processes: a copy in each (DDP), or a share of every tensor in each (fully sharded).
+"""One student cut over many processes, each of which holds a share of every tensor (fully sharded).
 
 A sharded student computes what a whole one does, to the order of sums. Before a transformer block runs, the processes
 gather its parameters; afterwards each keeps its share alone. Parameters are gathered in float32 and autocast rounds
@@ -11,8 +11,7 @@ Nothing outside sees shards: a checkpoint holds whole tensors, and what looks at
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -20,43 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from hardpatch.method.student import Student, StudentOutput, Teacher
+from hardpatch.method.student import Student, Teacher
 from hardpatch.runs.build import blocks
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 
 Tree = TypeVar("Tree")
-
-
-def parallel(student: Student, device: torch.device) -> Callable[..., StudentOutput]:
-    """The student as the step calls it: itself, or DDP around it where there are several processes and no shards."""
-    if distributed.world_size() == 1 or isinstance(student, FSDPModule):
-        return student
-    # Not static_graph: it learns the graph from its first backward pass, which must exchange (torch 2.14 stops with an
-    # internal assertion otherwise), and accumulation begins with one that does not. The search for unused parameters,
-    # which it would save, is off anyway.
-    return DistributedDataParallel(
-        student,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
-
-
-@contextmanager
-def exchanging(model: Callable[..., StudentOutput], *, last: bool) -> Iterator[None]:
-    """Exchange gradients between processes only with the last micro-batch of a step."""
-    if isinstance(model, FSDPModule):
-        model.set_is_last_backward(last)
-        model.set_requires_gradient_sync(last)
-    if isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-    else:
-        yield
 
 
 def check_sharding(*, processes: int) -> None:

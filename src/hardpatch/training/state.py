@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from hardpatch.method.targets.target import FittedTarget
 from hardpatch.runs.build import build_student, choose_attention, input_config, timm_arguments
 from hardpatch.runs.checkpoint import CheckpointFolder, save_weights
 from hardpatch.runs.folder import RunFolder
-from hardpatch.runs.schedule import Schedule, branching_step
+from hardpatch.runs.schedule import Schedule
 from hardpatch.runtime import distributed
 from hardpatch.training.gate import MiningGate
 from hardpatch.training.sharding import gathered, gathered_on_main, is_sharded, shares_of, shares_of_optimizer
@@ -102,48 +103,24 @@ class Run:
     """Fingerprint of the training images."""
 
     @property
-    def images_per_step(self) -> int:
-        """Images in a step; each has ``masks_per_image`` views."""
-        return self.config.optimisation.batch_size // self.config.method.masks_per_image
-
-    @property
-    def files_per_step(self) -> int:
-        """Different images of the source in a step; each is cropped ``crops_per_image`` times."""
-        return self.images_per_step // self.config.data.crops_per_image
-
-    @property
     def method(self) -> Method:
         """The choices of the run."""
         return self.state.model.method
-
-    def num_hard(self, step: int) -> int:
-        """``int(M * a_t)``."""
-        share = self.hard_share(step)
-        return int(self.method.num_hidden * share)
 
     def hard_share(self, step: int) -> float:
         """a_t."""
         method, schedule = self.config.method, self.schedule
         if self.method.guide is None:
             return 0.0
-        ends = {
-            "start": method.hard_share_start,
-            "end": method.hard_share_end,
-            "total_steps": schedule.ramp_steps,
-        }
+        share = hard_share
         if method.hard_share_unit == "epoch":
-            return hard_share_by_epoch(step, **ends, steps_per_epoch=schedule.steps_per_epoch)  # type: ignore[arg-type]
-        return hard_share(step, **ends)  # type: ignore[arg-type]
+            share = partial(hard_share_by_epoch, steps_per_epoch=schedule.steps_per_epoch)
+        return share(step, start=method.hard_share_start, end=method.hard_share_end, total_steps=schedule.ramp_steps)
 
     @property
     def checkpoint_steps(self) -> int:
         """Steps between two scheduled checkpoints."""
         return self.config.run.checkpoint_steps or max(1, math.ceil(self.schedule.total_steps / 10))
-
-    @property
-    def branching_step(self) -> int | None:
-        """The step whose checkpoint is kept so that a run of another length can branch off; None: none can."""
-        return branching_step(self.schedule)
 
     def save(self) -> None:
         """Save the state and the encoder; every process has to ask, the main process alone writes."""

@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hardpatch.config.commands import ConvertConfig
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
-from hardpatch.config.weights import ConvertConfig
 from hardpatch.method.vit import LAYER_NORM_EPS
 from hardpatch.runs.build import build_encoder, build_student, input_config, timm_arguments
 from hardpatch.runs.checkpoint import save_pickle, save_weights

@@ -80,11 +80,6 @@ def draw_box(
     return Box((height - tall) // 2, (width - wide) // 2, tall, wide, mirrored)
 
 
-def whole(size: tuple[int, int], *, flip: bool) -> Box:
-    """All of an image of that height and width."""
-    return Box(0, 0, *size, flip)
-
-
 _HAS_BYTE_KERNEL = "AVX" in torch.backends.cpu.get_cpu_capability()
 """Where PyTorch resizes uint8 without a detour over floats, as torchvision asks too; straight to it saves a tenth."""
 

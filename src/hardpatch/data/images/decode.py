@@ -39,7 +39,7 @@ from hardpatch.data.images.formats import EXTENSIONS, describe, read_stored
 from hardpatch.data.images.stored import ChannelsError, DecodeError, Description, Stored
 from hardpatch.runtime.errors import InputError
 
-__all__ = ["EXTENSIONS", "RGB", "DecodeError", "Decoder", "Description", "Sample", "decode", "describe", "to_sample"]
+__all__ = ["EXTENSIONS", "RGB", "DecodeError", "Decoder", "Description", "Sample", "describe", "to_sample"]
 
 
 class Sample(NamedTuple):
@@ -91,19 +91,6 @@ class Decoder:
 
 RGB = Decoder()
 """Of 8-bit colour images."""
-
-
-def decode(content: bytes, channels: int) -> Shaped[Tensor, "c h w"]:
-    """Decode one image.
-
-    Args:
-        content: The file's bytes.
-        channels: How many channels the result must have.
-
-    Raises:
-        DecodeError: Damaged, too large, or of a kind that would not come out faithfully.
-    """
-    return Decoder(channels)(content).image
 
 
 def to_sample(stored: Stored, decoder: Decoder) -> Sample:

@@ -9,12 +9,12 @@ undamaged 8-bit JPEG is left to :class:`hardpatch.data.images.decode.Decoder`, w
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import warnings
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from jaxtyping import UInt8
 from PIL import Image
@@ -29,8 +29,6 @@ SCALES = (8, 4, 2)
 _APP1, _PROGRESSIVE, _PIXELS = 0xE1, 0xC2, 0xDA
 _MAX_SCANS = 30
 _ORIENTATION = 0x0112
-_HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
-"""Without it (no wheel for the platform) Pillow decodes, a third slower; pixels and crops are the same."""
 
 
 class Jpeg(NamedTuple):
@@ -51,10 +49,12 @@ def read_header(content: bytes, *, channels: int) -> Jpeg | None:
     """
     if channels not in (1, 3) or not content.startswith(b"\xff\xd8\xff"):
         return None
-    found = _size_and_colours(content)
-    if found is None or found[1] not in ((1, 3) if channels == 3 else (1,)):
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
         return None
-    height, width = found[0]
+    if colours not in (("Gray", "YCbCr", "RGB") if channels == 3 else ("Gray",)):
+        return None
     if height * width > MAX_PIXELS or not height or not width:
         return None
     markers = _markers(content)
@@ -96,31 +96,15 @@ def decode(content: bytes, header: Jpeg, *, channels: int, scale: int) -> UInt8[
     """
     width, height = upright_size(*header.size[::-1], header.orientation)
     wanted = -(-height // scale), -(-width // scale)
-    pixels = _decode_by_simplejpeg(content, wanted, channels) if _HAS_SIMPLEJPEG else None
-    if pixels is None and not _HAS_SIMPLEJPEG:
-        pixels = decode_by_pillow(content, scale, channels)
-    if pixels is None or pixels.shape[:2] != wanted:
+    try:  # strict: a warning of libjpeg's (cut off, damaged data) is an error
+        pixels: UInt8[np.ndarray, "h w c"] = simplejpeg.decode_jpeg(
+            content, "RGB" if channels == 3 else "GRAY", min_height=wanted[0], min_width=wanted[1]
+        )
+    except ValueError:
+        return None
+    if pixels.shape[:2] != wanted:
         return None
     return torch.from_numpy(np.ascontiguousarray(upright(pixels, header.orientation))).permute(2, 0, 1)
-
-
-def _size_and_colours(content: bytes) -> tuple[tuple[int, int], int] | None:
-    """Height, width and number of colours as stored; None where Pillow or nobody should look."""
-    if _HAS_SIMPLEJPEG:
-        import simplejpeg
-
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        except ValueError:
-            return None
-        number = {"Gray": 1, "YCbCr": 3, "RGB": 3}.get(colours)
-        return None if number is None else ((height, width), number)
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            number = {"L": 1, "RGB": 3}.get(picture.mode)
-            return None if number is None else ((picture.height, picture.width), number)
-    except Exception:  # the decoder will say what is wrong
-        return None
 
 
 def _markers(content: bytes) -> set[int] | None:
@@ -146,28 +130,3 @@ def _exif_orientation(content: bytes) -> int:
         except Exception:  # as above
             return 1
     return value if isinstance(value, int) else 1
-
-
-def _decode_by_simplejpeg(content: bytes, wanted: tuple[int, int], channels: int) -> UInt8[np.ndarray, "h w c"] | None:
-    import simplejpeg
-
-    try:  # strict: a warning of libjpeg's (cut off, damaged data) is an error
-        pixels: np.ndarray = simplejpeg.decode_jpeg(
-            content, "RGB" if channels == 3 else "GRAY", min_height=wanted[0], min_width=wanted[1]
-        )
-    except ValueError:
-        return None
-    return pixels
-
-
-def decode_by_pillow(content: bytes, scale: int, channels: int) -> UInt8[np.ndarray, "h w c"] | None:
-    """As simplejpeg's, by Pillow; exact in pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(content)) as picture:
-                picture.draft(None, (picture.width // scale, picture.height // scale))
-                pixels = np.array(picture.convert("RGB" if channels == 3 else "L"))
-        except Exception:  # the decoder will say what is wrong
-            return None
-    return pixels.reshape(*pixels.shape[:2], channels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -130,8 +129,3 @@ def upright(pixels: Shaped[np.ndarray, "h w *k"], orientation: int) -> np.ndarra
 def upright_size(width: int, height: int, orientation: int) -> tuple[int, int]:
     """Width and height after :func:`upright`."""
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
-
-
-def product(numbers: tuple[int, ...]) -> int:
-    """As Python integers, which do not overflow."""
-    return math.prod(int(number) for number in numbers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from hardpatch.data.images.crops import Box, covering, crop_numbers, draw_box, resample, resample_mask, whole
+from hardpatch.data.images.crops import Box, covering, crop_numbers, draw_box, resample, resample_mask
 from hardpatch.data.images.decode import DecodeError, Sample
 from hardpatch.data.loader.cache import SharedImages
 from hardpatch.data.loader.last_read import LOADER_ERRORS, LastRead
@@ -157,7 +157,7 @@ class TrainingImages(Dataset[Any]):
             numbers: Of :func:`hardpatch.data.images.crops.crop_numbers`, for each view.
         """
         if self.covers:
-            return [whole(size, flip=self.flip and bool(row[-1] < 0.5)) for row in numbers]
+            return [Box(0, 0, *size, self.flip and bool(row[-1] < 0.5)) for row in numbers]
         return [draw_box(row, size, scale=self.crop_scale, flip=self.flip) for row in numbers]
 
     def _cut(self, sample: Sample, box: Box) -> View:
@@ -213,7 +213,7 @@ class Cover(v2.Transform):  # type: ignore[misc]  # torchvision is not typed
             return image
         resized = v2.functional.resize(
             image,
-            list(covering(whole((height, width), flip=False), self.size)),
+            list(covering(Box(0, 0, height, width), self.size)),
             interpolation=InterpolationMode.NEAREST if image.dtype == torch.bool else InterpolationMode.BICUBIC,
             antialias=True,
         )

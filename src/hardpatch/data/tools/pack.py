@@ -17,14 +17,13 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from hardpatch.config.data_tools import PackConfig
+from hardpatch.config.commands import PackConfig
 from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import ShardSource, Source, fingerprint, open_source
@@ -67,14 +66,8 @@ class PackResult(NamedTuple):
     channels: int
 
 
-class _Image(NamedTuple):
-    number: int
-    packed: Packed | None
-    damage: Damage | None
-
-
-class _Packing(Dataset[_Image]):
-    """Every image from ``first`` on, packed."""
+class _Packing(Dataset[tuple[int, Packed | Damage]]):
+    """Every image from ``first`` on with its number, packed."""
 
     def __init__(self, source: Source, config: PackConfig, decoder: Decoder, first: int) -> None:
         self.source, self.config, self.decoder, self.first = source, config, decoder, first
@@ -82,24 +75,12 @@ class _Packing(Dataset[_Image]):
     def __len__(self) -> int:
         return len(self.source) - self.first
 
-    def __getitem__(self, place: int) -> _Image:
-        index = self.first + place
+    def __getitem__(self, place: int) -> tuple[int, Packed | Damage]:
+        index, config = self.first + place, self.config
         try:
-            packed = repack(
-                self.source, index, size=self.config.size, quality=self.config.quality, decoder=self.decoder
-            )
+            return index, repack(self.source, index, size=config.size, quality=config.quality, decoder=self.decoder)
         except (DecodeError, OSError) as error:
-            return _Image(index, None, Damage(self.source.name(index), str(error)))
-        return _Image(index, packed, None)
-
-
-class _Progress(NamedTuple):
-    """What is done."""
-
-    shards: list[Shard]
-    next_image: int
-    as_they_were: int
-    damaged: list[Damage]
+            return index, Damage(self.source.name(index), str(error))
 
 
 def run(config: PackConfig) -> PackResult:
@@ -117,29 +98,23 @@ def run(config: PackConfig) -> PackResult:
     about = {"source": fingerprint(source), "settings": settings}
     if (out / "index.json").is_file():
         say(f"{out} is packed already")
-        return _finished(out, about)
+        return _result(out, _saved(out / "index.json", about))
     progress = _begun(out, about)
-    progress = _write_all(source, config, decoder, out, about, progress)
-    packed = _opened(out, progress.shards, decoder) if progress.shards else None
-    images = sum(shard.samples for shard in progress.shards)
-    if packed is None or len(packed) != images:
-        raise InputError(f"data: of {len(source)} images none could be packed" if packed is None else
-                         f"out: the shards hold {len(packed)} images and {images} were written")  # fmt: skip
-    index = {
-        "shards": [shard._asdict() for shard in progress.shards], "images": images,
-        "as_they_were": progress.as_they_were, "damaged": [damage._asdict() for damage in progress.damaged],
-        "labelled": source.labels is not None, "channels": channels, **about,
-    }  # fmt: skip
+    _write_all(source, config, decoder, out, progress)
+    if not progress["shards"]:
+        raise InputError(f"data: of {len(source)} images none could be packed")
+    images = sum(shard["samples"] for shard in progress["shards"])
+    shards = [LocalShard(out / shard["name"], field="out") for shard in progress["shards"]]
+    if (found := len(ShardSource(shards, decoder=decoder))) != images:
+        raise InputError(f"out: the shards hold {found} images and {images} were written")
+    del progress["next_image"]
+    index = {**progress, "images": images, "labelled": source.labels is not None, "channels": channels}
     write_text_atomically(out / "index.json", json.dumps(index, indent=2) + "\n")
     (out / ".progress.json").unlink(missing_ok=True)
-    return _finished(out, about)
+    return _result(out, index)
 
 
-def _opened(out: Path, shards: list[Shard], decoder: Decoder) -> Source:
-    return ShardSource([LocalShard(out / shard.name, field="out") for shard in shards], decoder=decoder)
-
-
-def _begun(out: Path, about: dict[str, Any]) -> _Progress:
+def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     """What a run before has done; the folder is made.
 
     Raises:
@@ -154,103 +129,102 @@ def _begun(out: Path, about: dict[str, Any]) -> _Progress:
             raise InputError(
                 f"out: must be an empty folder or one that hardpatch data pack began, {out} holds {there[0]!r}"
             )
-        begun = _Progress([], 0, 0, [])
-        _save(out, begun, about)
-        return begun
-    saved = json.loads(file.read_text())
-    _compare(out, saved, about)
+        progress: dict[str, Any] = {"shards": [], "next_image": 0, "as_they_were": 0, "damaged": [], **about}
+        write_text_atomically(file, json.dumps(progress))
+        return progress
+    progress = _saved(file, about)
     for stale in out.glob("*.part"):
         stale.unlink()
-    shards = [Shard(**shard) for shard in saved["shards"]]
-    for shard in shards:
-        if not (out / shard.name).is_file() or (out / shard.name).stat().st_size != shard.bytes:
-            raise InputError(f"out: {out / shard.name} is not what was written; remove the folder and start over")
-    say(f"going on with {out} at image {saved['next_image']:,}")
-    return _Progress(
-        shards, saved["next_image"], saved["as_they_were"], [Damage(**damage) for damage in saved["damaged"]]
-    )
+    for shard in progress["shards"]:
+        path = out / shard["name"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise InputError(f"out: {path} is not what was written; remove the folder and start over")
+    say(f"going on with {out} at image {progress['next_image']:,}")
+    return progress
 
 
-def _compare(out: Path, saved: dict[str, Any], about: dict[str, Any]) -> None:
-    for key, what in (("source", "other images"), ("settings", "other settings")):
+def _saved(file: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """What a file of a run before says.
+
+    Raises:
+        InputError: It packed other images, or with other settings.
+    """
+    saved: dict[str, Any] = json.loads(file.read_text())
+    for key, what in (("source", "images"), ("settings", "settings")):
         if saved[key] != about[key]:
-            raise InputError(
-                f"out: {out} was packed from {what} ({saved[key]}; now {about[key]}); choose another folder"
-            )
+            differ = f"{saved[key]}; now {about[key]}"
+            raise InputError(f"out: {file.parent} was packed from other {what} ({differ}); choose another folder")
+    return saved
 
 
-def _finished(out: Path, about: dict[str, Any]) -> PackResult:
-    saved = json.loads((out / "index.json").read_text())
-    _compare(out, saved, about)
-    shards = [Shard(**shard) for shard in saved["shards"]]
+def _result(out: Path, index: dict[str, Any]) -> PackResult:
+    shards = [Shard(**shard) for shard in index["shards"]]
     return PackResult(
-        str(out), shards, saved["images"], saved["as_they_were"], [Damage(**damage) for damage in saved["damaged"]],
-        sum(shard.bytes for shard in shards), saved["labelled"], saved["channels"],
+        str(out), shards, index["images"], index["as_they_were"], [Damage(**damage) for damage in index["damaged"]],
+        sum(shard.bytes for shard in shards), index["labelled"], index["channels"],
     )  # fmt: skip
 
 
-def _write_all(
-    source: Source, config: PackConfig, decoder: Decoder, out: Path, about: dict[str, Any], progress: _Progress
-) -> _Progress:
+def _write_all(source: Source, config: PackConfig, decoder: Decoder, out: Path, progress: dict[str, Any]) -> None:
     """All shards from where progress stands; it is saved after each."""
     cores = usable_cores()
     loader = DataLoader(
-        _Packing(source, config, decoder, progress.next_image), batch_size=_BATCH, collate_fn=_listed,
+        _Packing(source, config, decoder, progress["next_image"]), batch_size=_BATCH, collate_fn=list,
         num_workers=(cores if cores > 1 else 0) if config.workers is None else config.workers,
         worker_init_fn=ignore_in_worker,
     )  # fmt: skip
     with signals_held():
         read = iter(loader)
-    images = (image for some in tracked(read, "packing", total=len(loader), images_per_item=_BATCH) for image in some)
-    shard = _Open(out, len(progress.shards))
-    for image in images:
-        if image.packed is None:
-            assert image.damage is not None
-            shard.damaged.append(image.damage)
-            continue
-        label = None if source.labels is None else source.labels[image.number]
-        members = shard.members(image.number, image.packed, label)
-        if shard.samples and shard.bytes + _size(members) + 2 * _BLOCK > config.shard_bytes:
-            progress = _close(shard, progress, image.number, about)
-            shard = _Open(out, len(progress.shards))
-        shard.add(members, image.packed)
-    return _close(shard, progress, len(source), about)
-
-
-def _listed(items: list[_Image]) -> list[_Image]:
-    return items
+    shard, damaged = _OpenShard(out, len(progress["shards"])), []
+    for some in tracked(read, "packing", total=len(loader), images_per_item=_BATCH):
+        for number, packed in some:
+            if isinstance(packed, Damage):
+                damaged.append(packed._asdict())
+                continue
+            members = [(f"{number:08d}.{packed.ending}", packed.content)]
+            if source.labels is not None:
+                members.append((f"{number:08d}.cls", source.labels[number].encode()))
+            if shard.samples and shard.bytes + _size(members) + 2 * _BLOCK > config.shard_bytes:
+                _close(shard, progress, number, damaged)
+                shard, damaged = _OpenShard(out, len(progress["shards"])), []
+            shard.add(members, packed.as_it_was)
+    _close(shard, progress, len(source), damaged)
 
 
 def _size(members: list[tuple[str, bytes]]) -> int:
+    """Bytes that they take in a shard."""
     return sum(_BLOCK + -(-len(content) // _BLOCK) * _BLOCK for _, content in members)
 
 
-class _Open:
-    """A shard that is being written."""
+class _OpenShard:
+    """A shard that is being written.
+
+    Args:
+        out: Folder of the shards.
+        number: Which it is, from 0.
+    """
 
     def __init__(self, out: Path, number: int) -> None:
         self.final = out / f"images-{number:06d}.tar"
         self.part = self.final.with_name(self.final.name + ".part")
         self.samples, self.bytes, self.as_they_were = 0, 0, 0
-        self.damaged: list[Damage] = []
-        self.digests: list[tuple[str, str]] = []
-        self._tar = tarfile.open(self.part, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  (closed when full)
+        self._file, self._written = self.part.open("wb"), hashlib.sha256()
+        self._tar = tarfile.open(fileobj=self, mode="w|", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
 
-    def members(self, index: int, packed: Packed, label: str | None) -> list[tuple[str, bytes]]:
-        """Names and contents of what an image becomes."""
-        made = [(f"{index:08d}.{packed.ending}", packed.content)]
-        return made if label is None else [*made, (f"{index:08d}.cls", label.encode())]
+    def write(self, content: bytes) -> int:
+        """What the tar file is written by."""
+        self._written.update(content)
+        return self._file.write(content)
 
-    def add(self, members: list[tuple[str, bytes]], packed: Packed) -> None:
-        """Write an image."""
+    def add(self, members: list[tuple[str, bytes]], as_it_was: bool) -> None:
+        """Write an image and what belongs to it, by their names."""
         for name, content in members:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             self._tar.addfile(entry, io.BytesIO(content))
-            self.digests.append((name, hashlib.sha256(content).hexdigest()))
         self.samples += 1
         self.bytes += _size(members)
-        self.as_they_were += packed.as_it_was
+        self.as_they_were += as_it_was
 
     def finish(self) -> Shard:
         """Close it, read it back, compare, and give it its name.
@@ -259,21 +233,13 @@ class _Open:
             InputError: What is on the disk is not what was written.
         """
         self._tar.close()
-        with self.part.open("rb+") as file:
-            os.fsync(file.fileno())
-        if list(_read_back(self.part)) != self.digests:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if _digest(self.part) != self._written.hexdigest():
             raise InputError(f"out: {self.part} does not read back as it was written: the disk is faulty or full")
-        shard = Shard(self.final.name, self.samples, self.part.stat().st_size, _digest(self.part))
         self.part.replace(self.final)
-        return shard
-
-
-def _read_back(path: Path) -> Iterator[tuple[str, str]]:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            content = archive.extractfile(member)
-            assert content is not None
-            yield member.name, hashlib.sha256(content.read()).hexdigest()
+        return Shard(self.final.name, self.samples, self.final.stat().st_size, self._written.hexdigest())
 
 
 def _digest(path: Path) -> str:
@@ -281,28 +247,17 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _close(shard: _Open, progress: _Progress, next_image: int, about: dict[str, Any]) -> _Progress:
-    """Progress with a shard that is full; one without images leaves nothing behind but what was damaged."""
-    out = shard.final.parent
+def _close(shard: _OpenShard, progress: dict[str, Any], next_image: int, damaged: list[dict[str, str]]) -> None:
+    """Add a shard that is full to the progress; one without images leaves nothing behind but what was damaged."""
+    finished = shard.finish()
     if shard.samples:
-        shards = [*progress.shards, shard.finish()]
+        progress["shards"].append(finished._asdict())
     else:
-        shards = progress.shards
-        shard.finish()
         shard.final.unlink()
-    progress = _Progress(
-        shards, next_image, progress.as_they_were + shard.as_they_were, [*progress.damaged, *shard.damaged]
-    )
-    _save(out, progress, about)
-    return progress
-
-
-def _save(out: Path, progress: _Progress, about: dict[str, Any]) -> None:
-    saved = {
-        "shards": [shard._asdict() for shard in progress.shards], "next_image": progress.next_image,
-        "as_they_were": progress.as_they_were, "damaged": [damage._asdict() for damage in progress.damaged], **about,
-    }  # fmt: skip
-    write_text_atomically(out / ".progress.json", json.dumps(saved))
+    progress["next_image"] = next_image
+    progress["as_they_were"] += shard.as_they_were
+    progress["damaged"] += damaged
+    write_text_atomically(shard.final.parent / ".progress.json", json.dumps(progress))
 
 
 def as_json(result: PackResult) -> dict[str, Any]:

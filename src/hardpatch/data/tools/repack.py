@@ -63,17 +63,14 @@ def repack(source: Source, index: int, *, size: int, quality: int, decoder: Deco
             return _encoded(_resized(image.permute(1, 2, 0).numpy(), size), quality, alpha=None)
     stored = read_stored(content, channels=decoder.channels)
     missing = find_missing(stored, decoder.no_data)
-    if (
-        stored.inverted
-        or stored.premultiplied
-        or (stored.is_deep and stored.alpha is not None)
-        or (missing is not None and not stored.is_deep)
-    ):
-        return Packed(content, _ending(about.format), True)
-    if missing is not None and stored.pixels.dtype.kind != "f" and (stored.no_data or decoder.no_data) is None:
-        return Packed(content, _ending(about.format), True)
+    if _stays(stored, missing is not None, decoder):
+        if about.format not in _KEPT:
+            raise DecodeError(f"{about.format} files of this kind cannot be packed")
+        return Packed(content, _KEPT[about.format], True)
     if stored.is_deep or stored.pixels.shape[2] not in (1, 3):
-        return Packed(_array(_resized_values(stored, missing, decoder, size)), "npy", False)
+        file = io.BytesIO()
+        np.save(file, np.ascontiguousarray(_resized_values(stored, missing, decoder, size).transpose(2, 0, 1)))
+        return Packed(file.getvalue(), "npy", False)
     return _encoded(_resized(stored.pixels, size), quality, alpha=stored.alpha)
 
 
@@ -85,22 +82,12 @@ def _stays(stored: Stored, has_missing: bool, decoder: Decoder) -> bool:
     return has_missing and (not stored.is_deep or (stored.pixels.dtype.kind != "f" and not named))
 
 
-def _ending(name: str) -> str:
-    if name not in _KEPT:
-        raise DecodeError(f"{name} files of this kind cannot be packed")
-    return _KEPT[name]
-
-
-def target(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width with the shorter side at most ``size``."""
-    scale = min(1.0, size / min(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
 def _resized(pixels: Shaped[np.ndarray, "h w c"], size: int) -> Shaped[np.ndarray, "y x c"]:
-    """Bicubic, antialiased; of the same type."""
-    wanted = target(pixels.shape[0], pixels.shape[1], size)
-    if pixels.shape[:2] == wanted:
+    """The shorter side at most ``size``: bicubic, antialiased; of the same type."""
+    height, width = pixels.shape[:2]
+    scale = min(1.0, size / min(height, width))
+    wanted = max(1, round(height * scale)), max(1, round(width * scale))
+    if (height, width) == wanted:
         return pixels
     given = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
     image = torch.from_numpy(np.require(given, requirements=["C", "W"])).permute(2, 0, 1)
@@ -133,25 +120,12 @@ def _resized_values(
     return made
 
 
-def _array(pixels: Shaped[np.ndarray, "h w c"]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    return file.getvalue()
-
-
-def _encoded(
-    pixels: Shaped[np.ndarray, "h w c"],
-    quality: int,
-    *,
-    alpha: Shaped[np.ndarray, "y x"] | None,
-    premultiplied: bool = False,
-) -> Packed:
+def _encoded(pixels: Shaped[np.ndarray, "h w c"], quality: int, *, alpha: Shaped[np.ndarray, "y x"] | None) -> Packed:
     """A JPEG, or with transparency a PNG."""
     file = io.BytesIO()
     if alpha is None:
         Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "JPEG", quality=quality)
         return Packed(file.getvalue(), "jpg", False)
     clear = _resized(alpha[..., None], min(pixels.shape[:2]))
-    bands = [*np.moveaxis(pixels, 2, 0), clear[..., 0]]
-    Image.fromarray(np.stack(bands, -1)).save(file, "PNG")
+    Image.fromarray(np.concatenate([pixels, clear], axis=2)).save(file, "PNG")
     return Packed(file.getvalue(), "png", False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import NamedTuple
 
-from hardpatch.config.data_tools import StatsConfig
+from hardpatch.config.commands import StatsConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.images.value_range import find_value_range
 from hardpatch.data.loader.statistics import measure

@@ -217,22 +217,18 @@ def load_tokenizer(name: str, *, num_patches: int, image_size: tuple[int, int], 
     module_name, _, function_name = name.partition(":")
     if not (module_name and function_name):
         raise InputError(f"tokenizer: must be module:function, got {name!r}")
+    problem = f"cannot import {module_name!r} (installed, or on PYTHONPATH?)"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, Stream.TOKENS))
         try:
             module = importlib.import_module(module_name)
+            problem = f"{name!r} failed"
+            function = getattr(module, function_name, None)
+            tokenizer = function() if callable(function) else None
         except Exception as error:  # whatever a module of the user's may raise
-            raise InputError(
-                f"tokenizer: cannot import {module_name!r} (installed, or on PYTHONPATH?): "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            raise InputError(f"tokenizer: {module_name!r} has no function {function_name!r}")
-        try:
-            tokenizer = function()
-        except Exception as error:
-            raise InputError(f"tokenizer: {name!r} failed: {type(error).__name__}: {error}") from error
+            raise InputError(f"tokenizer: {problem}: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise InputError(f"tokenizer: {module_name!r} has no function {function_name!r}")
     vocabulary = getattr(tokenizer, "vocabulary", None)
     if not callable(tokenizer) or not isinstance(vocabulary, int) or vocabulary < 2:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -12,17 +13,42 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
 from hardpatch.config.benchmark import LOADERS, LoadingConfig, StepConfig
-from hardpatch.data.loader.loading import default_workers, read_or_next
-from hardpatch.data.sources import Source, open_source
+from hardpatch.config.commands import PackConfig
+from hardpatch.data.images.decode import RGB
+from hardpatch.data.loader.cache import open_cache
+from hardpatch.data.loader.device import (
+    ImagesOnDevice,
+    WholeImages,
+    batches_decoded_on_device,
+    batches_kept_on_device,
+)
+from hardpatch.data.loader.loading import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Position,
+    TrainingImages,
+    TrainingOrder,
+    default_workers,
+    last_read,
+    read_or_next,
+    training_batches,
+)
+from hardpatch.data.sources import FileSource, Source, open_source
+from hardpatch.data.tools import pack
 from hardpatch.runs.folder import versions
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say, tracked
 from hardpatch.tools.benchmark import step
-from hardpatch.tools.benchmark.loaders import ON_DEVICE, endless_batches
 from hardpatch.tools.benchmark.presentation import ratios_to, spread
+
+ON_DEVICE = ("device-cache", "device-decode")
+"""Loaders whose work the device does."""
 
 
 def run(config: LoadingConfig) -> dict[str, Any]:
@@ -103,6 +129,66 @@ def _describe(source: Source, config: LoadingConfig, number: int, kilobytes: flo
         f"{number} JPEGs of {wide}x{tall} px (quality 90, 4:2:0, {kilobytes:.0f} kB each), made by resizing "
         f"images of {config.data}, the first {width}x{height} px"
     )
+
+
+def endless_batches(
+    name: str, files: list[Path], folder: Path, config: LoadingConfig, device: torch.device
+) -> Iterator[Tensor]:
+    """Batches of one of :data:`hardpatch.config.benchmark.LOADERS`, without end.
+
+    Args:
+        name: Which.
+        files: JPEGs.
+        folder: Where more may be written.
+        config: Size and scale of the crops, batch.
+        device: Of the loaders that work on one.
+    """
+    if name == "plain":
+        loader = DataLoader(PlainImages(files, config), config.batch_size, shuffle=True, drop_last=True)
+        return itertools.chain.from_iterable(itertools.repeat(loader))
+    if name == "shards":
+        pack.run(PackConfig(str(files[0].parent), str(folder / name), size=config.packed_size, workers=0))
+        source = open_source(str(folder / name / "*.tar"))
+    else:
+        source = FileSource([str(file) for file in files], decoder=RGB)
+    size, whole = (config.image_size, config.image_size), name in ("cache", "device-cache")
+    cache = open_cache(source, "ram", size=size, jpeg_scaling=False) if name == "cache" else None
+    training = TrainingImages(
+        source, size=size, crop_scale=config.crop_scale, flip=True, seed=0, jpeg_scaling=not whole, cache=cache
+    )
+    order = TrainingOrder(
+        len(source), batch_size=config.batch_size, first_step=0, total_steps=10**9, seed=0, position=Position()
+    )
+    if name == "device-cache":
+        batches = batches_kept_on_device(ImagesOnDevice(training, device=device, workers=0), order)
+    elif name == "device-decode":
+        wholes = last_read(WholeImages(training, encoded=device.type == "cuda"), 0)
+        batches = batches_decoded_on_device(wholes, order, device=device, workers=0)
+    else:
+        for index in range(len(source) if cache is not None else 0):  # what the first epoch does
+            training[0, index]
+        batches = training_batches(training, order, workers=0, pin_memory=False)
+    return (batch.images for batch in batches)
+
+
+class PlainImages(Dataset[Tensor]):
+    """The loader of most research code: Pillow and torchvision's classic transforms, one image at a time."""
+
+    def __init__(self, files: list[Path], config: LoadingConfig) -> None:
+        self.files = files
+        self.crop = transforms.Compose([
+            transforms.RandomResizedCrop(config.image_size, config.crop_scale, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.files[index]) as picture:
+            return self.crop(picture.convert("RGB"))  # type: ignore[no-any-return]
 
 
 def _measure(

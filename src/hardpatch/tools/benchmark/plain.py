@@ -11,7 +11,6 @@ It computes what :meth:`hardpatch.method.method.Method.step` computes, to roundi
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +22,6 @@ from torch import Tensor, nn
 from hardpatch.config.config import OptimisationConfig
 from hardpatch.method.student import Student
 from hardpatch.method.targets.target import Target
-from hardpatch.method.vit import Decoder
-
-
-class PlainOutput(NamedTuple):
-    """What the whole model says about every patch, in image order."""
-
-    prediction: Float[Tensor, "b n p"]
-    """The reconstruction."""
-    scores: Float[Tensor, "b n"]
-    """Predicted loss."""
 
 
 class PlainStep:
@@ -67,14 +56,14 @@ class PlainStep:
         """One step; returns the total loss."""
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             with torch.no_grad():
-                scores = run_whole(self.teacher, images, torch.zeros_like(noise, dtype=torch.bool)).scores
+                _, scores = run_whole(self.teacher, images, torch.zeros_like(noise, dtype=torch.bool))
             hidden = loop_masks(scores, noise, num_hidden=self.num_hidden, num_hard=num_hard)
-            output = run_whole(self.student, images, hidden)
-            patch_loss = self.target.patch_loss(output.prediction, self.target(images))
+            prediction, predicted_loss = run_whole(self.student, images, hidden)
+            patch_loss = self.target.patch_loss(prediction, self.target(images))
             reconstruction = (patch_loss * hidden).sum() / hidden.sum()
             b = len(images)
-            prediction = two_log_loss(output.scores[hidden].reshape(b, -1), patch_loss[hidden].reshape(b, -1))
-            loss = reconstruction + prediction
+            ranking = two_log_loss(predicted_loss[hidden].reshape(b, -1), patch_loss[hidden].reshape(b, -1))
+            loss = reconstruction + ranking
         value = loss.item()
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -91,9 +80,15 @@ class PlainStep:
         return value
 
 
-def run_whole(model: Student, images: Float[Tensor, "b c h w"], hidden: Bool[Tensor, "b n"]) -> PlainOutput:
-    """Encoder on what is visible, both decoders on every token in image order, both heads on every patch."""
-    encoder, count = model.encoder, encoder_prefix(model)
+def run_whole(
+    model: Student, images: Float[Tensor, "b c h w"], hidden: Bool[Tensor, "b n"]
+) -> tuple[Float[Tensor, "b n p"], Float[Tensor, "b n"]]:
+    """Encoder on what is visible, both decoders on every token in image order, both heads on every patch.
+
+    Returns:
+        Reconstruction and predicted loss of every patch, in image order.
+    """
+    encoder, count = model.encoder, model.encoder.num_prefix_tokens
     tokens = encoder._pos_embed(encoder.patch_embed(images))
     prefix, patches = tokens[:, :count], tokens[:, count:]
     b, n, d = patches.shape
@@ -107,18 +102,13 @@ def run_whole(model: Student, images: Float[Tensor, "b c h w"], hidden: Bool[Ten
     body = torch.cat([embedded[:, count:], mask_tokens], dim=1)
     body = body.gather(1, shuffled.argsort(1).unsqueeze(-1).expand(-1, -1, body.shape[-1]))
     sequence = torch.cat([embedded[:, :count], body + model.positions], dim=1)
-    assert isinstance(model.predictor, Decoder), "the published loss predictor"
-    assert isinstance(model.reconstructor, Decoder), "the published reconstructor"
+    assert model.predictor is not None, "the published loss predictor"
+    assert not model.reconstructor.cross, "the published decoders"
     predicted, scores = (
         decoder.head(decoder.norm(decoder.blocks(sequence)))[:, count:]
         for decoder in (model.reconstructor, model.predictor)
     )
-    return PlainOutput(predicted, scores.float().mean(dim=-1))
-
-
-def encoder_prefix(model: Student) -> int:
-    """Class and register tokens of the encoder."""
-    return int(model.encoder.num_prefix_tokens)
+    return predicted, scores.float().mean(dim=-1)
 
 
 def loop_masks(

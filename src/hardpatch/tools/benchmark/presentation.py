@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hardpatch.config.benchmark import LOADERS, VARIANTS
 from hardpatch.figures.hardness import save_figure
 from hardpatch.runtime.files import write_text_atomically
 
-OTHERS = ("reference", "transformers", "lightly", "plain", "torchvision")
+OTHERS = ("reference", "transformers", "lightly", "plain")
 """What is not ours is drawn in grey."""
 
 
@@ -89,49 +87,30 @@ def loader_table(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def save(result: Mapping[str, Any], out: Path, draw: Callable[[Mapping[str, Any], Axes], None]) -> None:
-    """The figures as JSON, and their picture beside it."""
+def save(result: Mapping[str, Any], out: Path, key: str, base: str, title: str) -> None:
+    """The figures as JSON, and beside it a picture: a bar for each name, with its spread and its ratio to another's.
+
+    Args:
+        result: Of the benchmark.
+        out: The JSON file.
+        key: Which figures are drawn.
+        base: The name that ratios are taken to, where it was measured.
+        title: What was measured, where.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out, json.dumps(result, indent=2) + "\n")
-    figure = Figure(layout="constrained")
+    rates, ratios = result[key], result[f"ratio_to_{base}"]
+    deviations = [result[f"{key}_std"][name] or 0 for name in rates]
+    figure = Figure(figsize=(8, 1 + 0.45 * len(rates)), layout="constrained")
     axes = figure.subplots()
-    draw(result, axes)
-    figure.set_size_inches(8, 0.8 + 0.45 * len(axes.patches))
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, out.with_suffix(".png"))
-
-
-def draw_steps(result: Mapping[str, Any], axes: Axes) -> None:
-    """Images per second of each variant, and how many times faster than the plain reference step it is."""
-    base = "reference" if result.get("ratio_to_reference") else "mae"
-    _bars(result, "images_per_second", f"ratio_to_{base}", "MAE mode" if base == "mae" else base, axes)
-    size = result["settings"]["image_size"]
-    axes.set_xlabel("images/s (student views)")
-    axes.set_title(
-        f"{result['model']}, {size} px, {result['precision']}, {result['device']}: {result['measured']}", fontsize=9
-    )
-
-
-def draw_loaders(result: Mapping[str, Any], axes: Axes) -> None:
-    """Images per second and core of each loader, how many times the plain one that is, and what the step needs."""
-    _bars(result, "images_per_second_per_core", "ratio_to_plain", "plain", axes)
-    if step := result["step"]:
-        needed = step["images_per_second"]
-        if needed < axes.get_xlim()[1]:
-            axes.axvline(needed, color="#d62728", linewidth=1)
-        told = f"red: the step, {step['name']}: {needed:,.0f} images/s"
-        axes.set_title(told, fontsize=9, color="#d62728", loc="right")
-    about = textwrap.fill(result["images"], 90)
-    axes.set_xlabel(f"images/s per core, crops of {result['settings']['image_size']} px\n{about}", fontsize=8)
-
-
-def _bars(result: Mapping[str, Any], key: str, ratio: str, base: str, axes: Axes) -> None:
-    """A bar for each name with its spread, and the ratio to ``base`` beside it."""
-    rates, deviations = result[key], [result[f"{key}_std"][name] or 0 for name in result[key]]
     colours = ["#9aa0a6" if name in OTHERS else "#1f77b4" for name in rates]
     axes.barh(list(rates), list(rates.values()), xerr=deviations, color=colours, ecolor="#333333")
     for place, (name, deviation) in enumerate(zip(rates, deviations, strict=True)):
-        told = f" {rates[name]:,.1f}" + (f"  ({result[ratio][name]:.2f} x {base})" if result.get(ratio) else "")
+        told = f" {rates[name]:,.1f}" + (f"  ({ratios[name]:.2f} x {base})" if ratios else "")
         axes.text(rates[name] + deviation, place, told, va="center", fontsize=9)
     axes.set_xlim(0, 1.35 * max(rates.values()))
+    axes.set_xlabel(key.replace("_", " "))
+    axes.set_title(title, fontsize=9, wrap=True, parse_math=False)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, out.with_suffix(".png"))

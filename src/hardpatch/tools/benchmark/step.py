@@ -15,7 +15,6 @@ from hardpatch.config.config import Config
 from hardpatch.config.recipes import recipe
 from hardpatch.config.values import with_fields
 from hardpatch.cost.flops import training_flops
-from hardpatch.data.sources import open_source
 from hardpatch.method.targets.target import FittedTarget
 from hardpatch.runs.build import (
     build_hpm,
@@ -24,6 +23,7 @@ from hardpatch.runs.build import (
     build_optimizer,
     build_student,
     choose_attention,
+    clipped_parameters,
     compile_blocks,
     recompute_blocks,
 )
@@ -62,7 +62,7 @@ class OurStep:
         if compiled:
             compile_blocks(*self.model.networks)
         self.optimizer = build_optimizer(config.optimisation, self.model.student)
-        self.parameters = [p for p in self.model.student.parameters() if p.requires_grad]
+        self.parameters = clipped_parameters(self.optimizer)
         self.normalise = build_normalise(config).to(device)
         self.steps_done = 0
 
@@ -130,29 +130,23 @@ def run(config: StepConfig) -> dict[str, Any]:
     """Measure the variants.
 
     Raises:
-        InputError: A size does not fit, a variant is named twice, or the data cannot be read.
+        InputError: A size does not fit or a variant is named twice.
     """
     if len(set(config.variants)) < len(config.variants) or not config.variants:
         raise InputError(f"variants: must be different, at least one, got {', '.join(config.variants) or 'none'}")
     conditions = Conditions.of(config)
     device, batch_size = conditions.device, conditions.batch_size
     configs = {name: variant_config(name, config, batch_size) for name in config.variants}
-    source = None
-    if config.data:
-        first = next(iter(configs.values()))
-        source = open_source(config.data, image_size=first.data.size, field="data")
-        if len(source) < batch_size:
-            raise InputError(f"data: needs at least batch_size ({batch_size}) images, got {len(source)}")
     steppers: dict[str, Callable[[], Stepper]] = {
         name: partial(ReferenceStep, chosen, device=device)
         if name == "reference"
         else partial(OurStep, chosen, device=device, bf16=conditions.bf16, compiled=conditions.compiled)
         for name, chosen in configs.items()
     }
-    figures = measure(steppers, config, conditions, source=source)
+    figures = measure(steppers, config, conditions)
     reference = "fp16" if device.type == "cuda" else "float32"
     figures["precision_of_reference"] = reference if "reference" in configs else None
-    return figures | ({"measured": f"training from {config.data}"} if config.data else {})
+    return figures
 
 
 def variant_config(name: str, config: BenchmarkConfig, batch_size: int) -> Config:

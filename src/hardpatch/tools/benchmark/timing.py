@@ -12,15 +12,12 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from hardpatch.config.benchmark import BenchmarkConfig
-from hardpatch.data.loader.loading import Position, TrainingImages, TrainingOrder, default_workers, training_batches
-from hardpatch.data.sources import Source
 from hardpatch.runs.folder import versions
 from hardpatch.runtime.distributed import choose_device, has_bf16, is_bf16, is_compiled, release_memory, synchronise
 from hardpatch.runtime.errors import InputError
@@ -34,8 +31,6 @@ SECONDS_AFTER_A_STOP = 1.0
 PEAK_PRODUCTS = 10
 """Matrix products timed together on CUDA: one takes little longer than the host's wait for it."""
 PEAK_WARMUP_SECONDS = 0.5
-PROFILED = 20
-"""Operations in a profile."""
 OUT_OF_MEMORY = r"out of memory|ALLOC_FAILED|can't allocate memory"
 """What torch's errors say that are not its OutOfMemoryError: MPS, cuBLAS, the CPU."""
 
@@ -139,8 +134,6 @@ def measure(
     builders: Mapping[str, Callable[[], Stepper]],
     config: BenchmarkConfig,
     conditions: Conditions,
-    *,
-    source: Source | None = None,
 ) -> dict[str, Any]:
     """Build, warm up and time every stepper, in turns, and count what it needs.
 
@@ -148,7 +141,6 @@ def measure(
         builders: What makes each, by name.
         config: Sizes, seconds, rounds.
         conditions: What followed from them here.
-        source: Where images come from; None: random bytes on the device.
 
     Returns:
         Figures by name; images/s are student views per second. A signal to stop ends it early, with what was measured
@@ -163,7 +155,6 @@ def measure(
     shape = batch_size, 3, config.image_size, config.image_size
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     trials = Trials()
-    profiles: dict[str, dict[str, float]] = {}
     with StopSignal() as stop:
         # Of the precisions that the hardware computes in, fastest first: one product in emulated bf16 takes 20 seconds.
         precisions = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -171,7 +162,7 @@ def measure(
             del precisions["bf16"]
         peaks = {precision: matmul_peak(device, dtype) for precision, dtype in precisions.items()}
         ready = _prepare_all(builders, images, device, trials, stop)
-        turns = {name: Turn(prepared.stepper, images, device, source) for name, prepared in ready.items()}
+        turns = {name: Turn(prepared.stepper, images, device) for name, prepared in ready.items()}
         counts = _count_steps(turns, config.seconds / config.rounds, device, trials, stop)
         if not counts and trials.failed:
             raise next(iter(trials.failed.values()))
@@ -181,17 +172,11 @@ def measure(
             ready.pop(name, None)
             warn(f"{name} is left out: {why}")
         rates = take_turns(turns, counts, batch_size=batch_size, rounds=config.rounds, stop=stop)
-        for name in ready if config.profile and not stop.name else ():
-            try:
-                profiles[name] = profile(ready[name].stepper, images, device)
-            except Exception as error:  # a profiler that fails is no reason to lose what was timed
-                warn(f"no profile of {name}: {_in_a_line(error)}")
     return {
         **_figures(ready, rates, peaks),
         "left_out": trials.left_out,
         "failed": list(trials.failed),
         "stopped_by": stop.name,
-        **({"profile": profiles} if config.profile else {}),
         **conditions.as_json(config),
     }
 
@@ -297,39 +282,19 @@ class Turn:
         stepper: What is measured.
         images: Random images on the device, of the size that it takes.
         device: Where.
-        source: Where images come from instead; every turn has data processes of its own, which start before the clock.
     """
 
-    def __init__(
-        self, stepper: Stepper, images: torch.Tensor, device: torch.device, source: Source | None = None
-    ) -> None:
+    def __init__(self, stepper: Stepper, images: torch.Tensor, device: torch.device) -> None:
         self.stepper, self.device = stepper, device
         self.images = images[: stepper.images_per_step]
-        self.training = None
-        if source is not None:
-            size = (images.shape[2], images.shape[3])
-            self.training = TrainingImages(source, size=size, crop_scale=(0.2, 1.0), flip=True, seed=0)
 
     def seconds(self, num_steps: int) -> float:
         """Time of ``num_steps`` steps, after one that is not counted."""
-        if self.training is None:
-            return self._time(lambda: self.images, num_steps)
-        order = TrainingOrder(
-            len(self.training.source), batch_size=self.stepper.images_per_step, first_step=0,
-            total_steps=num_steps + 1, seed=0, position=Position(),
-        )  # fmt: skip
-        batches = training_batches(
-            self.training, order, workers=default_workers(), pin_memory=self.device.type == "cuda"
-        )
-        with closing(batches):
-            return self._time(lambda: next(batches).images.to(self.device, non_blocking=True), num_steps)
-
-    def _time(self, fetch: Callable[[], torch.Tensor], num_steps: int) -> float:
-        self.stepper.step(fetch)
+        self.stepper.step(lambda: self.images)
         synchronise(self.device)
         start = time.perf_counter()
         for _ in range(num_steps):
-            self.stepper.step(fetch)
+            self.stepper.step(lambda: self.images)
         synchronise(self.device)
         return time.perf_counter() - start
 
@@ -369,24 +334,6 @@ def take_turns(
             rates[name].append(counts[name] * batch_size / turns[name].seconds(counts[name]))
         say(f"round {number + 1} of {rounds}")
     return rates
-
-
-def profile(stepper: Stepper, images: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Share of each operation, on CUDA of each kernel, in the time of a step: the largest."""
-    on_cuda = device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
-    with torch.profiler.profile(activities=activities, acc_events=True) as found:
-        warm_up(stepper, images, device, steps=1)
-    times: dict[str, float] = {}
-    for event in found.key_averages():
-        # A kernel's time stands with the kernel, with the operation that launched it, and with regions around both.
-        if on_cuda and (event.device_type.name != "CUDA" or event.is_user_annotation):
-            continue
-        spent = float(event.self_device_time_total if on_cuda else event.self_cpu_time_total)
-        times[event.key] = times.get(event.key, 0.0) + spent
-    largest = sorted(times, key=lambda name: -times[name])[:PROFILED]
-    return {name: times[name] / sum(times.values()) for name in largest}
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

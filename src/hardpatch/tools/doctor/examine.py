@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from hardpatch.config.doctor import DoctorConfig
+from hardpatch.config.commands import DoctorConfig
 from hardpatch.runtime.machine import free_memory
 from hardpatch.tools.doctor import Finding, surroundings
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 import torch
 import torch.distributed as dist
 
-from hardpatch.config.doctor import DoctorConfig
+from hardpatch.config.commands import DoctorConfig
 from hardpatch.runs.folder import versions
 from hardpatch.runtime import distributed
 from hardpatch.tools.doctor import Finding

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 from hardpatch.data.images.formats import arrays, dicom, pictures, tiff
 from hardpatch.data.images.stored import DecodeError, Description, Stored
@@ -17,15 +18,6 @@ EXTENSIONS = frozenset(
 """Endings of files that are taken for images; the content decides how they are read."""
 
 
-class _Format(NamedTuple):
-    """What a module of this package offers."""
-
-    describe: Callable[[bytes], Description]
-    """From the header alone."""
-    read: Callable[[bytes, int | None], Stored]
-    """All of it."""
-
-
 def describe(content: bytes) -> Description:
     """What a file says of its image; nothing is decoded.
 
@@ -33,7 +25,8 @@ def describe(content: bytes) -> Description:
         DecodeError: No image, damaged in its header, or too large.
     """
     with _reasons():
-        return _format_of(content).describe(content)
+        about: Description = _format_of(content).describe(content)
+        return about
 
 
 def read_stored(content: bytes, *, channels: int | None = None) -> Stored:
@@ -47,28 +40,27 @@ def read_stored(content: bytes, *, channels: int | None = None) -> Stored:
         DecodeError: Damaged, too large, or of a kind that would not come out faithfully.
     """
     with _reasons():
-        return _format_of(content).read(content, channels)
+        stored: Stored = _format_of(content).read(content, channels)
+        return stored
 
 
-def _format_of(content: bytes) -> _Format:
+def _format_of(content: bytes) -> ModuleType:
     if not content:
         raise DecodeError("empty file")
     if content.startswith((b"\x93NUMPY", b"PK\x03\x04")):
-        return _Format(arrays.describe, arrays.read)
+        return arrays
     if content.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return _Format(tiff.describe, tiff.read)
-    if content[128:132] == b"DICM":
-        return _Format(dicom.describe, dicom.read)
-    return _Format(pictures.describe, pictures.read)
+        return tiff
+    return dicom if content[128:132] == b"DICM" else pictures
 
 
-class _reasons:  # noqa: N801  (reads as a statement)
+@contextmanager
+def _reasons() -> Iterator[None]:
     """Any error while decoding becomes a :class:`DecodeError` with a reason."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Pillow alone raises OSError, ValueError, SyntaxError, TypeError, struct.error, ... on damaged files.
-        if isinstance(error, Exception) and not isinstance(error, DecodeError):
-            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise DecodeError(f"cannot be decoded: {what}") from error
+    try:
+        yield
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow alone raises OSError, ValueError, SyntaxError, TypeError, struct.error, ...
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise DecodeError(f"cannot be decoded: {what}") from error

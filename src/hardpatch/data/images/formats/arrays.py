@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from typing import cast
 
 import numpy as np
 from numpy.lib import format as npy
 
-from hardpatch.data.images.stored import (
-    Colour,
-    DecodeError,
-    Description,
-    Kind,
-    Stored,
-    check_size,
-    product,
-    type_range,
-)
+from hardpatch.data.images.stored import Colour, DecodeError, Description, Kind, Stored, check_size, type_range
 
 _CONVERTIBLE = (1, 3)
 """Grey and colour can be turned into each other."""
@@ -41,7 +33,7 @@ def read(content: bytes, channels: int | None) -> Stored:
     with file:
         shape, in_fortran_order, dtype = _header(file)
         axis, _ = _layout(shape, channels)
-        size = product(shape) * dtype.itemsize
+        size = math.prod(map(int, shape)) * dtype.itemsize
         if (there := length - file.tell()) != size and (there < size or name == "NPZ"):
             raise DecodeError(f"holds {there:,} bytes of values, {size:,} are announced")
         data = file.read(size)
@@ -78,7 +70,7 @@ def _header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
     if dtype.kind not in "buif" or dtype.itemsize > 8:
         raise DecodeError(f"array of type {dtype}, which holds no plain numbers")
     height, width, bands = _layout(shape, None)[1]
-    if not product(shape):
+    if not math.prod(map(int, shape)):
         raise DecodeError("image without pixels")
     check_size(width, height, bytes_per_pixel=bands * dtype.itemsize)
     return shape, in_fortran_order, dtype

@@ -46,17 +46,11 @@ def describe(content: bytes) -> Description:
             orientation = _orientation_before_loading(picture, content)
             width, height = upright_size(*picture.size, orientation)
             mode = _MODES.get(picture.mode, "rgb" if not picture.mode.startswith("I") else "grey")
+            name = {"MPO": "JPEG", "DIB": "BMP"}.get(picture.format or "", picture.format or "?")
             return Description(
-                {"MPO": "JPEG", "DIB": "BMP"}.get(picture.format or "", picture.format or "?"),
-                width,
-                height,
-                1 if mode == "grey" else 3,
-                picture.has_transparency_data,
-                mode,
-                1 if picture.mode == "1" else deep,
-                orientation=orientation,
-                frames=_count_frames(picture),
-            )
+                name, width, height, 1 if mode == "grey" else 3, picture.has_transparency_data, mode,
+                1 if picture.mode == "1" else deep, orientation=orientation, frames=_count_frames(picture),
+            )  # fmt: skip
 
 
 def read(content: bytes, channels: int | None) -> Stored:

@@ -24,7 +24,6 @@ from hardpatch.data.images.stored import (
     Kind,
     Stored,
     check_size,
-    product,
     type_range,
     upright,
     upright_size,
@@ -55,18 +54,11 @@ def describe(content: bytes) -> Description:
         width, height = upright_size(page.imagewidth, page.imagelength, orientation)
         photometric = _photometric(page)
         bands = 3 if photometric in _MODES else page.samplesperpixel - (layout.alpha is not None)
+        mode, kind = _MODES.get(photometric, layout.colour), _KINDS.get(page.sampleformat, "unsigned")
         return Description(
-            "TIFF",
-            width,
-            height,
-            bands,
-            layout.alpha is not None,
-            _MODES.get(photometric, layout.colour),
-            page.bitspersample,
-            _KINDS.get(page.sampleformat, "unsigned"),
-            orientation,
+            "TIFF", width, height, bands, layout.alpha is not None, mode, page.bitspersample, kind, orientation,
             _count_pages(file),
-        )
+        )  # fmt: skip
 
 
 def read(content: bytes, channels: int | None) -> Stored:
@@ -76,7 +68,7 @@ def read(content: bytes, channels: int | None) -> Stored:
         layout = _layout(page)
         no_data = _no_data(page)
         if layout.by_pillow:
-            _check_cut(page, len(content), product(page.chunked))
+            _check_cut(page, len(content), math.prod(map(int, page.chunked)))
             return pictures.read(content, channels)._replace(no_data=no_data)
         pixels, present = _pixels(page, len(content))
         orientation = _orientation(page)
@@ -91,15 +83,9 @@ def read(content: bytes, channels: int | None) -> Stored:
         premultiplied = extras[layout.alpha - pixels.shape[2]] == 1
         pixels = np.delete(pixels, layout.alpha, axis=2)
     return Stored(
-        pixels,
-        layout.colour,
-        type_range(pixels.dtype, bits=page.bitspersample),
-        alpha,
-        premultiplied,
-        inverted=photometric == _MIN_IS_WHITE and unsigned,
-        no_data=no_data,
-        present=present,
-    )
+        pixels, layout.colour, type_range(pixels.dtype, bits=page.bitspersample), alpha, premultiplied,
+        inverted=photometric == _MIN_IS_WHITE and unsigned, no_data=no_data, present=present,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -193,7 +179,7 @@ def _pixels(page: Any, size: int) -> tuple[np.ndarray, np.ndarray | None]:
         raise DecodeError(f"TIFF with {page.bitspersample}-bit values of format {page.sampleformat} is not read")
     planes, _, height, width, contiguous = page.shaped
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
-    number = product(page.chunked)
+    number = math.prod(map(int, page.chunked))
     check_size(
         width, height, bytes_per_pixel=number * tall * wide * contiguous * page.dtype.itemsize / (width * height)
     )

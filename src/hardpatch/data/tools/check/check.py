@@ -5,28 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hardpatch.config.data_check import CheckConfig
+from hardpatch.config.commands import CheckConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import FileSource, Source, open_source, remote
 from hardpatch.data.tools.check.duplicates import groups_of_equal, groups_of_near
-from hardpatch.data.tools.check.look import Look, Looker, other_files
+from hardpatch.data.tools.check.look import Look, look_at, other_files
 from hardpatch.data.tools.check.sheet import draw_sheet
 from hardpatch.data.tools.check.workers import look_at_all
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import tracked
 from hardpatch.runtime.machine import usable_cores
-
-_ASPECTS = ((0.5, "under 1:2"), (0.8, "1:2 to 4:5"), (1.25, "about square"), (2.0, "5:4 to 2:1"), (np.inf, "over 2:1"))
-"""Width over height, up to which limit and what to call it."""
 
 _COLUMNS = (
     "path", "format", "width", "height", "channels", "alpha", "mode", "depth", "orientation", "frames", "bytes",
@@ -36,14 +33,6 @@ _COLUMNS = (
 
 _MOST_SIZES = 100
 """Sizes that are counted one by one; rarer ones are summed up."""
-
-
-class Spread(NamedTuple):
-    """Of some number over all images."""
-
-    lowest: float
-    median: float
-    highest: float
 
 
 class CheckResult(NamedTuple):
@@ -63,9 +52,9 @@ class CheckResult(NamedTuple):
     depths: dict[str, int]
     sizes: dict[str, int]
     """Images by WIDTHxHEIGHT, upright, the most frequent first; beyond 100 sizes the others together as ``other``."""
-    width: Spread
-    height: Spread
-    aspect_ratios: dict[str, int]
+    width: dict[str, float]
+    """Lowest, median and highest, pixels, upright."""
+    height: dict[str, float]
     megabytes: float
     turned: int
     """Images that are stored turned or mirrored and are set upright."""
@@ -81,8 +70,6 @@ class CheckResult(NamedTuple):
     """Groups of the same bytes."""
     near_duplicates: list[list[str]]
     """Groups that look the same, each with one of every group of duplicates."""
-    seconds: float
-    out: str
 
 
 def run(config: CheckConfig) -> CheckResult:
@@ -93,34 +80,26 @@ def run(config: CheckConfig) -> CheckResult:
     """
     if config.out and Path(config.out).expanduser().is_file():
         raise InputError(f"out: must be a folder, got the file {config.out!r}")
-    start = time.perf_counter()
     source = open_source(config.data, decoder=Decoder(config.channels or 3, no_data=config.no_data))
     folder = Path(config.data).expanduser()
     listed = folder.is_dir() and isinstance(source, FileSource)  # a folder saved by datasets has files of its own
     skipped = [str(path) for path in other_files(folder)] if listed else []
-    looks = look_at_source(source, config)
-    result = _summed_up(looks, source, skipped, config, time.perf_counter() - start)
-    if config.out:
-        _write(Path(config.out).expanduser(), result, looks, source, config)
-    return result
-
-
-def look_at_source(source: Source, config: CheckConfig) -> list[Look]:
-    """One look at every image, in the source's order, by processes that may die."""
     cores = usable_cores()
-    looks = look_at_all(
-        Looker(source, config.channels, config.no_data),
+    seen = look_at_all(  # by processes that may die
+        partial(look_at, source=source, channels=config.channels, no_data=config.no_data),
         len(source),
         workers=cores if config.workers is None else config.workers,
         timeout=config.timeout,
         failed=Look,
     )
-    return sorted(tracked(looks, "looking at images", total=len(source)), key=lambda look: look.number)
+    looks = sorted(tracked(seen, "looking at images", total=len(source)), key=lambda look: look.number)
+    result = _summed_up(looks, source, skipped, near_bits=config.near_bits)
+    if config.out:
+        _write(Path(config.out).expanduser(), result, looks, source, config)
+    return result
 
 
-def _summed_up(
-    looks: list[Look], source: Source, skipped: list[str], config: CheckConfig, seconds: float
-) -> CheckResult:
+def _summed_up(looks: list[Look], source: Source, skipped: list[str], *, near_bits: int) -> CheckResult:
     good = [look for look in looks if not look.reason]
     abouts = [look.about for look in good if look.about is not None]
     ends = [look.ends for look in good if look.ends is not None]
@@ -129,7 +108,7 @@ def _summed_up(
     equal = groups_of_equal([look.digest for look in good])
     repeated = {position for group in equal for position in group[1:]}
     seen = [look for position, look in enumerate(good) if position not in repeated and look.hash is not None]
-    near = groups_of_near(np.array([look.hash for look in seen], np.uint64), most=config.near_bits)
+    near = groups_of_near(np.array([look.hash for look in seen], np.uint64), most=near_bits)
 
     def names(group: list[int], among: list[Look]) -> list[str]:
         return [source.name(among[position].number) for position in group]
@@ -146,7 +125,6 @@ def _summed_up(
         sizes=dict(sizes[:_MOST_SIZES]) | ({"other": others} if others else {}),
         width=_spread([about.width for about in abouts]),
         height=_spread([about.height for about in abouts]),
-        aspect_ratios=_aspects([about.width / about.height for about in abouts]),
         megabytes=sum(look.size for look in looks) / 1e6,
         turned=sum(about.orientation != 1 for about in abouts),
         animated=sum(about.frames > 1 for about in abouts),
@@ -155,8 +133,6 @@ def _summed_up(
         value_range=(min(low for low, _ in ends), max(high for _, high in ends)) if ends else None,
         duplicates=[names(group, good) for group in equal],
         near_duplicates=[names(group, seen) for group in near],
-        seconds=seconds,
-        out=config.out,
     )
 
 
@@ -165,23 +141,14 @@ def _counted(names: Any) -> dict[str, int]:
     return dict(Counter(names).most_common())
 
 
-def _spread(numbers: list[int]) -> Spread:
-    return Spread(*np.percentile(numbers, (0, 50, 100)).tolist()) if numbers else Spread(0, 0, 0)
-
-
-def _aspects(ratios: list[float]) -> dict[str, int]:
-    limits = [limit for limit, _ in _ASPECTS]
-    counts = np.bincount(np.searchsorted(limits, ratios), minlength=len(limits)) if ratios else [0] * len(limits)
-    return {name: int(count) for (_, name), count in zip(_ASPECTS, counts) if count}
+def _spread(numbers: list[int]) -> dict[str, float]:
+    values = np.percentile(numbers, (0, 50, 100)).tolist() if numbers else (0, 0, 0)
+    return dict(zip(("lowest", "median", "highest"), values))
 
 
 def as_json(result: CheckResult) -> dict[str, Any]:
     """The keys of the ``--json`` line."""
-    return result._asdict() | {
-        "damaged": [{"path": name, "reason": reason} for name, reason in result.damaged],
-        "width": result.width._asdict(),
-        "height": result.height._asdict(),
-    }
+    return result._asdict() | {"damaged": [{"path": name, "reason": reason} for name, reason in result.damaged]}
 
 
 def _write(folder: Path, result: CheckResult, looks: list[Look], source: Source, config: CheckConfig) -> None:

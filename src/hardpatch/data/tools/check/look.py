@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from hardpatch.data.images.decode import Decoder, Sample, describe, to_sample
@@ -39,50 +37,35 @@ class Look(NamedTuple):
     valid: float = 1.0
     """Share of the pixels that hold data."""
 
-    def ends_or_none(self) -> tuple[float, float] | None:
-        """The ends, where they differ."""
-        return self.ends if self.ends is not None and self.ends[0] < self.ends[1] else None
 
-
-@dataclass(frozen=True)
-class Looker:
-    """Looks at the images of a source by their number.
+def look_at(index: int, *, source: Source, channels: int | None, no_data: float | None) -> Look:
+    """Read and decode one image of a source; never raises.
 
     Args:
+        index: Of the image.
         source: The images.
         channels: As how many channels they are read; None: as many as each has.
         no_data: Value of pixels without data.
     """
-
-    source: Source
-    channels: int | None
-    no_data: float | None
-
-    def __call__(self, index: int) -> Look:
-        """Read and decode one; never raises."""
-        content = b""
-        try:
-            content = self.source.content(index)
-            return self._look(index, content)
-        except Exception as error:  # whatever a source's reader may raise: the next image is looked at all the same
-            reason = str(error) if isinstance(error, DecodeError) else f"{type(error).__name__}: {error}"
-            return Look(index, reason, size=len(content), digest=_digest(content))
-
-    def _look(self, index: int, content: bytes) -> Look:
-        ends = None
+    content, ends = b"", None
+    try:
+        content = source.content(index)
         try:
             about = describe(content)
         except DecodeError:
-            sample = self.source.read(index)  # of a source whose images are made, not decoded
+            sample = source.read(index)  # of a source whose images are made, not decoded
             bands, height, width = sample.image.shape
             about = Description("made", width, height, bands, False, "grey" if bands == 1 else "rgb", 8)
         else:
-            stored = read_stored(content, channels=self.channels or about.bands)
+            stored = read_stored(content, channels=channels or about.bands)
             if stored.is_deep:
-                ends = stored_ends(stored, no_data=self.no_data)
-            sample = to_sample(stored, Decoder(self.channels or about.bands, no_data=self.no_data))
+                ends = stored_ends(stored, no_data=no_data)
+            sample = to_sample(stored, Decoder(channels or about.bands, no_data=no_data))
         valid = 1.0 if sample.valid is None else float(sample.valid.float().mean())
         return Look(index, "", about, len(content), _digest(content), perceptual_hash(sample), ends, valid)
+    except Exception as error:  # whatever a source's reader may raise: the next image is looked at all the same
+        reason = str(error) if isinstance(error, DecodeError) else f"{type(error).__name__}: {error}"
+        return Look(index, reason, size=len(content), digest=_digest(content))
 
 
 def _digest(content: bytes) -> bytes:
@@ -96,19 +79,13 @@ def perceptual_hash(sample: Sample) -> int | None:
     """
     import imagehash
 
-    grey = grey_levels(sample)
+    grey = sample.image.float().mean(0).numpy()
+    if sample.image.is_floating_point():  # not 8-bit: stretched to 0..255
+        low, high = float(grey.min()), float(grey.max())
+        grey = (grey - low) * (255 / max(high - low, 1e-12))
     if np.ptp(grey) < 1:
         return None
     return int(str(imagehash.phash(Image.fromarray(grey.round().astype(np.uint8)))), 16)
-
-
-def grey_levels(sample: Sample) -> Float[np.ndarray, "h w"]:
-    """The mean over the channels; stretched to 0..255 where the image is not 8-bit."""
-    grey = sample.image.float().mean(0).numpy()
-    if sample.image.is_floating_point():
-        low, high = float(grey.min()), float(grey.max())
-        grey = (grey - low) * (255 / max(high - low, 1e-12))
-    return np.asarray(grey)
 
 
 def other_files(folder: Path) -> Iterator[Path]:

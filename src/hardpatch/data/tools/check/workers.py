@@ -39,7 +39,8 @@ class _Worker(Generic[Answer]):
         """Hand out more work."""
         self.waiting = list(numbers)
         self.since = time.monotonic()
-        self.connection.send(self.waiting)
+        if numbers:
+            self.connection.send(self.waiting)
 
     def end(self) -> None:
         """Make it leave."""
@@ -68,12 +69,12 @@ def look_at_all(
     if workers == 0:
         yield from map(look, range(count))
         return
-    rest = iter(range(0, count, _CHUNK))
+    rest = (range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK))
     crew: list[_Worker[Answer]] = []
     try:
         for _ in range(min(workers, -(-count // _CHUNK))):
             crew.append(_Worker(look))
-            _next_chunk(crew[-1], rest, count)
+            crew[-1].ask(next(rest, ()))
         while any(worker.waiting for worker in crew):
             ready = wait([worker.connection for worker in crew if worker.waiting], timeout=min(1.0, timeout))
             for position, worker in enumerate(crew):
@@ -85,7 +86,11 @@ def look_at_all(
                         worker.since = time.monotonic()
                     except (EOFError, OSError):
                         worker.process.join()
-                        reason = _cause(worker.process.exitcode)
+                        code = worker.process.exitcode or 0
+                        end = (
+                            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"
+                        )
+                        reason = f"the process that decoded it {end}"
                 elif worker.waiting and time.monotonic() - worker.since > timeout:
                     reason = f"not decoded after {timeout:g} s"
                 if reason:
@@ -95,15 +100,10 @@ def look_at_all(
                     crew[position] = worker = _Worker(look)
                     worker.ask(others)
                 if not worker.waiting:
-                    _next_chunk(worker, rest, count)
+                    worker.ask(next(rest, ()))
     finally:
         for worker in crew:
             worker.end()
-
-
-def _next_chunk(worker: _Worker[Answer], rest: Iterator[int], count: int) -> None:
-    if (first := next(rest, None)) is not None:
-        worker.ask(range(first, min(first + _CHUNK, count)))
 
 
 def _serve(look: Callable[[int], Answer], connection: Connection) -> None:
@@ -119,10 +119,3 @@ def _serve(look: Callable[[int], Answer], connection: Connection) -> None:
             return
         for number in numbers:
             connection.send(look(number))
-
-
-def _cause(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        return f"the process that decoded it was killed by {name}"
-    return f"the process that decoded it died with exit code {exit_code}"
