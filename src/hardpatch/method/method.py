@@ -153,12 +153,12 @@ class Method:
                 no loss.
         """
         inner = student.module if isinstance(student, DistributedDataParallel) else student
-        assert isinstance(inner, Student)
-        return self.learn(student, self.mask(inner, teacher, images, noise, num_hard=num_hard, valid=valid))
+        asked = inner if isinstance(inner, Student) else None
+        return self.learn(student, self.mask(asked, teacher, images, noise, num_hard=num_hard, valid=valid))
 
     def mask(
         self,
-        student: Student,
+        student: Student | None,
         teacher: Teacher | None,
         images: Float[Tensor, "b c h w"],
         noise: Float[Tensor, "v n"],
@@ -167,7 +167,7 @@ class Method:
         valid: Bool[Tensor, "b n"] | None = None,
     ) -> MaskedBatch:
         """Steps 1 and 2. Teacher or scout look at the full images, which decides what is hidden. As :meth:`step`, but
-        for the student, which is no DDP."""
+        for the student, which is no DDP, and is asked only where it has a scout."""
         full = self.look(student, teacher, images, valid)
         scores = None if full.guide is None else per_view(full.guide, len(noise))
         known = None if valid is None else per_view(valid, len(noise))
@@ -191,7 +191,7 @@ class Method:
 
     def look(
         self,
-        student: Student,
+        student: Student | None,
         teacher: Teacher | None,
         images: Float[Tensor, "b c h w"],
         valid: Bool[Tensor, "b n"] | None = None,
@@ -199,7 +199,7 @@ class Method:
         """What the run's choices need to know of the full images: at most one pass of the teacher, one of the scout.
 
         Args:
-            student: Has the scout, if there is one.
+            student: Has the scout; not asked without one.
             teacher: Its EMA; None: it is not asked.
             images: Normalised images.
             valid: Patches of pixels that are all data; None: all.
@@ -212,11 +212,14 @@ class Method:
         ):
             features = teacher.encode(images)
         if self.guide == "scout":
+            if student is None:
+                raise ValueError("masks that a scout guides need the student that has it, got None")
             scores = student.scout_scores(images, valid)
         elif teacher is not None and features is not None and self.predicted_loss is not None:
             scores = teacher.score(features, grid_of(teacher.model.encoder, images))
         if self.guide == "variance":
-            return FullView(features, scores, patch_variance(images, student.geometry.patch))
+            patch = images.shape[2] // self.grid[0], images.shape[3] // self.grid[1]
+            return FullView(features, scores, patch_variance(images, patch))
         return FullView(features, scores, attention if self.guide == "attention" else scores)
 
     def choose_decoded(

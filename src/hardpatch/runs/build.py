@@ -255,9 +255,10 @@ def build_optimizer(config: OptimisationConfig, student: Student) -> torch.optim
     return torch.optim.AdamW(groups, lr=config.base_learning_rate, betas=config.betas, fused=True)
 
 
-def clipped_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters whose gradients are clipped together: all but a scout's."""
-    return [parameter for group in optimizer.param_groups if not group.get("constant") for parameter in group["params"]]
+def clipped_parameters(student: Student) -> list[nn.Parameter]:
+    """The parameters whose gradients are clipped together: all that learn but a scout's."""
+    named = student.named_parameters()
+    return [parameter for name, parameter in named if parameter.requires_grad and not name.startswith("scout.")]
 
 
 def choose_attention(model: nn.Module, device: torch.device, *, bf16: bool) -> None:

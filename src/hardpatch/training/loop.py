@@ -44,7 +44,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     _announce(run)
     seed = config.optimisation.seed
     student = parallel(state.model.student, device)
-    parameters = clipped_parameters(state.optimizer)
+    parameters = clipped_parameters(state.model.student)
     geometry, normalise = state.model.geometry, build_normalise(config).to(device)
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)

@@ -62,7 +62,7 @@ class OurStep:
         if compiled:
             compile_blocks(*self.model.networks)
         self.optimizer = build_optimizer(config.optimisation, self.model.student)
-        self.parameters = clipped_parameters(self.optimizer)
+        self.parameters = clipped_parameters(self.model.student)
         self.normalise = build_normalise(config).to(device)
         self.steps_done = 0
 
