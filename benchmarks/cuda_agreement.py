@@ -153,15 +153,14 @@ def train(
         images = images.to(device)
         noise = torch.rand(BATCH_SIZE, student.positions.shape[1], generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            batch = method.mask(teacher, images, noise, num_hard=num_hard)
+            batch = method.mask(student, teacher, images, noise, num_hard=num_hard)
             hidden = batch.hidden
             if masks is not None:
                 given = masks[step].to(device)
                 batch = batch._replace(hidden=given, decoded=method.choose_decoded(given, noise))
             losses: Losses = method.learn(student, batch)
-        assert batch.teacher is not None
-        assert batch.teacher.scores is not None
-        ordered = batch.teacher.scores.float().sort(dim=1, descending=True).values
+        assert batch.full.scores is not None
+        ordered = batch.full.scores.float().sort(dim=1, descending=True).values
         gap = float((ordered[:, num_hard - 1] - ordered[:, num_hard]).min())
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 5.0)

@@ -17,7 +17,7 @@ from hardpatch.method.targets.target import FittedTarget, Target
 from hardpatch.runs.build import build_hpm, build_method, build_student, build_target
 from hardpatch.runs.load import LoadedRun, load_encoder
 from hardpatch.runtime.errors import InputError, Interrupted
-from hardpatch.training.gate import THRESHOLD_AFTER_LOADING, mining_threshold
+from hardpatch.training.gate import DEFAULT_THRESHOLD, mining_threshold
 from hardpatch.training.pretrain import pretrain
 from tiny import TINY, assert_same_state, final_state, stop_after, tiny_config
 
@@ -175,7 +175,7 @@ def test_rules_hold_for_rows_from_outside():
         config(predicted_loss="none")
     with pytest.raises(InputError, match="hardness_block: must be 1 with target 'toy', which is not made of pixels"):
         config(target="toy", hardness_block=4)
-    assert mining_threshold(config(init_from="runs/old")) == THRESHOLD_AFTER_LOADING, "a guided mask gets the gate"
+    assert mining_threshold(config(init_from="runs/old")) == DEFAULT_THRESHOLD, "a guided mask gets the gate"
 
 
 @pytest.mark.usefixtures("_toys")

@@ -145,7 +145,7 @@ def test_no_data_weights_and_the_gate(bf16, pretended):
         gate = MiningGate(0.3, CUDA)
     with pretended.mode, Transfers() as transfers, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         whole = whole_patches(valid, (32, 32), (8, 8))
-        batch = method.mask(teacher, normalise(pixels), noise, num_hard=gate.admit(2), valid=whole)
+        batch = method.mask(student, teacher, normalise(pixels), noise, num_hard=gate.admit(2), valid=whole)
         counts = method.num_counted(batch)
         losses = method.learn(student, batch, counts / counts.clamp(min=1))
         gate.update(losses.rank_correlation)

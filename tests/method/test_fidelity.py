@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hardpatch.method import masks
 from hardpatch.method.losses import PREDICTED_LOSSES
 from hardpatch.method.masks import split_patches
-from hardpatch.method.method import MaskedBatch, Method, TeacherOutput
+from hardpatch.method.method import FullView, MaskedBatch, Method
 from hardpatch.method.student import Student, Teacher
 from hardpatch.method.targets.pixels import PixelTarget
 from hardpatch.method.targets.target import feature_loss
@@ -140,7 +140,7 @@ def train(case) -> Trajectory:
         for hidden in case.masks:
             scores = case.teacher.predict_loss(case.images)
             output = case.student(case.images, hidden, num_hidden=case.method.num_hidden)
-            said = TeacherOutput(case.teacher.encode(case.images), scores, scores)
+            said = FullView(case.teacher.encode(case.images), scores, scores)
             decoded = case.method.choose_decoded(hidden, hidden.float())
             losses = case.method.losses(output, MaskedBatch(case.images, hidden, decoded, None, said))
             losses.total.backward()

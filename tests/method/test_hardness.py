@@ -10,7 +10,7 @@ from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.figures.hardness import measure_hardness
 from hardpatch.method.losses import rank_correlation
-from hardpatch.method.method import MaskedBatch, TeacherOutput
+from hardpatch.method.method import FullView, MaskedBatch
 from hardpatch.method.student import StudentOutput, Teacher
 from hardpatch.method.targets.pixels import PixelHardness, PixelTarget
 from hardpatch.method.vit import patchify, take
@@ -101,7 +101,7 @@ def test_predictor_and_rank_correlation_are_held_against_it_and_the_loss_stays(f
     prediction, scores = torch.randn(target.shape, requires_grad=True), torch.randn(target.shape[:2])
     teacher = torch.randn(2, 16)
     hidden = torch.arange(16).expand(2, -1) < method.num_hidden
-    batch = MaskedBatch(images, hidden, decoded, None, TeacherOutput(torch.randn(2, 17, 32), teacher, teacher))
+    batch = MaskedBatch(images, hidden, decoded, None, FullView(torch.randn(2, 17, 32), teacher, teacher))
     losses = method.losses(StudentOutput(prediction, scores, None), batch)
     expected = chosen(prediction.detach(), target, images, decoded)
     torch.testing.assert_close(seen[0], expected)

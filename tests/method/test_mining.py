@@ -8,7 +8,7 @@ import torch
 from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.gate import MEMORY, THRESHOLD_AFTER_LOADING, MiningGate, mining_threshold
+from hardpatch.training.gate import DEFAULT_THRESHOLD, MEMORY, MiningGate, mining_threshold
 from hardpatch.training.pretrain import pretrain
 from tiny import TINY, assert_same_state, final_state
 
@@ -98,7 +98,7 @@ def test_a_run_from_weights_waits_unless_told_not_to():
         return mining_threshold(with_fields(Config(), fields))
 
     assert threshold() == 0
-    assert threshold(init_from="runs/old") == THRESHOLD_AFTER_LOADING
+    assert threshold(init_from="runs/old") == DEFAULT_THRESHOLD
     assert threshold(init_from="runs/old", mining_threshold=0) == 0
     assert threshold(init_from="runs/old", mask="random") == 0
     assert threshold(mining_threshold=0.7) == 0.7

@@ -142,3 +142,14 @@ def test_one_process_cannot_share_a_model(tmp_path):
     with pytest.raises(InputError, match=r"sharding: 'full' .* at least 2 .* got 1"):
         run(tmp_path / "run", sharding="full")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_scout_is_the_same_in_copies_shards_and_one_process(tmp_path):
+    changes = {"guide": "scout", "predicted_loss": "none", "hard_share_start": 0.5, "mining_threshold": 0.0}
+    run(tmp_path / "one", **changes)
+    run_by_two(tmp_path / "copies", **changes)
+    run_by_two(tmp_path / "shards", sharding="full", **changes)
+    one, copies = final_state(tmp_path / "one"), final_state(tmp_path / "copies")
+    assert_same_state(copies, final_state(tmp_path / "shards"))
+    for name, expected in one["student"].items():
+        torch.testing.assert_close(copies["student"][name], expected, rtol=1e-3, atol=1e-4, msg=name)

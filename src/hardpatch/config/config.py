@@ -16,7 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from hardpatch.config.fields import NotNegative, OpenShare, Positive, PositiveFloat, Share
-from hardpatch.method.choices import MASKS, TARGETS, listed
+from hardpatch.method.choices import MASKS, TARGETS, Guide, guide_of, listed
 from hardpatch.runtime.errors import suggest
 
 
@@ -139,6 +139,10 @@ class MethodConfig:
     num_tokens: Annotated[int, Field(ge=2)] = 1024
     """Entries of the embedded k-means codebook."""
     mask: MaskName = "hard"
+    guide: Literal["scout", "variance"] | None = None
+    """What tells masks hard, easy and proportional which patches are hard, in place of the teacher's predicted loss
+    (published; none): a scout, a tiny network that looks at the pixels and needs no teacher, or each patch's
+    variance."""
     mask_ratio: OpenShare = 0.75
     """Share of the patches that is hidden."""
     decoded_share: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -167,8 +171,18 @@ class MethodConfig:
     """With norm_pix: the loss predictor learns, and patches are mined by, the error in pixels, as where HPM was
     published, so that flat patches do not count as hard (published with target pixels only)."""
     mining_threshold: Share | None = None
-    """Masks stay random while the running rank correlation of predicted and true loss is below this; none: 0.3 for a
-    run that starts from weights (init_from), else 0, which is never wait (published)."""
+    """Masks stay random while the running rank correlation of predicted and true loss is below this; none: 0.3 with a
+    scout and for a run that starts from weights (init_from), else 0, which is never wait (published)."""
+
+    @property
+    def guided_by(self) -> Guide | None:
+        """What guides the masks; None: nothing."""
+        return guide_of(self.mask, self.guide)
+
+    @property
+    def learns_hardness(self) -> bool:
+        """Does anything learn what is hard: a loss predictor, or a scout?"""
+        return self.predicted_loss != "none" or self.guided_by == "scout"
 
     @property
     def largest_hard_share(self) -> float:

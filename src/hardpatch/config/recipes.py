@@ -68,6 +68,17 @@ METHODS = _table(
      "hpm-fast on norm_pix whose hardness is the error in pixels, as where HPM was published"),
     ("random+lpred-fast", "random+lpred", {"decoded_share": 1 / 3, "predictor_depth": 1},
      "hpm-fast without teacher and mining, the control: random masks, a third decoded, a one-block predictor"),
+    # Mining by a scout, without a teacher, and rows that differ from a mined one in their masks alone
+    ("random+lpred-fast-in-pixels", "random+lpred-fast", {"target": "norm_pix", "hardness_in_pixels": True},
+     "random+lpred-fast on norm_pix that predicts the error in pixels: hpm-scout with random masks"),
+    ("hpm-scout", "random+lpred-fast-in-pixels", {"mask": "hard", "guide": "scout"},
+     "mines what a scout finds hard by the error in pixels; predicts the loss, a third decoded, no teacher"),
+    ("hpm-scout-alone", "hpm-scout", {"predicted_loss": "none"},
+     "hpm-scout without a loss predictor; mae-third-norm-pix is the same with random masks"),
+    ("hpm-variance", "hpm-scout", {"guide": "variance"},
+     "hides the patches of highest variance, which learns nothing and costs nothing: the control of hpm-scout"),
+    ("hpm-fast-in-pixels-random", "hpm-fast-in-pixels", {"mask": "random"},
+     "hpm-fast-in-pixels with random masks: all that it does but mining"),
     # Variants that were measured
     ("hpm-both", "hpm", {"predictor_view": "both"},
      "the predictor also learns on the full image, where it is asked: mining sees far better"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hardpatch.method.choices import MASKS, TARGETS
+from hardpatch.method.choices import TARGETS
 from hardpatch.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ def _lengths(config: Config) -> Iterator[str]:
 def _hardness(config: Config) -> Iterator[str]:
     """What is broken of the rules between the masks and the predicted loss that guides them."""
     method, kind = config.method, TARGETS[config.method.target]
-    guide, predicts = MASKS[method.mask].guide, method.predicted_loss != "none"
+    guide, predicts, learns = method.guided_by, method.predicted_loss != "none", method.learns_hardness
     if not predicts and guide == "predicted_loss":
         yield f"mask: {method.mask!r} chooses by predicted loss, so predicted_loss must not be 'none'"
-    if method.mining_threshold and not predicts:
+    if method.mining_threshold and not learns:
         yield "mining_threshold: watches the predicted loss, so predicted_loss must not be 'none'"
     if method.mining_threshold and guide is None:
         yield f"mining_threshold: holds guided masks back, and mask {method.mask!r} is never guided"
@@ -53,11 +53,11 @@ def _hardness(config: Config) -> Iterator[str]:
     if method.hardness_block > 1 and not kind.of_pixels:
         yield (f"hardness_block: must be 1 with target {method.target!r}, which is not made of pixels; "
                f"got {method.hardness_block}")  # fmt: skip
-    if method.hardness_block > 1 and not predicts:
+    if method.hardness_block > 1 and not learns:
         yield ("hardness_block: with predicted_loss 'none' nothing learns what is hard, so it must be 1; "
                f"got {method.hardness_block}")  # fmt: skip
-    if method.hardness_in_pixels and not (kind.normalised and predicts):
-        yield ("hardness_in_pixels: goes with target 'norm_pix' and a loss predictor, got target "
+    if method.hardness_in_pixels and not (kind.normalised and learns):
+        yield ("hardness_in_pixels: goes with target 'norm_pix' and a loss predictor or scout, got target "
                f"{method.target!r} and predicted_loss {method.predicted_loss!r}")  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def _targets(config: Config) -> Iterator[str]:
     for option in kind.required:
         if not getattr(method, option):
             yield f"{option}: must be given with target {method.target!r}, got {getattr(method, option)!r}"
-    if reduction > 1 and (kind.needs_teacher or MASKS[method.mask].guide == "attention"):
+    if reduction > 1 and (kind.needs_teacher or method.guided_by == "attention"):
         yield (f"teacher_reduction: must be 1 with target {method.target!r} and mask {method.mask!r}, which need what "
                f"the teacher says of every patch; got {reduction}")  # fmt: skip
 

@@ -54,7 +54,7 @@ def step_cost(config: Config) -> StepCost:
         no_tokenizer = _NoTokenizer(model.method.target.dim, model.geometry.num_patches)
         model = HPM(model.student, replace(model.method, target=TokenTarget(no_tokenizer)), model.teacher)
     method = model.method
-    for part in (model.student, model.teacher, method.target):
+    for part in (*model.networks, method.target):
         if isinstance(part, nn.Module):
             _write_out_attention(part)
     views = NUM_IMAGES * config.method.masks_per_image
@@ -62,7 +62,9 @@ def step_cost(config: Config) -> StepCost:
         images = torch.zeros(NUM_IMAGES, config.data.channels, *model.geometry.image_size)
         noise = torch.rand(views, model.geometry.num_patches)
         with FlopCounterMode(display=False) as of_teacher:
-            batch = method.mask(model.teacher if method.needs_teacher else None, images, noise, num_hard=0)
+            batch = method.mask(
+                model.student, model.teacher if method.needs_teacher else None, images, noise, num_hard=0
+            )
         with FlopCounterMode(display=False) as of_student:
             method.learn(model.student, batch).total.backward()
     return StepCost(of_teacher.get_total_flops() / views, of_student.get_total_flops() / views)

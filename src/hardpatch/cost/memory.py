@@ -92,7 +92,7 @@ def step_memory(
         parameters=whole // shards,
         gradients=trained // (shards if views == share else 1),  # shards exchange them only after the last micro-batch
         moments=2 * trained // shards,
-        teacher=whole // shards,
+        teacher=0 if teacher is None else whole // shards,
         target=_bytes(target) if isinstance(target, nn.Module) else 0,
         gathered=2 * (GATHERED_BLOCKS * largest + rest) if sharded else 0,
         weight_copies=kept.fixed,
@@ -115,13 +115,14 @@ class _Kept(NamedTuple):
 
 
 def _kept(
-    student: Student, teacher: Teacher, method: Method, config: Config, *, bf16: bool, device: torch.device
+    student: Student, teacher: Teacher | None, method: Method, config: Config, *, bf16: bool, device: torch.device
 ) -> _Kept:
     """Two passes of different size tell what is kept per view from what is kept once."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     choose_attention(student, device, bf16=bf16)
     for model in (student, teacher):
-        _pretend(model, mode)
+        if model is not None:
+            _pretend(model, mode)
     masks = config.method.masks_per_image
     small, large = (_kept_at(student, teacher, method, config, mode, num_images=n, bf16=bf16) for n in (2, 4))
     per_view = (large.total - small.total) // (2 * masks)
@@ -151,7 +152,7 @@ class _KeptAt(NamedTuple):
 
 
 def _kept_at(
-    student: Student, teacher: Teacher, method: Method, config: Config, mode: FakeTensorMode, *, num_images: int,
+    student: Student, teacher: Teacher | None, method: Method, config: Config, mode: FakeTensorMode, *, num_images: int,
     bf16: bool,
 ) -> _KeptAt:  # fmt: skip
     """Bytes of all tensors that one forward pass saves, parameters apart, and how many of them inside each block."""

@@ -21,9 +21,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from hardpatch.evaluate.foreground import patch_variance
 from hardpatch.figures.hardness import average_loss
-from hardpatch.method.vit import patch_size, whole_patches
+from hardpatch.method.vit import patch_size, patch_variance, whole_patches
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.seeding import Stream, derive_seed
 
@@ -67,7 +66,7 @@ def measure_difficulty(
     """
     normalised = run.normalise(images)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        said = run.method.ask(run.teacher, normalised)
+        said = run.method.look(run.student, run.teacher, normalised)
         target = run.method.target(normalised, said.features)
         orders = order.to(images.device).expand(len(images), -1)
         error, _ = average_loss(run.student, run.method, normalised, target, orders)

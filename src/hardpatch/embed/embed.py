@@ -145,7 +145,7 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
         _check_space(out, bytes_per_image * (2 * len(source) - len(done) * part_images))
         return done
 
-    if config.hardness and loaded.student.predictor is None:
+    if config.hardness and not loaded.student.predicts_hardness:
         warn("this run has no loss predictor: no column predicted_loss")
     done = from_main(claim)
     if done:

@@ -130,7 +130,7 @@ def _teacher(contender: Contender, loaded: LoadedRun) -> Teacher:
         teacher = Teacher(build_student(loaded.config, target_dim=loaded.method.target.dim).to(loaded.device))
     elif not contender.name.startswith("timm:") and not contender.name.endswith(".safetensors"):
         teacher = LoadedRun(contender.name, device=loaded.device).teacher
-    if teacher is None or teacher.model.predictor is None:
+    if teacher is None or not teacher.model.predicts_hardness:
         whose = "this run" if contender.kind == "run" else contender.name
         raise InputError(f"pooling: 'hardness' needs a loss predictor, and {whose} has none")
     choose_attention(teacher, loaded.device, bf16=has_bf16(loaded.device))

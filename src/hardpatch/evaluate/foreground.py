@@ -36,7 +36,7 @@ from hardpatch.figures.hardness import measure_hardness
 from hardpatch.figures.sections import Picture, Section, Table, Tile, decimals
 from hardpatch.method.method import Method
 from hardpatch.method.student import Student, Teacher
-from hardpatch.method.vit import class_attention, has_class_attention, patch_size, patchify
+from hardpatch.method.vit import class_attention, has_class_attention, patch_size, patch_variance, patchify
 from hardpatch.runs.build import build_decoder, build_downloads, build_student, choose_attention
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.distributed import has_bf16
@@ -45,7 +45,7 @@ from hardpatch.runtime.log import tracked
 from hardpatch.runtime.seeding import Stream, derive_seed
 
 MEASURES = {
-    "predicted_loss": "predicted loss (teacher, full image)",
+    "predicted_loss": "predicted loss (full image)",
     "reconstruction_error": "reconstruction error (student, 10 masks)",
     "patch_variance": "patch variance",
     "edge_density": "edge density",
@@ -121,12 +121,6 @@ def foreground_patches(masks: Bool[Tensor, "b h w"], patch: tuple[int, int]) -> 
     return patchify(masks.unsqueeze(1).float(), patch).mean(dim=-1) > 0.5
 
 
-def patch_variance(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Float[Tensor, "b n"]:
-    """Variance of the pixels of each patch, mean over channels."""
-    cut = patchify(images, patch)
-    return cut.reshape(*cut.shape[:2], -1, images.shape[1]).var(dim=2).mean(dim=-1)
-
-
 def edge_density(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Float[Tensor, "b n"]:
     """Mean gradient magnitude (forward differences of the channel mean) in each patch."""
     grey = images.mean(dim=1, keepdim=True)
@@ -137,7 +131,7 @@ def edge_density(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Fl
 
 def measure_patches(
     student: Student,
-    teacher: Teacher,
+    teacher: Teacher | None,
     method: Method,
     normalise: Normalise,
     images: Tensor,
@@ -237,7 +231,13 @@ def measure_images(ask: Ask, there: Objects, *, patch: tuple[int, int], device: 
 
 @torch.no_grad()
 def predicted_loss_auroc(
-    teacher: Teacher, normalise: Normalise, source: Source, *, size: tuple[int, int], device: torch.device, bf16: bool
+    asked: Student | Teacher,
+    normalise: Normalise,
+    source: Source,
+    *,
+    size: tuple[int, int],
+    device: torch.device,
+    bf16: bool,
 ) -> float:
     """AUROC of the predicted loss alone, for a look during training: no masks are drawn, nothing is reconstructed.
 
@@ -249,8 +249,8 @@ def predicted_loss_auroc(
         if batch.masks is None:
             raise InputError("masks: the images bring no masks of their own")
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            scores = teacher.predict_loss(normalise(batch.images.to(device))).float().cpu().numpy()
-        truth = foreground_patches(batch.masks, patch_size(teacher.model.encoder)).numpy()
+            scores = asked.predict_loss(normalise(batch.images.to(device))).float().cpu().numpy()
+        truth = foreground_patches(batch.masks, asked.geometry.patch).numpy()
         aurocs.append(find_in_images(scores, truth)[:, 0])
     return float(np.nanmean(np.concatenate(aurocs)))
 

@@ -39,7 +39,7 @@ class Hardness(NamedTuple):
     hardness: Float[Tensor, "b n"]
     """What the loss predictor learns, in the same way: the loss, where the run does not say otherwise."""
     predicted_loss: Float[Tensor, "b n"] | None
-    """The teacher's scores on the full image; None without a loss predictor."""
+    """What teacher or scout expect from the full image; None without a loss predictor or scout."""
     hidden: Bool[Tensor, "b n"]
     """A mask of the run's own kind."""
     reconstruction: Float[Tensor, "b c h w"] | None
@@ -58,7 +58,7 @@ class Hardness(NamedTuple):
 @torch.no_grad()
 def measure_hardness(
     student: Student,
-    teacher: Teacher,
+    teacher: Teacher | None,
     method: Method,
     images: Float[Tensor, "b c h w"],
     *,
@@ -71,7 +71,7 @@ def measure_hardness(
 
     Args:
         student: Reconstructs.
-        teacher: Predicts the loss and guides the mask.
+        teacher: Predicts the loss and guides the mask; None where a scout does, or nothing.
         method: The choices of the run.
         images: Normalised images.
         share: a_t of the exercise.
@@ -84,7 +84,7 @@ def measure_hardness(
     whole = None if valid is None else whole_patches(valid.to(images.device), size, patch)
     student.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        said = method.ask(teacher, images)
+        said = method.look(student, teacher, images, whole)
         order = torch.rand(len(images), student.positions.shape[1], generator=generator).argsort(1).to(images.device)
         target = method.target(images, said.features)
         true_loss, hardness = average_loss(student, method, images, target, order)

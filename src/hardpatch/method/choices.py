@@ -18,8 +18,9 @@ from hardpatch.runtime.errors import InputError, suggest
 
 Row = TypeVar("Row")
 
-Guide = Literal["predicted_loss", "attention"]
-"""What the scores of a mask policy are."""
+Guide = Literal["predicted_loss", "attention", "scout", "variance"]
+"""What the scores of a mask policy are: the loss that the teacher predicts or its attention, the scores of a scout, or
+the variance of the pixels of each patch, which learns nothing (a control)."""
 
 
 class MaskKind(NamedTuple):
@@ -113,6 +114,21 @@ def row_of(table: Mapping[str, Row], name: str, *, field: str) -> Row:
         known = ", ".join(map(repr, table))
         raise InputError(f"{field}: must be one of {known}, got {name!r}{suggest(name, table)}")
     return table[name]
+
+
+def guide_of(mask: str, guide: Guide | None = None) -> Guide | None:
+    """What guides a mask: ``guide``, or what the table says of the mask; None: nothing.
+
+    Raises:
+        InputError: There is no such mask, or it cannot be guided by this.
+    """
+    own = row_of(MASKS, mask, field="mask").guide
+    if guide is None or guide == own:
+        return own
+    if own != "predicted_loss":
+        could = ", ".join(repr(name) for name, kind in MASKS.items() if kind.guide == "predicted_loss")
+        raise InputError(f"guide: {guide!r} goes with a mask that scores guide ({could}), got mask {mask!r}")
+    return guide
 
 
 def listed(table: dict[str, MaskKind] | dict[str, TargetKind]) -> str:

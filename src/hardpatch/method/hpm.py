@@ -21,7 +21,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hardpatch.method.choices import MASKS, TARGETS, resolve, row_of
+from hardpatch.method.choices import MASKS, TARGETS, Guide, guide_of, resolve, row_of
 from hardpatch.method.losses import PREDICTED_LOSSES, PredictedLoss
 from hardpatch.method.masks import num_hidden_patches
 from hardpatch.method.method import Losses, Method, PredictorView
@@ -38,13 +38,13 @@ class HPM:
     Args:
         student: The networks that are trained.
         method: The choices of the run.
-        teacher: The student's moving average; None copies the student as it is.
+        teacher: The student's moving average; None copies the student as it is, where a teacher is used at all.
     """
 
     def __init__(self, student: Student, method: Method, teacher: Teacher | None = None) -> None:
         self.student = student
         self.method = method
-        self.teacher = Teacher(student) if teacher is None else teacher
+        self.teacher = Teacher(student) if teacher is None and self.keeps_teacher else teacher
 
     @classmethod
     def create(
@@ -57,6 +57,7 @@ class HPM:
         target: str | Target = "pixels",
         target_model: str = "",
         mask: str = "hard",
+        guide: Guide | None = None,
         mask_ratio: float = 0.75,
         decoded_share: float = 1.0,
         predicted_loss: Literal["relative", "absolute", "none"] = "relative",
@@ -78,6 +79,7 @@ class HPM:
             target: A name in :data:`hardpatch.method.choices.TARGETS`, or a target of your own.
             target_model: timm model behind ``timm_features``.
             mask: A name in :data:`hardpatch.method.choices.MASKS`.
+            guide: What guides the mask; None: what the table says. A ``scout`` needs no teacher.
             mask_ratio: Share of the patches that is hidden.
             decoded_share: Share of the hidden patches that is decoded, drawn at random.
             predicted_loss: How the loss is predicted; ``none`` with random masks is plain MAE.
@@ -99,20 +101,25 @@ class HPM:
         student = Student(
             encoder, target_dim=target.dim, decoder=decoder, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
             decoder_heads=decoder_heads, predictor_depth=0 if predicted_loss == "none" else predictor_depth,
-            reduction=teacher_reduction,
+            reduction=teacher_reduction, scout=guide == "scout",
         )  # fmt: skip
         method = make_method(
-            encoder, target, mask=mask, mask_ratio=mask_ratio, decoded_share=decoded_share,
+            encoder, target, mask=mask, guide=guide, mask_ratio=mask_ratio, decoded_share=decoded_share,
             predicted_loss=predicted_loss, predictor_view=predictor_view,
         )  # fmt: skip
         return cls(student, method)
 
     def to(self, device: torch.device) -> HPM:
         """Move everything to a device, in place."""
-        for part in (self.student, self.teacher, self.method.target):
+        for part in (*self.networks, self.method.target):
             if isinstance(part, nn.Module):
                 part.to(device)
         return self
+
+    @property
+    def networks(self) -> tuple[Student | Teacher, ...]:
+        """The student, and the teacher if there is one."""
+        return (self.student,) if self.teacher is None else (self.student, self.teacher)
 
     @property
     def geometry(self) -> Geometry:
@@ -121,8 +128,8 @@ class HPM:
 
     @property
     def keeps_teacher(self) -> bool:
-        """Does the teacher have to follow the student? Where steps use it, and where predicted losses are shown."""
-        return self.method.needs_teacher or self.student.predictor is not None
+        """Is there a teacher? Where steps use it, and where the losses that it predicts are shown."""
+        return self.method.needs_teacher or (self.student.predictor is not None and self.student.scout is None)
 
     def step(
         self,
@@ -149,16 +156,18 @@ class HPM:
         if share is not None:
             num_hard = int(self.method.num_hidden * share)
         teacher = self.teacher if self.method.needs_teacher else None
-        return self.method.step(student or self.student, teacher, images, noise, num_hard=num_hard, valid=valid)
+        batch = self.method.mask(self.student, teacher, images, noise, num_hard=num_hard, valid=valid)
+        return self.method.learn(student or self.student, batch)
 
     def update_teacher(self, *, decay: float) -> None:
-        """After an optimizer step: let the teacher follow the student, unless nobody looks at it."""
-        if self.keeps_teacher:
+        """After an optimizer step: let the teacher follow the student, if there is one."""
+        if self.teacher is not None:
             self.teacher.update(self.student, decay)
 
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """The teacher's predicted loss of every patch of the full image, higher = harder, without gradient."""
-        return self.teacher.predict_loss(images)
+        """How hard every patch of the full image is expected to be, higher = harder, without gradient."""
+        with torch.no_grad():
+            return (self.student if self.teacher is None else self.teacher).predict_loss(images)
 
 
 def default_context(encoder: VisionTransformer, target_model: str = "") -> TargetContext:
@@ -185,6 +194,7 @@ def make_method(
     target: Target,
     *,
     mask: str,
+    guide: Guide | None = None,
     mask_ratio: float,
     decoded_share: float = 1.0,
     predicted_loss: str = "relative",
@@ -199,7 +209,7 @@ def make_method(
         InputError: A name is unknown, the mask ratio leaves nothing hidden or nothing visible on this grid, or the mask
             is guided by what is not there: attention, or a predicted loss.
     """
-    geometry, kind = Geometry.of(encoder), row_of(MASKS, mask, field="mask")
+    guide, geometry = guide_of(mask, guide), Geometry.of(encoder)
     predict = row_of(PREDICTED_LOSSES, predicted_loss, field="predicted_loss")
     (rows, columns), patch = geometry.grid, geometry.patch
     num_hidden = num_hidden_patches(rows * columns, mask_ratio)
@@ -211,12 +221,12 @@ def make_method(
     if predicted_loss == "absolute" and num_hidden < 2:
         raise InputError("predicted_loss: 'absolute' standardises within an image and needs at least 2 hidden patches")
     num_decoded = max(1, round(num_hidden * decoded_share))
-    if num_decoded < 2 and predicted_loss != "none":
+    if num_decoded < 2 and (predicted_loss != "none" or guide == "scout"):
         raise InputError(
-            f"decoded_share: must leave at least 2 of the {num_hidden} hidden patches for the loss predictor to "
-            f"compare, got {decoded_share}"
+            f"decoded_share: must leave at least 2 of the {num_hidden} hidden patches, which are compared to "
+            f"learn what is hard, got {decoded_share}"
         )
-    _check_guide(mask, predict, encoder)
+    _check_guide(mask, guide, predict, encoder)
     if any(side % hardness_block for side in patch):
         raise InputError(f"hardness_block: must divide a patch of {patch[0]}x{patch[1]} pixels, got {hardness_block}")
     if patch == (hardness_block, hardness_block) and isinstance(target, PixelTarget) and target.normalise:
@@ -227,21 +237,20 @@ def make_method(
     own = hardness_block > 1 or hardness_in_pixels
     return Method(
         target=target,
-        mask_policy=resolve(kind.policy),
+        mask_policy=resolve(MASKS[mask].policy),
         grid=geometry.grid,
         num_hidden=num_hidden,
         predicted_loss=predict,
         prediction_weight=prediction_weight,
-        guide=kind.guide,
+        guide=guide,
         predictor_view=predictor_view,
         num_decoded=num_decoded,
         hardness=PixelHardness(patch, block=hardness_block, in_pixels=hardness_in_pixels) if own else None,
     )
 
 
-def _check_guide(mask: str, predict: PredictedLoss | None, encoder: VisionTransformer) -> None:
+def _check_guide(mask: str, guide: Guide | None, predict: PredictedLoss | None, encoder: VisionTransformer) -> None:
     """Refuse a mask that is guided by what is not there: attention, or a predicted loss."""
-    guide = MASKS[mask].guide
     if guide == "predicted_loss" and predict is None:
         raise InputError(f"mask: {mask!r} chooses by predicted loss, so predicted_loss must not be 'none'")
     if guide == "attention" and not has_class_attention(encoder):

@@ -26,13 +26,14 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hardpatch.method.choices import Guide
 from hardpatch.method.losses import PredictedLoss, mean_over, num_pairs, num_patches, rank_correlation, relative_loss
 from hardpatch.method.masks import MaskInput, MaskPolicy, hide_top, split_patches
-from hardpatch.method.student import StudentOutput, Teacher
+from hardpatch.method.student import Student, StudentOutput, Teacher
 from hardpatch.method.targets.target import Target
-from hardpatch.method.vit import grid_of, per_view, take
+from hardpatch.method.vit import grid_of, patch_variance, per_view, take
 from hardpatch.runtime.seeding import more_noise
 
 PredictorView = Literal["masked", "full", "both"]
@@ -49,13 +50,13 @@ PatchHardness = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(prediction (V, M, P), target (V, M, Q), images (B, C, H, W), index (V, M)) -> how hard each patch is (V, M)."""
 
 
-class TeacherOutput(NamedTuple):
-    """What the teacher says about the full images."""
+class FullView(NamedTuple):
+    """What is known of the full images before anything is hidden."""
 
-    features: Float[Tensor, "b t d"]
-    """Its encoding."""
+    features: Float[Tensor, "b t d"] | None
+    """The teacher's encoding; None where the teacher is not asked."""
     scores: Float[Tensor, "b n"] | None
-    """Predicted loss, higher = harder; None without a loss predictor."""
+    """How hard each patch is expected to be, higher = harder; None where nothing says so."""
     guide: Float[Tensor, "b n"] | None
     """What the mask policy is told of each patch."""
 
@@ -71,8 +72,10 @@ class MaskedBatch(NamedTuple):
     """The hidden patches that are decoded, in image order."""
     counted: Bool[Tensor, "v q"] | None
     """Which of those count in the losses: patches of pixels that are all data; None: all."""
-    teacher: TeacherOutput | None
-    """What the teacher says of the images; None where it is not asked."""
+    full: FullView
+    """What is known of the full images."""
+    valid: Bool[Tensor, "b n"] | None = None
+    """Patches of pixels that are all data; None: all."""
 
 
 class Losses(NamedTuple):
@@ -83,10 +86,10 @@ class Losses(NamedTuple):
     prediction: Float[Tensor, ""]
     """L_pred; 0 without a loss predictor."""
     total: Float[Tensor, ""]
-    """L_rec + weight * L_pred: what is differentiated."""
+    """L_rec + weight * L_pred, and the scout's loss: what is differentiated."""
     rank_correlation: Float[Tensor, ""]
-    """Spearman correlation, per image, of the teacher's scores with what they predict, the true patch loss or another
-    hardness: does mining see anything?"""
+    """Spearman correlation, per image, of the scores of the full view with what they predict, the true patch loss or
+    another hardness: does mining see anything?"""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Method:
     @property
     def needs_teacher(self) -> bool:
         """Does a step use the teacher? Random masks do not, even with a loss predictor, and so do not pay for one."""
-        return self.guide is not None or self.target.needs_teacher or self.learns_on_full_view
+        return self.guide in ("predicted_loss", "attention") or self.target.needs_teacher or self.learns_on_full_view
 
     def step(
         self,
@@ -149,11 +152,13 @@ class Method:
             valid: Patches of pixels that are all data; None: all. The others are never chosen by score, and count in
                 no loss.
         """
-        batch = self.mask(teacher, images, noise, num_hard=num_hard, valid=valid)
-        return self.learn(student, batch)
+        inner = student.module if isinstance(student, DistributedDataParallel) else student
+        asked = inner if isinstance(inner, Student) else None
+        return self.learn(student, self.mask(asked, teacher, images, noise, num_hard=num_hard, valid=valid))
 
     def mask(
         self,
+        student: Student | None,
         teacher: Teacher | None,
         images: Float[Tensor, "b c h w"],
         noise: Float[Tensor, "v n"],
@@ -161,13 +166,16 @@ class Method:
         num_hard: int | Int[Tensor, ""],
         valid: Bool[Tensor, "b n"] | None = None,
     ) -> MaskedBatch:
-        """Steps 1 and 2. The teacher looks at the full images; what it says decides what is hidden. As :meth:`step`."""
-        said = None if teacher is None else self.ask(teacher, images)
-        scores = None if said is None or said.guide is None else per_view(said.guide, len(noise))
-        valid = None if valid is None else per_view(valid, len(noise))
-        hidden = self.hide(scores, noise, num_hard=num_hard, valid=valid)
-        decoded = self.choose_decoded(hidden, noise, valid)
-        return MaskedBatch(images, hidden, decoded, None if valid is None else valid.gather(1, decoded), said)
+        """Steps 1 and 2. Teacher or scout look at the full images, which decides what is hidden. As :meth:`step`, but
+        for the student, which is no DDP, and is asked only where it has a scout."""
+        full = self.look(student, teacher, images, valid)
+        scores = None if full.guide is None else per_view(full.guide, len(noise))
+        known = None if valid is None else per_view(valid, len(noise))
+        hidden = self.hide(scores, noise, num_hard=num_hard, valid=known)
+        decoded = self.choose_decoded(hidden, noise, known)
+        return MaskedBatch(
+            images, hidden, decoded, None if known is None else known.gather(1, decoded), full, valid
+        )  # fmt: skip
 
     def hide(
         self,
@@ -181,17 +189,38 @@ class Method:
         priorities = self.mask_policy(MaskInput(scores, noise, self.grid, self.num_hidden, num_hard, valid))
         return hide_top(priorities, self.num_hidden)
 
-    def ask(self, teacher: Teacher, images: Float[Tensor, "b c h w"]) -> TeacherOutput:
-        """Everything that the run's choices need of the teacher, from one pass over the full images."""
-        attention = scores = None
-        if self.guide == "attention":
+    def look(
+        self,
+        student: Student | None,
+        teacher: Teacher | None,
+        images: Float[Tensor, "b c h w"],
+        valid: Bool[Tensor, "b n"] | None = None,
+    ) -> FullView:
+        """What the run's choices need to know of the full images: at most one pass of the teacher, one of the scout.
+
+        Args:
+            student: Has the scout; not asked without one.
+            teacher: Its EMA; None: it is not asked.
+            images: Normalised images.
+            valid: Patches of pixels that are all data; None: all.
+        """
+        features = attention = scores = None
+        if teacher is not None and self.guide == "attention":
             features, attention = teacher.encode_with_attention(images)
-        else:
+        elif teacher is not None and (
+            self.needs_teacher or (self.predicted_loss is not None and self.guide != "scout")
+        ):
             features = teacher.encode(images)
-        if self.predicted_loss is not None:
+        if self.guide == "scout":
+            if student is None:
+                raise ValueError("masks that a scout guides need the student that has it, got None")
+            scores = student.scout_scores(images, valid)
+        elif teacher is not None and features is not None and self.predicted_loss is not None:
             scores = teacher.score(features, grid_of(teacher.model.encoder, images))
-        guide = {"predicted_loss": scores, "attention": attention, None: None}[self.guide]
-        return TeacherOutput(features, scores, guide)
+        if self.guide == "variance":
+            patch = images.shape[2] // self.grid[0], images.shape[3] // self.grid[1]
+            return FullView(features, scores, patch_variance(images, patch))
+        return FullView(features, scores, attention if self.guide == "attention" else scores)
 
     def choose_decoded(
         self, hidden: Bool[Tensor, "v n"], noise: Float[Tensor, "v n"], valid: Bool[Tensor, "v n"] | None = None
@@ -207,16 +236,17 @@ class Method:
         return index.gather(1, lot.topk(self.num_decoded, dim=1).indices.sort(dim=1).values)
 
     def learn(
-        self, student: Callable[..., StudentOutput], batch: MaskedBatch, weights: Float[Tensor, " 2"] | None = None
+        self, student: Callable[..., StudentOutput], batch: MaskedBatch, weights: Float[Tensor, " 3"] | None = None
     ) -> Losses:
         """Step 3. The student reconstructs the hidden patches, and predicts how wrong it is on each.
 
         Args:
             student: The student, or DDP around it.
             batch: From :meth:`mask`.
-            weights: Of L_rec and of L_pred in the total, for a part of a larger batch (:meth:`num_counted`); None: 1.
+            weights: Of L_rec, of L_pred and of the scout's loss in the total, for a part of a larger batch
+                (:meth:`num_counted`); None: 1.
         """
-        features = None if batch.teacher is None else batch.teacher.features
+        features = batch.full.features
         output = student(
             batch.images,
             batch.hidden,
@@ -224,11 +254,12 @@ class Method:
             decoded=batch.decoded,
             full_features=features if self.learns_on_full_view else None,
             predict=self.predicted_loss is not None and self.predictor_view != "full",
+            valid=batch.valid,
         )
         return self.losses(output, batch, weights)
 
-    def num_counted(self, batch: MaskedBatch) -> Float[Tensor, " 2"]:
-        """What L_rec and L_pred are means of: patches and, for the relative loss, pairs of patches that count.
+    def num_counted(self, batch: MaskedBatch) -> Float[Tensor, " 3"]:
+        """What L_rec, L_pred and the scout's loss are means of: patches or, for a relative loss, pairs that count.
 
         The loss of a batch that is computed in parts is the sum of the parts' losses, each weighted by its share of
         these numbers. (Of pairs with equal losses, which the relative loss leaves out, nothing is known before; so the
@@ -236,13 +267,13 @@ class Method:
         """
         counted = torch.ones_like(batch.decoded, dtype=torch.bool) if batch.counted is None else batch.counted
         predicted = num_pairs if self.predicted_loss is relative_loss else num_patches
-        return torch.stack([num_patches(counted), predicted(counted)])
+        return torch.stack([num_patches(counted), predicted(counted), num_pairs(counted)])
 
-    def losses(self, output: StudentOutput, batch: MaskedBatch, weights: Float[Tensor, " 2"] | None = None) -> Losses:
+    def losses(self, output: StudentOutput, batch: MaskedBatch, weights: Float[Tensor, " 3"] | None = None) -> Losses:
         """Step 4. How well the student reconstructed, and how well it knew; as :meth:`learn`."""
-        said, decoded, counted = batch.teacher, batch.decoded, batch.counted
+        full, decoded, counted = batch.full, batch.decoded, batch.counted
         with torch.no_grad():
-            target = take(self.target(batch.images, None if said is None else said.features), decoded)
+            target = take(self.target(batch.images, full.features), decoded)
         patch_loss = self.target.patch_loss(output.prediction, target)
         reconstruction = mean_over(patch_loss, counted)
         hardness = patch_loss.detach()
@@ -253,15 +284,18 @@ class Method:
             if self.predicted_loss is not None and scores is not None:
                 prediction = prediction + self.predicted_loss(scores, hardness, counted)
         correlation = reconstruction.new_full((), torch.nan)
-        if said is not None and said.scores is not None:
+        if full.scores is not None:
             with torch.no_grad():
-                expected = per_view(said.scores, len(decoded)).gather(1, decoded)
+                expected = per_view(full.scores, len(decoded)).gather(1, decoded)
                 correlation = rank_correlation(expected, hardness, counted).mean()
+        ranking = None if output.scout_scores is None else relative_loss(output.scout_scores, hardness, counted)
         if weights is not None:
             reconstruction, prediction = weights[0] * reconstruction, weights[1] * prediction
+            ranking = None if ranking is None else weights[2] * ranking
+        total = reconstruction + self.prediction_weight * prediction
         return Losses(
             reconstruction=reconstruction,
             prediction=prediction,
-            total=reconstruction + self.prediction_weight * prediction,
+            total=total if ranking is None else total + ranking,
             rank_correlation=correlation,
         )

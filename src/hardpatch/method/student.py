@@ -16,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hardpatch.method.decoder import Decoder
 from hardpatch.method.masks import split_patches
+from hardpatch.method.scout import Scout
 from hardpatch.method.vit import (
     Geometry,
     encode,
@@ -42,6 +43,8 @@ class StudentOutput(NamedTuple):
     """Predicted loss from the masked view, higher = harder; None where the predictor does not learn there."""
     full_scores: Float[Tensor, "v q"] | None
     """Predicted loss from the teacher's encoding of the full image; None where the predictor does not learn there."""
+    scout_scores: Float[Tensor, "v q"] | None = None
+    """The scout's, from the full image; None without one."""
 
 
 class Student(nn.Module):
@@ -60,6 +63,7 @@ class Student(nn.Module):
         predictor_depth: Blocks of the loss predictor; 0 builds none (plain MAE).
         predictor_detached: Let the loss predictor learn from the decoder input without shaping it.
         reduction: Losses are predicted from the full image made this many times smaller per side.
+        scout: Build a scout, which then says what is hard; its loss reaches no other part of the student.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Student(nn.Module):
         predictor_depth: int = 8,
         predictor_detached: bool = False,
         reduction: int = 1,
+        scout: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -94,6 +99,12 @@ class Student(nn.Module):
             if part is not None:
                 initialise(part)
         nn.init.normal_(self.mask_token, std=0.02)
+        self.scout = Scout(self.geometry.patch, channels=self.geometry.channels) if scout else None
+
+    @property
+    def predicts_hardness(self) -> bool:
+        """Is there a scout or a loss predictor, so that :meth:`predict_loss` has an answer?"""
+        return self.scout is not None or self.predictor is not None
 
     def forward(
         self,
@@ -104,6 +115,7 @@ class Student(nn.Module):
         decoded: Int[Tensor, "v q"] | None = None,
         full_features: Float[Tensor, "b t d"] | None = None,
         predict: bool = True,
+        valid: Bool[Tensor, "b n"] | None = None,
     ) -> StudentOutput:
         """Reconstruct the hidden patches and predict how large the loss on each will be.
 
@@ -115,18 +127,21 @@ class Student(nn.Module):
             full_features: The teacher's encoding of the full images, for a predictor that learns on it; None: it
                 does not.
             predict: Ask the loss predictor about the masked view; not where there is none.
+            valid: Patches of pixels that are all data, for the scout; None: all.
         """
         visible, masked = split_patches(hidden, num_hidden)
         decoded = masked if decoded is None else decoded
         grid = grid_of(self.encoder, images)
         features = encode(self.encoder, images, visible)
         context, queries = self.decoder_input(features, visible, decoded, grid)
-        scores = full_scores = None
+        scores = full_scores = scout_scores = None
         if predict and self.predictor is not None:
             scores = self._predict(context, queries)
         if full_features is not None:
             full_scores = self.score(full_features, grid, decoded)
-        return StudentOutput(self.reconstructor(context, queries), scores, full_scores)
+        if self.scout is not None and self.training:
+            scout_scores = per_view(self.scout(images, valid), len(decoded)).gather(1, decoded)
+        return StudentOutput(self.reconstructor(context, queries), scores, full_scores, scout_scores)
 
     def decoder_input(
         self,
@@ -191,8 +206,20 @@ class Student(nn.Module):
         return encode(self.encoder, smaller)
 
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """Predicted loss of every patch of the full image, higher = harder."""
+        """What is hard in the full image, higher = harder: the scout's scores, or those of the loss predictor."""
+        if self.scout is not None:
+            return self.scout_scores(images)
         return self.score(self.encode_full(images), grid_of(self.encoder, images))
+
+    @torch.no_grad()
+    def scout_scores(
+        self, images: Float[Tensor, "b c h w"], valid: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n"]:
+        """The scout's scores of every patch, without gradient; arguments as of :class:`Scout`."""
+        if self.scout is None:
+            raise ValueError("this student was built without a scout")
+        scores: Tensor = self.scout(images, valid)
+        return scores
 
 
 class Teacher(nn.Module):
@@ -201,6 +228,11 @@ class Teacher(nn.Module):
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.model = copy.deepcopy(student).eval().requires_grad_(False)
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the images are cut into patches."""
+        return self.model.geometry
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode: a teacher never drops anything."""
@@ -216,8 +248,11 @@ class Teacher(nn.Module):
         """Predicted loss of every patch of a grid from :meth:`encode`'s tokens, higher = harder."""
         return self.model.score(features, grid)
 
+    @torch.no_grad()
     def predict_loss(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
-        """Predicted loss of every patch of the full image, higher = harder, without gradient."""
+        """What is hard in the full image, higher = harder, without gradient: the scout's scores, where there is one."""
+        if self.model.scout is not None:
+            return self.model.scout_scores(images)
         return self.score(self.encode(images), grid_of(self.model.encoder, images))
 
     @torch.no_grad()

@@ -340,6 +340,12 @@ def patchify(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Float[
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(b, rows * columns, -1)
 
 
+def patch_variance(images: Float[Tensor, "b c h w"], patch: tuple[int, int]) -> Float[Tensor, "b n"]:
+    """Variance of the pixels of each patch, mean over channels."""
+    cut = patchify(images, patch)
+    return cut.reshape(*cut.shape[:2], -1, images.shape[1]).var(dim=2).mean(dim=-1)
+
+
 def unpatchify(
     patches: Float[Tensor, "b n p"], patch: tuple[int, int], grid: tuple[int, int]
 ) -> Float[Tensor, "b c h w"]:

@@ -33,6 +33,8 @@ from hardpatch.runtime.seeding import Stream, derive_seed
 
 COMPILED_SHAPES = 64
 """How often the code of a block may be compiled: hardpatch benchmark step has several models of each kind."""
+SCOUT_LEARNING_RATE = 2e-3
+"""Measured in ``docs/log.md``; constant, so that what is hard is followed to the end of the run."""
 LOOK_AT = 256
 """Images of which the range of values is found, spread over the source."""
 
@@ -135,6 +137,7 @@ def build_student(config: Config, *, target_dim: int | None = None) -> Student:
             predictor_depth=0 if config.method.predicted_loss == "none" else model.predictor_depth,
             predictor_detached=config.method.predictor_detached,
             reduction=model.teacher_reduction,
+            scout=config.method.guided_by == "scout",
         )
 
 
@@ -155,6 +158,7 @@ def build_method(config: Config, student: Student, target: Target | None = None)
         student.encoder,
         build_target(config) if target is None else target,
         mask=method.mask,
+        guide=method.guide,
         mask_ratio=method.mask_ratio,
         decoded_share=method.decoded_share,
         predicted_loss=method.predicted_loss,
@@ -247,9 +251,22 @@ def build_downloads(config: Config) -> Downloads:
 
 
 def build_optimizer(config: OptimisationConfig, student: Student) -> torch.optim.AdamW:
-    """Fused AdamW, without weight decay on biases and one-dimensional tensors."""
-    groups = param_groups_weight_decay(student, config.weight_decay)
+    """Fused AdamW, without weight decay on biases and one-dimensional tensors; a scout has a constant rate of its own
+    (``constant`` in its group)."""
+    scout = [] if student.scout is None else list(student.scout.parameters())
+    names = [name for name, _ in student.named_parameters() if name.startswith("scout.")]
+    groups = param_groups_weight_decay(student, config.weight_decay, no_weight_decay_list=names)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if not any(parameter is own for own in scout)]
+    if scout:
+        groups.append({"params": scout, "lr": SCOUT_LEARNING_RATE, "weight_decay": 0.0, "constant": True})
     return torch.optim.AdamW(groups, lr=config.base_learning_rate, betas=config.betas, fused=True)
+
+
+def clipped_parameters(student: Student) -> list[nn.Parameter]:
+    """The parameters whose gradients are clipped together: all that learn but a scout's."""
+    named = student.named_parameters()
+    return [parameter for name, parameter in named if parameter.requires_grad and not name.startswith("scout.")]
 
 
 def choose_attention(model: nn.Module, device: torch.device, *, bf16: bool) -> None:

@@ -75,8 +75,9 @@ class LoadedRun:
         self.student: Student = build_student(self.config, target_dim=target_dim)
         self.student.load_state_dict(state["student"])
         self.student.to(device).eval()
-        self.teacher = Teacher(self.student)
-        self.teacher.model.load_state_dict(state["teacher"])
+        self.teacher = Teacher(self.student)  # of a run without one: the student as it is
+        if "teacher" in state:
+            self.teacher.model.load_state_dict(state["teacher"])
         self.normalise = build_normalise(self.config).to(device)
         self.device = device
         self._target: dict[str, torch.Tensor] = state.get("target", {})

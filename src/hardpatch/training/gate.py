@@ -7,14 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hardpatch.config.config import Config
-from hardpatch.method.choices import MASKS
 from hardpatch.runtime import distributed
 
 MEMORY = 50
 """Steps over which the running mean forgets."""
-THRESHOLD_AFTER_LOADING = 0.3
-"""Default of a run that starts from weights: a predictor that has to begin anew is at 0, one that fits the new images
-is there within some twenty steps."""
+DEFAULT_THRESHOLD = 0.3
+"""Of a run that starts from weights or has a scout: one that has to begin anew is at 0, one that sees is there within
+some dozens of steps."""
 
 
 class MiningGate:
@@ -59,5 +58,5 @@ def mining_threshold(config: Config) -> float:
     method = config.method
     if method.mining_threshold is not None:
         return method.mining_threshold
-    guided_by_loss = MASKS[method.mask].guide == "predicted_loss"
-    return THRESHOLD_AFTER_LOADING if config.model.init_from and guided_by_loss else 0.0
+    learnt_anew = method.guided_by == "predicted_loss" and config.model.init_from
+    return DEFAULT_THRESHOLD if learnt_anew or method.guided_by == "scout" else 0.0

@@ -19,7 +19,7 @@ from hardpatch.method.method import Losses, MaskedBatch
 from hardpatch.method.schedules import ema_decay, untouched_share
 from hardpatch.method.student import StudentOutput
 from hardpatch.method.vit import whole_patches
-from hardpatch.runs.build import build_normalise
+from hardpatch.runs.build import build_normalise, clipped_parameters
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.log import say, warn
@@ -44,7 +44,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     _announce(run)
     seed = config.optimisation.seed
     student = parallel(state.model.student, device)
-    parameters = [p for p in state.model.student.parameters() if p.requires_grad]
+    parameters = clipped_parameters(state.model.student)
     geometry, normalise = state.model.geometry, build_normalise(config).to(device)
     meter = Meter(device)
     slices = run.position.slices(config.optimisation.batch_size)
@@ -58,7 +58,8 @@ def train_steps(run: Run, stop: StopSignal) -> None:
         meter.restart()
         for step in range(state.step, schedule.total_steps):
             for group in state.optimizer.param_groups:
-                group["lr"] = schedule.learning_rate(step)
+                if not group.get("constant"):
+                    group["lr"] = schedule.learning_rate(step)
             torch.manual_seed(derive_seed(seed, Stream.STEP, step, run.position.rank))
             noise = mask_noise(
                 seed, step, batch_size=config.optimisation.batch_size, num_patches=geometry.num_patches, device=device
@@ -104,7 +105,7 @@ def masked_batches(
     some are not, in any process, the means of the losses run over different numbers of patches: all micro-batches are
     masked first, and each weighs what it has of the patches that count in all processes together.
     """
-    equal = noise.new_full((2,), 1 / len(slices))
+    equal = noise.new_full((3,), 1 / len(slices))
     masked = (_mask(run, normalise, batch, noise[part]) for batch, part in zip(fetched, slices, strict=True))
     if not distributed.any_process(any(batch.valid is not None for batch in fetched)):
         yield from ((batch, equal) for batch in masked)
@@ -123,7 +124,7 @@ def _mask(run: Run, normalise: Normalise, batch: Batch, noise: Tensor) -> Masked
     images = normalise(batch.images)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
         return method.mask(
-            model.teacher if method.needs_teacher else None, images, noise,
+            model.student, model.teacher if method.needs_teacher else None, images, noise,
             num_hard=run.state.gate.admit(int(method.num_hidden * run.hard_share(run.state.step))), valid=valid,
         )  # fmt: skip
 

@@ -108,7 +108,7 @@ class Watcher:
         distributed.barrier()
         return metrics
 
-    def _figures(self, step: int, student: Student, teacher: Teacher) -> dict[str, float]:
+    def _figures(self, step: int, student: Student, teacher: Teacher | None) -> dict[str, float]:
         run = self.run
         images, valid = self.normalise(self.images.pixels.to(run.device)), self.images.valid
         share = 0.0 if run.method.guide is None else run.config.method.largest_hard_share
@@ -123,10 +123,10 @@ class Watcher:
                 f"step {step}" + told_correlation(hardness), valid,
             ), run.folder.hardness_figure(step),
         )  # fmt: skip
-        if self.val is None or self.val.groups() is None or student.predictor is None:
+        if self.val is None or self.val.groups() is None or not student.predicts_hardness:
             return {}
         auroc = predicted_loss_auroc(
-            teacher,
+            teacher or student,
             self.normalise,
             self.val,
             size=run.config.data.size,

@@ -144,7 +144,7 @@ def _put_together(
     if config.run.activation_checkpointing:
         recompute_blocks(student)
     if compiled := distributed.is_compiled(config.run.compile, device):
-        compile_blocks(student, model.teacher)
+        compile_blocks(*model.networks)
     if sharded:
         shard(student, model.teacher, device)
     gate = MiningGate(mining_threshold(config), device)

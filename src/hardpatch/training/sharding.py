@@ -42,7 +42,7 @@ def check_sharding(*, processes: int) -> None:
         )
 
 
-def shard(student: Student, teacher: Teacher, device: torch.device) -> None:
+def shard(student: Student, teacher: Teacher | None, device: torch.device) -> None:
     """Cut student and teacher over all processes, in place; each keeps its share on ``device``.
 
     Both were built from one seed by every process, so nothing is sent. The optimizer must be made afterwards.
@@ -51,9 +51,15 @@ def shard(student: Student, teacher: Teacher, device: torch.device) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     # Class attention looks into the teacher's last block from outside: that block is gathered with the root.
-    for block in (*blocks(student), *(block for block in blocks(teacher.model) if block is not last_block(teacher))):
+    for block in blocks(student):
         fully_shard(block, mesh=mesh)
     fully_shard(student, mesh=mesh)
+    register_fsdp_forward_method(student, "scout_scores")
+    if teacher is None:
+        return
+    for block in blocks(teacher.model):
+        if block is not last_block(teacher):
+            fully_shard(block, mesh=mesh)
     # Resharded at once, unlike a student, which goes on with its backward pass: nothing that was gathered may outlive
     # the EMA's change of the shares.
     fully_shard(teacher, mesh=mesh, reshard_after_forward=True)

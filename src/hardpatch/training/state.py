@@ -44,13 +44,13 @@ class State:
 
         Where the models are sharded every process has to ask, and the main process alone gets them.
         """
-        target = self.model.method.target
+        target, teacher = self.model.method.target, self.model.teacher
         return {
             "images": images,
             "step": self.step,
             "seconds": self.seconds,
             "student": gathered_on_main(self.model.student.state_dict()),
-            "teacher": gathered_on_main(self.model.teacher.model.state_dict()),
+            **({} if teacher is None else {"teacher": gathered_on_main(teacher.model.state_dict())}),
             "optimizer": gathered_on_main(self.optimizer.state_dict()),
             "gate": self.gate.correlation,
             "target": target.fitted_state() if isinstance(target, FittedTarget) else {},
@@ -60,8 +60,10 @@ class State:
     def load(self, saved: dict[str, Any]) -> None:
         """Take over a saved state."""
         self.step, self.seconds = saved["step"], saved["seconds"]
-        for model, name in ((self.model.student, "student"), (self.model.teacher.model, "teacher")):
-            model.load_state_dict(shares_of(saved[name], model.state_dict()))
+        self.model.student.load_state_dict(shares_of(saved["student"], self.model.student.state_dict()))
+        if self.model.teacher is not None:
+            averaged = self.model.teacher.model
+            averaged.load_state_dict(shares_of(saved["teacher"], averaged.state_dict()))
         self.optimizer.load_state_dict(shares_of_optimizer(saved["optimizer"], self.optimizer))
         self.gate.correlation.copy_(saved["gate"])
         if isinstance(target := self.model.method.target, FittedTarget):
@@ -76,9 +78,11 @@ class State:
             student = build_student(config, target_dim=len(tensors["reconstructor.head.weight"]))
             whole = HPM(student, self.model.method)
         student.load_state_dict(tensors, assign=True)
-        whole.teacher.model.load_state_dict(gathered(self.model.teacher.model.state_dict()), assign=True)
-        for model in (student, whole.teacher):
-            choose_attention(model, device, bf16=distributed.is_bf16(config.run.precision, device))
+        bf16 = distributed.is_bf16(config.run.precision, device)
+        choose_attention(student, device, bf16=bf16)
+        if whole.teacher is not None and self.model.teacher is not None:
+            whole.teacher.model.load_state_dict(gathered(self.model.teacher.model.state_dict()), assign=True)
+            choose_attention(whole.teacher, device, bf16=bf16)
         return whole
 
 

@@ -40,7 +40,7 @@ class Fitted(NamedTuple):
     """Parts that keep their random start, each with the reason."""
 
 
-def start_from(config: Config, student: Student, teacher: Teacher) -> str:
+def start_from(config: Config, student: Student, teacher: Teacher | None) -> str:
     """Load ``init_from`` into a fresh student and teacher.
 
     Both go on where they were: the student from the student's weights, the teacher from the teacher's, adapted in the
@@ -59,11 +59,12 @@ def start_from(config: Config, student: Student, teacher: Teacher) -> str:
     except InputError as error:
         raise InputError(f"init_from: {config.model.init_from!r}: {error}") from error
     student.load_state_dict(fitted.state, strict=False)
-    teacher.model.load_state_dict(student.state_dict())
-    if averaged is not None:
-        teacher.model.load_state_dict(averaged.state, strict=False)
     lines = [f"starting from {config.model.init_from}: {', '.join(fitted.taken)}"]
-    lines.append("  teacher: " + ("a copy of the student" if averaged is None else "the file's moving average"))
+    if teacher is not None:
+        teacher.model.load_state_dict(student.state_dict())
+        if averaged is not None:
+            teacher.model.load_state_dict(averaged.state, strict=False)
+        lines.append("  teacher: " + ("a copy of the student" if averaged is None else "the file's moving average"))
     lines += [f"  {change}" for change in fitted.adapted]
     lines += [f"  fresh: {part}" for part in fitted.fresh]
     if weights.left_aside:

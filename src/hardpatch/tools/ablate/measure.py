@@ -93,7 +93,7 @@ def measure(folder: Path, images: Images, device: torch.device) -> dict[str, flo
     choose_attention(loaded.teacher, device, bf16=bf16)
     if images.val is not None:
         figures |= _accuracies(loaded.student.encoder, config, images.data, images.val, device, bf16)._asdict()
-    if loaded.student.predictor is not None and distributed.is_main():
+    if loaded.student.predicts_hardness and distributed.is_main():
         shown = images.val or images.data
         figures["rank_correlation"] = _rank_correlation(loaded, shown, bf16)
         if shown.groups() is not None:

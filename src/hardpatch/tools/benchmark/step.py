@@ -23,6 +23,7 @@ from hardpatch.runs.build import (
     build_optimizer,
     build_student,
     choose_attention,
+    clipped_parameters,
     compile_blocks,
     recompute_blocks,
 )
@@ -54,14 +55,14 @@ class OurStep:
         self.model = build_hpm(config).to(device)
         if isinstance(target := self.model.method.target, FittedTarget):
             target.adopt({name: torch.zeros_like(tensor) for name, tensor in target.fitted_state().items()})
-        for part in (self.model.student, self.model.teacher):
+        for part in self.model.networks:
             choose_attention(part, device, bf16=bf16)
         if config.run.activation_checkpointing:
             recompute_blocks(self.model.student)
         if compiled:
-            compile_blocks(self.model.student, self.model.teacher)
+            compile_blocks(*self.model.networks)
         self.optimizer = build_optimizer(config.optimisation, self.model.student)
-        self.parameters = [p for p in self.model.student.parameters() if p.requires_grad]
+        self.parameters = clipped_parameters(self.model.student)
         self.normalise = build_normalise(config).to(device)
         self.steps_done = 0
 

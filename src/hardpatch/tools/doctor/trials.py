@@ -150,10 +150,10 @@ def take_step(device: Any, *, bf16: bool = False, compiled: bool = False) -> Ste
     model = build_hpm(config).to(device)
     student = model.student
     images, noise = torch.randn(8, 3, 32, 32).to(device), torch.rand(8, 16).to(device)
-    for part in (student, model.teacher):
+    for part in model.networks:
         choose_attention(part, device, bf16=bf16)
     if compiled:
-        compile_blocks(student, model.teacher)
+        compile_blocks(*model.networks)
 
     def losses() -> Losses:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
