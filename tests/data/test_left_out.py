@@ -1,8 +1,10 @@
 """What a source holds and is not read is said; kinds of files that people bring are called by their names."""
 
+import contextlib
 import io
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,17 @@ from fuzzing import dicom, pillow
 from hardpatch.cli import main
 from hardpatch.config.commands import PackConfig, StatsConfig
 from hardpatch.config.config import Config
+from hardpatch.config.evaluations import ForegroundConfig
 from hardpatch.config.values import with_fields
 from hardpatch.data.images.decode import DecodeError, Decoder, describe
 from hardpatch.data.sources import open_source
 from hardpatch.data.tools import pack, stats
 from hardpatch.data.tools.describe import say_what_is_left
+from hardpatch.evaluate import foreground
 from hardpatch.evaluate.classify.labelled_images import open_labelled
+from hardpatch.evaluate.dense import segment_data
+from hardpatch.evaluate.dense.class_masks import MaskRules
+from hardpatch.evaluate.dense.coco import instances_from_masks
 from hardpatch.runs.build import open_images
 from hardpatch.runtime.errors import InputError
 from tiny import TINY, tiny_config
@@ -72,8 +79,12 @@ def test_every_command_that_reads_says_it(tmp_path, capsys):
         lambda: stats.run(StatsConfig(data, workers=0)),
         lambda: pack.run(PackConfig(data, str(tmp_path / "packed"), workers=0)),
         lambda: open_labelled(data, data, run=tiny_config()),
+        lambda: foreground._open(ForegroundConfig("", data), tiny_config(), (32, 32)),
+        lambda: segment_data._open(data, str(tmp_path / "packed"), "", MaskRules(), Decoder(3), (32, 32)),
+        lambda: instances_from_masks(Path(data), tmp_path / "packed", decoder=Decoder(3)),
     ):
-        read()
+        with contextlib.suppress(InputError):  # there are no masks
+            read()
         assert "several pages or frames" in capsys.readouterr().err
 
 

@@ -50,7 +50,6 @@ from hardpatch.runtime.distributed import (
     choose_device,
     from_main,
     has_bf16,
-    is_main_of_environment,
     process_group,
     rank,
     require_same,
@@ -126,8 +125,7 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
     source = open_source(
         config.data, decoder=build_decoder(data), image_size=data.size, downloads=build_downloads(loaded.config)
     )
-    if is_main_of_environment():
-        say_what_is_left(source)
+    say_what_is_left(source)
     for model in (loaded.student, loaded.teacher):
         choose_attention(model, device, bf16=config.precision == "bf16")
     bytes_per_image = _bytes_per_image(loaded, config)

@@ -27,6 +27,7 @@ from hardpatch.config.evaluations import ForegroundConfig
 from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Cover, Damage, Normalise, ordered_batches
 from hardpatch.data.sources import Source, open_source
+from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.evaluate.boxes import read_boxes
 from hardpatch.evaluate.contenders import Contender, open_contenders, open_run
 from hardpatch.evaluate.dense.class_masks import match_by_stem
@@ -282,6 +283,7 @@ def _open(config: ForegroundConfig, run_config: Config, size: tuple[int, int]) -
         config.images, decoder=build_decoder(run_config.data), image_size=size, field="images",
         downloads=build_downloads(run_config),
     )  # fmt: skip
+    say_what_is_left(source, field="images")
     masks = _read_masks(Path(config.masks).expanduser(), source, size) if config.masks else None
     if config.boxes:
         masks = read_boxes(Path(config.boxes).expanduser(), source, size)

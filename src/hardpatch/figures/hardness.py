@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hardpatch.data.loader.loading import Cover, read_or_next, stack_images
 from hardpatch.data.sources import Source, open_source
+from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.figures.display import Display, build_display, hatched
 from hardpatch.method.losses import rank_correlation
 from hardpatch.method.masks import split_patches
@@ -243,6 +244,7 @@ def visualize(checkpoint: str | Path, images: str, out: Path, *, count: int = 8)
         images, decoder=build_decoder(config.data), image_size=config.data.size, field="images",
         downloads=build_downloads(config),
     )  # fmt: skip
+    say_what_is_left(source, field="images")
     pixels, valid = spread_images(source, count, config.data.size)
     shown = loaded.normalise(pixels)
     choose_attention(loaded.student, loaded.device, bf16=False)

@@ -220,8 +220,7 @@ def open_images(config: Config) -> tuple[Config, Source]:
         )  # fmt: skip
 
     source, data = opened(), config.data
-    if is_main_of_environment():
-        say_what_is_left(source)
+    say_what_is_left(source)
     read_or_next(source, 0)  # a source of which nothing can be read is refused before it is looked through
     depths = None if data.value_range else find_depths(source, max_images=LOOK_AT, no_data=data.no_data)
     if depths is not None and (found := depths.value_range):

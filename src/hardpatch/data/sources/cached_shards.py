@@ -230,19 +230,14 @@ def _list(urls: Sequence[str], field: str) -> list[Listed]:
     """What is known of shards without fetching them; every shard has one name, a URL or an absolute path."""
     listed: dict[str, Listed] = {}
     first = _describe(urls[0])  # so that what is wrong with all of them is said of what the user named
-    for folder in sorted({_folder(url) for url in urls if remote.is_url(url)}):
+    for folder in sorted({remote.folder(url) for url in urls if remote.is_url(url)}):
         listed |= _read_sidecar(folder, field)
     missing = [url for url in urls if url not in listed]
     if (promised := listed.get(urls[0], first)).size not in (None, first.size or promised.size):
         raise InputError(f"{field}: {urls[0]} has {first.size} bytes and {SIDECAR} says {promised.size}; write it anew")
-    listed |= dict(
-        zip(missing, _in_threads(_describe, missing, "looking at the shards"))
-    )  # by the words that name them
+    found = _in_threads(_describe, missing, "looking at the shards")
+    listed |= dict(zip(missing, found, strict=True))  # by the words that name them
     return [listed[url] for url in urls]
-
-
-def _folder(url: str) -> str:
-    return url.partition("?")[0].rpartition("/")[0]
 
 
 def _describe(url: str) -> Listed:

@@ -191,7 +191,7 @@ def _holds_images(url: str, field: str) -> bool:
 def _open_remote_table(url: str, decoder: Decoder, field: str) -> Source:
     if not remote.ending(url).lower().endswith(TABLES):
         raise InputError(f"{field}: a URL must end in .tar, .tar.gz, .txt, .csv or .parquet, got {url!r}")
-    folder = f"{url.partition('?')[0].rpartition('/')[0]}/"
+    folder = f"{remote.folder(url)}/"
     try:
         with _fetched(url) as file:
             return read_table(file, folder=folder, shown=url, decoder=decoder, field=field)

@@ -90,8 +90,13 @@ def join(folder: str, name: str) -> str:
 
 
 def ending(url: str) -> str:
-    """The file name in a URL, without what follows a question mark."""
+    """The file name in a URL, on a web server without what follows a question mark."""
     return posixpath.basename(urlsplit(url).path if url.startswith("http") else url)
+
+
+def folder(url: str) -> str:
+    """What stands before the file name in a URL, without its last slash."""
+    return (url.partition("?")[0] if url.startswith("http") else url).rpartition("/")[0]
 
 
 def fetch(url: str, *, patience: Patience | None = None) -> bytes:

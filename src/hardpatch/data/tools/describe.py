@@ -8,6 +8,7 @@ from hardpatch.data.images.decode import DecodeError
 from hardpatch.data.images.formats import describe
 from hardpatch.data.sources import FileSource, Source
 from hardpatch.data.sources.left_out import told_of_others
+from hardpatch.runtime.distributed import is_main_of_environment
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import warn
 
@@ -42,10 +43,14 @@ def find_channels(source: Source, *, max_images: int = 200) -> int:
 def say_what_is_left(source: Source, *, field: str = "data") -> None:
     """Say once what a source holds that is not read: files of other endings, pages and frames after the first.
 
+    Of several processes the main one says it.
+
     Args:
         source: The images.
         field: What to call the source in a message.
     """
+    if not is_main_of_environment():
+        return
     if isinstance(source, FileSource) and (told := told_of_others(source)):
         warn(f"{field}: {told}")
     several, example, seen = 0, "", 0

@@ -14,7 +14,6 @@ from hardpatch.data.images.decode import DecodeError, Sample
 from hardpatch.data.sources import FileSource, Source, class_indices, fingerprint, open_source
 from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.runs.build import build_decoder, build_downloads
-from hardpatch.runtime.distributed import is_main_of_environment
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.text import as_bytes
@@ -83,8 +82,7 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
         )
         if source.labels is None:
             raise InputError(without_labels(source, spec, field))
-        if is_main_of_environment():
-            say_what_is_left(source, field=field)
+        say_what_is_left(source, field=field)
         _check_readable(source, field=field, channels=decoder.channels)
         sources.append(source)
     classes = sorted(set(sources[0].labels or ()), key=_natural)

@@ -24,6 +24,7 @@ from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import ShapesSource, open_source
 from hardpatch.data.sources.drawn_shapes import CLASSES
+from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.evaluate.dense.class_masks import MaskRules, match_by_stem, read_class_mask
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked
@@ -310,6 +311,7 @@ def instances_from_masks(
         InputError: A mask is missing, damaged, or of another size than its image.
     """
     source = open_source(str(images), decoder=decoder, field="images")
+    say_what_is_left(source, field="images")
     files = match_by_stem(source, masks, field=field)
     listed: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from hardpatch.config.dense_evaluations import SegmentConfig
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import ShapesSource, open_source
+from hardpatch.data.tools.describe import say_what_is_left
 from hardpatch.evaluate.dense.class_masks import MaskedImages, MaskRules, Survey, match_by_stem, survey
 from hardpatch.evaluate.dense.comparison import held_back
 from hardpatch.evaluate.features import none_readable, report_damage
@@ -71,6 +72,7 @@ def _open(
     images: str, masks: str, prefix: str, rules: MaskRules, decoder: Decoder, size: tuple[int, int]
 ) -> MaskedImages:
     source = open_source(images, decoder=decoder, image_size=size, field=f"{prefix}images")
+    say_what_is_left(source, field=f"{prefix}images")
     if isinstance(source, ShapesSource):
         return MaskedImages(source, None, rules)
     if not masks:
