@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import traceback
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -254,8 +255,14 @@ def read_back(made: Made, case: Case, spec: str | None = None) -> None:
         picture = left.pop(same[0])
         if case.labelled and made.labelled:
             label = None if source.labels is None else source.labels[index]
-            need(label == picture.label, f"label {label!r} instead of {picture.label!r}")
+            wanted = as_read(picture.label)
+            need(label == wanted, f"label {label!r} instead of {wanted!r}")
     need(not left, f"{len(left)} images were not read")
+
+
+def as_read(label: str) -> str:
+    """A class as sources name it: an accent is the same however it is written."""
+    return unicodedata.normalize("NFC", label.strip())
 
 
 def hold(case: Case, made: Made, work: Path, code: int) -> str:
@@ -329,7 +336,7 @@ def hold_table(file: Path, made: Made, case: Case, good: list[Picture]) -> None:
     table = pyarrow.parquet.read_table(file)
     need(table.num_rows == len(good), f"{table.num_rows} rows of {len(good)} images")
     if case.labelled and made.labelled:
-        labels, wanted = Counter(table["label"].to_pylist()), Counter(picture.label for picture in good)
+        labels, wanted = Counter(table["label"].to_pylist()), Counter(as_read(picture.label) for picture in good)
         need(labels == wanted, f"labels {labels} instead of {wanted}")
     need(len(set(table["path"].to_pylist())) == len(good), "two images of one path")
 

@@ -131,6 +131,6 @@ def test_the_host_never_waits_between_two_records(tmp_path, changes):
     in_steps = [place for place in waits.places if "train_steps" in place]
     between = {"reporting", "after_step", "start", "before_stop"}
     assert [place for place in in_steps if between & set(place)], "the mode sees nothing"
-    beside = between | {"fetch"}  # the loader counts in tensors of its own, on the CPU
+    beside = between | {"fetch", "batches_of"}  # the loader counts in tensors of its own, on the CPU
     stray = [place[-6:] for place in in_steps if not beside & set(place)]
     assert not stray, stray

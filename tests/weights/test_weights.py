@@ -310,7 +310,7 @@ def test_truncated_files_are_refused(tmp_path, name, share):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ([1, 2], "holds no weights but a list"),
+    ([1, 2], "with a list in it, no weights"),
     ({"epoch": 1, "best": 0.5}, r"no tensors but epoch \(int\), best \(float\)"),
     ({"layer1.0.conv1.weight": torch.zeros(1)}, "holds no ViT: no patch_embed.proj.weight among layer1.0.conv1.weight"),
     ({}, "holds no ViT: .* among nothing"),
@@ -328,7 +328,7 @@ def test_what_holds_no_such_weights_is_refused(tmp_path, content, message):
 def test_nothing_there(tmp_path):
     with pytest.raises(InputError, match=r"weights: .*nowhere': does not exist"):
         read_weights(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"holds no run and none of model\.safetensors"):
+    with pytest.raises(InputError, match=r"has no checkpoints; nor does it hold .*model\.safetensors"):
         read_weights(tmp_path)
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(InputError, match=r"text\.pth': damaged, cut short, or no file of torch.save"):

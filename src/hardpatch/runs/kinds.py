@@ -51,7 +51,7 @@ def _folder(path: Path) -> str:
         return f"a folder of {len(inside)} run(s): give one of them, as {path / inside[0]}"
     if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
         return "a run folder without a checkpoint yet: hardpatch pretrain --out with it makes the first one"
-    return "no run folder: it has no checkpoints"
+    return f"no run folder: it has no checkpoints; nor does it hold {' or '.join(_HUB_FILES)}"
 
 
 def _of_hub(folder: Path) -> str:

@@ -34,10 +34,12 @@ def note_output(file: Path, *, source: str) -> None:
         source: The images that it was made from, in any form.
     """
     folder = file.parent
-    names = {entry.name for entry in folder.iterdir()}
+    if any(EVERYTHING in written_by_us(place, _names(place)) for place in folder.absolute().parents):
+        return
+    names = _names(folder)
     written = written_by_us(folder, names)
     root = Path(source).expanduser()
-    below = root.is_dir() and folder.resolve().is_relative_to(root.resolve())
+    below = bool(source) and root.is_dir() and folder.resolve().is_relative_to(root.resolve())
     beside = any(Path(name).suffix.lower() == file.suffix.lower() for name in names - written - {file.name})
     if (below or beside) and not written & {EVERYTHING, file.name}:
         write_text_atomically(folder / MARK, "".join(f"{name}\n" for name in sorted(written | {file.name})))
@@ -55,4 +57,11 @@ def written_by_us(folder: Path, names: Collection[str]) -> set[str]:
     try:
         return set(as_text((folder / MARK).read_bytes()).splitlines())
     except OSError:
+        return set()
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except OSError:  # where nobody may look
         return set()

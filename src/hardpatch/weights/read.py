@@ -109,7 +109,7 @@ def _from_file(source: str, path: Path) -> Weights:
             raise InputError(f"damaged, or no safetensors file: {error}") from error
     else:
         content = read_pickle(path)
-    if isinstance(content, dict) and {"student", "teacher", "config"} <= content.keys():
+    if isinstance(content, dict) and {"student", "config"} <= content.keys():
         return _from_run(source, content)
     state, teacher = _find_states(content)
     student, left_aside = _to_ours(state)

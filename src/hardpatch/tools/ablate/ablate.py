@@ -55,9 +55,9 @@ def ablate(config: AblateConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
         Interrupted: A signal stopped a run after it was saved; the same call goes on.
     """
     rows = choose_rows(config, fields)
-    make_output_folder(Path(config.out).expanduser())  # before runs lie in it
     first = next(iter(rows.configs.values()))
     images = open_images(first, str(fields.get("val", "")))
+    make_output_folder(Path(config.out).expanduser())  # before runs lie in it
     device = distributed.choose_device(first.run.device)
     with StopSignal() as stop, distributed.process_group(device):
         times = _step_times(config, rows, device)
