@@ -1,5 +1,5 @@
 # make demo    set up .venv and run the main job on embedded data
-# make test    set up .venv and run the tests
+# make test    set up .venv and run the tests; make test-slow: those of several processes
 # make check   ruff, mypy, and the layers that imports may not climb
 # make package wheel and source distribution in dist/, checked for a package index
 # make clean   remove .venv and what tools leave behind
@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check package clean
+.PHONY: demo test test-slow check package clean
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2  # one thread each: threads of two processes would only wait
+
+test-slow: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

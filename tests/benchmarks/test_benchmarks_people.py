@@ -11,6 +11,7 @@ SEED = 7
 PLANTED = """
 import sys, time
 sys.path.insert(0, {folder!r})
+import pytest
 import people_files
 from people_cases import Case
 from hardpatch.data.images import decode
@@ -52,6 +53,7 @@ REFUSED = ("has no labels", "Missing value for argument")
 """Why a case may be refused: nearest neighbours without labels; a source whose name begins like a flag."""
 
 
+@pytest.mark.slow
 def test_a_slice_of_peoples_files(tmp_path):
     """No traceback, no hang, no innocent blamed, read as put in; a case that fails is run again by ``--case``."""
     kinds = ["--sources", *SOURCES, "--names", *NAMES, "--places", *PLACES]
@@ -65,6 +67,7 @@ def test_a_slice_of_peoples_files(tmp_path):
     assert not found, f"seed {SEED}\n{done.stdout}"
 
 
+@pytest.mark.slow
 def test_the_machine_finds_what_it_is_for(tmp_path):
     program = tmp_path / "planted.py"
     program.write_text(PLANTED.format(folder=str(ROOT / "benchmarks"), seed=SEED))

@@ -19,6 +19,7 @@ def chaos():
 
 
 @pytest.mark.parametrize("kind", ["kill", "damage", "twice"])
+@pytest.mark.slow
 def test_packing_that_is_disturbed_comes_to_the_same(tmp_path, chaos, kind):
     photographs = tmp_path / "photographs"
     photographs.mkdir()

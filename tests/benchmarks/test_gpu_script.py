@@ -52,6 +52,7 @@ def names_in(archive):
         return {Path(name).name for name in found.getnames()}
 
 
+@pytest.mark.slow
 def test_a_stage_brings_home_its_figures(tmp_path):
     done = call(tmp_path, STAGES="agreement", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -61,6 +62,7 @@ def test_a_stage_brings_home_its_figures(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2, "more files than the two that are promised"
 
 
+@pytest.mark.slow
 def test_a_stage_without_time_is_left_out_and_told(tmp_path):
     done = call(tmp_path, STAGES="agreement large", TOTAL_SECONDS="40")
     assert done.returncode == 1
@@ -70,6 +72,7 @@ def test_a_stage_without_time_is_left_out_and_told(tmp_path):
     assert "agreement LEFT OUT" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
     broken = tmp_path / "python"
     broken.write_text(f'#!/bin/sh\ncase "$*" in *cuda_agreement*) exit 7;; esac\nexec {sys.executable} "$@"\n')

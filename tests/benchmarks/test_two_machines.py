@@ -14,6 +14,7 @@ def script(name):
     return module
 
 
+@pytest.mark.slow
 def test_who_waits_behind_a_pulled_cable_says_so_and_the_same_command_goes_on(tmp_path):
     two_machines = script("two_machines")
     if reason := two_machines.why_not():

@@ -213,6 +213,7 @@ def test_evaluate_knn_names_damaged_images_once_and_does_not_count_them(capsys, 
     assert "28 neighbours, 29 images classified" in out
 
 
+@pytest.mark.slow
 def test_evaluate_knn_by_two_processes_gives_the_result_of_one_and_prints_it_once(capsys, finished, tmp_path):
     train, val = labelled_folder(tmp_path / "train", damaged=(4, 7)), labelled_folder(tmp_path / "val")
     words = [str(word) for word in ("evaluate", "knn", "--checkpoint", finished, "--train", train, "--val", val,

@@ -42,6 +42,7 @@ def seen():
     return sorted(source.names()), sorted(set(source.labels)), fingerprint(source)
 
 
+@pytest.mark.slow
 def test_a_run_below_its_images_goes_on_and_is_no_class(photos, monkeypatch):
     before = seen()
     fields = TINY | {"data": ".", "out": "runs/a", "figures": True, "checkpoint_steps": 1}

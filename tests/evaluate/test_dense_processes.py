@@ -40,6 +40,7 @@ def together(*words, processes=2):
         (("--head", "upernet", "--finetune", "--width", "16"), 6),
     ],
 )
+@pytest.mark.slow
 def test_two_processes_segment(checkpoint, tmp_path, head, steps):
     figures = together(
         "segment", "--checkpoint", str(checkpoint), "--images", "shapes:12", "--val-images", "shapes:7@1", *head,
@@ -52,6 +53,7 @@ def test_two_processes_segment(checkpoint, tmp_path, head, steps):
     assert figures["untrained_miou"] is not None
 
 
+@pytest.mark.slow
 def test_two_processes_detect(checkpoint, tmp_path):
     figures = together(
         "detect", "--checkpoint", str(checkpoint), "--train-images", "shapes:8", "--val-images", "shapes:5@1",

@@ -619,6 +619,7 @@ def test_a_loss_that_is_not_finite_stops_it_before_it_is_saved(checkpoint, tmp_p
     assert saved is None or all(torch.isfinite(value).all() for value in saved["sums"])
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_classifier(checkpoint, tmp_path):
     out = tmp_path / "run"
     words = command(checkpoint, out, val="shapes:17@1", **SHORT | {"epochs": 2})

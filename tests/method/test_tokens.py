@@ -214,6 +214,7 @@ def test_a_codebook_that_cannot_be_fitted_leaves_the_folder_as_it_was(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_codebook(tmp_path):
     values = TOKENS | {"epochs": 1, "image_size": 16, "log_steps": 1}
     done = subprocess.run(

@@ -107,6 +107,7 @@ def test_every_process_is_looked_at_by_the_main_one_and_by_others(size):
     assert sum(map(len, watched.values())) <= 32 * size
 
 
+@pytest.mark.slow
 def test_a_paused_process_is_named_and_given_up():
     (code, said), _ = exchange("os.kill(os.getpid(), signal.SIGSTOP)", 0.2, seconds=60)
     assert code == 3
@@ -115,6 +116,7 @@ def test_a_paused_process_is_named_and_given_up():
     assert "The last checkpoint is step_7.pt; the same command goes on" in said
 
 
+@pytest.mark.slow
 def test_a_process_that_works_is_waited_for_beyond_the_limit_and_named():
     (code, said), (other, _) = exchange("time.sleep(15)", 0.1)
     assert [code, other] == [0, 0]

@@ -260,6 +260,7 @@ def test_killed_ablation_goes_on_where_it_was(tmp_path, trained, monkeypatch):
         assert (tmp_path / "runs" / name / "metrics.jsonl").read_text() == text
 
 
+@pytest.mark.slow
 def test_two_processes_fill_the_table_of_one(tmp_path):
     words = ["ablate", "--suite", "main", "--out", str(tmp_path / "two"), "--rows", "hpm", "--seeds", "0",
              "--val", "shapes:24@1", *flags(FIELDS)]  # fmt: skip

@@ -66,6 +66,7 @@ def test_two_logs_are_one():
     torch.testing.assert_close(two_log_loss(scores, loss), relative_loss(scores, loss), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_step_command_measures_every_variant(tmp_path, capsys):
     out = tmp_path / "step.json"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
@@ -288,6 +289,7 @@ def test_peers_are_the_same_model(peers):
     assert theirs - ours == 17 * 32  # the decoder's fixed position table is a parameter there and a buffer here
 
 
+@pytest.mark.slow
 def test_peers_are_measured_beside_our_step(peers):
     result = peers.run(BenchmarkConfig(**SMALL, batch_size=8, seconds=0.01, rounds=2, device="cpu"))
     assert {"mae", "transformers"} <= result["images_per_second"].keys()

@@ -451,6 +451,7 @@ def together(*words, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_processes_see_each_other(tmp_path):
     done = together("--out", str(tmp_path), "--json", CUDA_LAUNCH_BLOCKING="1")
     assert done.returncode == 0, done.stderr

@@ -188,6 +188,7 @@ def test_damaged_images_are_remembered(parent, tmp_path):
     assert (tmp_path / "longer/damaged.csv").read_text() == "path,reason\na.jpg,cut off\n"
 
 
+@pytest.mark.slow
 def test_two_processes_branch_off_together(parent, tmp_path):
     words = flags({"precision": "float32", "device": "cpu", "workers": 0, "epochs": 5, "checkpoint_steps": 100})
     subprocess.run(
