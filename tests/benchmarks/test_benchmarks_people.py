@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from places import ROOT
 
 SEED = 7
 PLANTED = """
 import sys, time
 sys.path.insert(0, {folder!r})
-import pytest
 import people_files
 from people_cases import Case
 from hardpatch.data.images import decode
