@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hardpatch.method.hpm import HPM
     from hardpatch.runs.load import load_encoder, load_teacher
     from hardpatch.runtime.errors import InputError, Interrupted
-    from hardpatch.training.pretrain import pretrain
+    from hardpatch.tools.first_run import pretrain
 
 __version__: str
 __all__ = [
@@ -35,7 +35,7 @@ _MODULES = {
     "load_classifier": "hardpatch.evaluate.classify.classifier",
     "load_encoder": "hardpatch.runs.load",
     "load_teacher": "hardpatch.runs.load",
-    "pretrain": "hardpatch.training.pretrain",
+    "pretrain": "hardpatch.tools.first_run",
 }
 
 

@@ -9,38 +9,42 @@ from typing import Any
 
 from hardpatch.cli.flags import parse, parse_with_fields
 from hardpatch.cli.output import print_json, print_section, print_table, show
-from hardpatch.runtime.errors import InputError
 
 
 def pretrain(arguments: list[str]) -> None:
     """``hardpatch pretrain``."""
     from hardpatch.config.commands import PretrainCommand
+    from hardpatch.config.plan import PlanConfig, check_starts
     from hardpatch.config.recipes import recipe
     from hardpatch.config.values import load_config, with_fields
 
-    # The recipe is looked up before the flags are parsed, so that --help shows its values as the defaults.
+    # The start is looked up before the flags are parsed, so that --help shows its values as the defaults.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--config")
-    first.add_argument("--branch-from", "--branch_from")
+    for name in ("recipe", "config", "branch_from", "budget"):
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     first.add_argument("--out", default="")
     first.add_argument("--resume", default="auto")
     chosen, _ = first.parse_known_args(arguments)
+    starts = {name: getattr(chosen, name) or None for name in ("recipe", "config", "branch_from")}
+    check_starts(starts, chosen.budget)
     parent = None
-    given = {name: value for name in ("recipe", "config", "branch_from") if (value := getattr(chosen, name))}
-    if len(given) > 1:
-        raise InputError(f"{', '.join(given)}: give one, not both, got {', '.join(map(repr, given.values()))}")
     if chosen.branch_from:
         from hardpatch.training.branching import beginning_of_branch
 
         base, parent = beginning_of_branch(chosen.branch_from, chosen.out, resume=chosen.resume)
     else:
-        base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or "hpm")
+        base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or PlanConfig.method)
     command, fields, as_json = parse_with_fields(PretrainCommand, "pretrain", arguments, base=base)
+    is_known = chosen.config or chosen.branch_from
 
+    from hardpatch.tools.first_run import choose_config
     from hardpatch.training.pretrain import train
 
-    result = train(with_fields(base, fields), Path(command.out), resume=command.resume, parent=parent)
+    if is_known:
+        config = with_fields(base, fields)
+    else:
+        config = choose_config(fields, command.out, recipe=command.recipe, budget=command.budget, resume=command.resume)
+    result = train(config, Path(command.out), resume=command.resume, parent=parent)
     report_run(command.out, result, as_json=as_json)
 
 

@@ -19,13 +19,17 @@ from hardpatch.config.fields import NotNegative, Positive, PositiveFloat, Seed, 
 class PretrainCommand(Settings):
     """Pre-train a ViT with Hard Patches Mining, or go on with a run that was stopped.
 
-    The fields below are the config; a recipe or a YAML file gives them other defaults, flags override both.
+    Without --recipe, --config and --branch-from the method, sizes and length are chosen from the images and the
+    machine. The fields below are the config; a recipe or a YAML file gives them other defaults, flags override both.
     """
 
     out: str
     """Run folder."""
-    recipe: str = "hpm"
-    """Named starting point, see hardpatch recipes."""
+    recipe: str | None = None
+    """Named starting point, see hardpatch recipes; none: chosen from the images and the machine."""
+    budget: str | None = None
+    """How long the run may take, e.g. 30m, 8h, 2d: sizes and length are chosen for it; none: 8 minutes on a CPU, 2
+    hours on a GPU, for a run without a recipe."""
     config: str | None = None
     """YAML file instead of a recipe."""
     branch_from: str | None = None

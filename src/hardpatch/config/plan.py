@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import Annotated
 
 from pydantic import Field
 
 from hardpatch.config.fields import Positive, PositiveFloat, Settings
-from hardpatch.runtime.errors import InputError
+from hardpatch.config.recipes import without_scale
+from hardpatch.runtime.errors import InputError, suggest
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -46,6 +49,28 @@ def parse_budget(text: str) -> float:
     if found is None or float(found[1]) <= 0:
         raise InputError(f"budget: must be a number above 0 and s, m, h or d (90m, 8h, 2d), got {text!r}")
     return float(found[1]) * _UNITS[found[2]]
+
+
+def check_starts(starts: Mapping[str, object], budget: str | None) -> None:
+    """At most one start of a run may be given, and a budget goes with a recipe alone.
+
+    Raises:
+        InputError: More than one, or a budget beside another.
+    """
+    given = {name: value for name, value in starts.items() if value is not None}
+    if len(given) > 1:
+        values = ", ".join(repr(value) if isinstance(value, str | PathLike) else "a config" for value in given.values())
+        raise InputError(f"{', '.join(given)}: give one, not both, got {values}")
+    if budget is None:
+        return
+    parse_budget(budget)
+    if other := next((name for name in given if name != "recipe"), None):
+        raise InputError(f"budget: chooses sizes and length, and {other} has chosen them; got {budget!r} as well")
+    if (recipe := given.get("recipe")) and recipe not in without_scale():
+        raise InputError(
+            f"recipe: beside a budget it must be METHOD[-TARGET], without a scale, which is chosen; got {recipe!r}"
+            f"{suggest(str(recipe), without_scale())}"
+        )
 
 
 def duration(seconds: float) -> str:

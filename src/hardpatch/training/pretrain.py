@@ -1,4 +1,4 @@
-"""Pre-training from start to end: :func:`pretrain` is what ``hardpatch pretrain`` runs."""
+"""Pre-training from start to end, once its config is known."""
 
 from __future__ import annotations
 
@@ -12,58 +12,16 @@ from typing import Any
 import torch
 
 from hardpatch.config.config import Config
-from hardpatch.config.recipes import recipe as named_recipe
-from hardpatch.config.values import load_config, with_fields
-from hardpatch.data.sources.opening import as_spec
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import read_metrics, say, warn
 from hardpatch.runtime.signals import StopSignal
-from hardpatch.training.branching import beginning_of_branch, branched, open_parent
+from hardpatch.training.branching import branched, open_parent
 from hardpatch.training.loop import train_steps
 from hardpatch.training.preparation import prepare
 from hardpatch.training.state import Resume, Run
-
-
-def pretrain(
-    data: str | Path,
-    out: str | Path,
-    *,
-    recipe: str = "hpm",
-    config: str | Path | None = None,
-    branch_from: str | Path | None = None,
-    resume: Resume = "auto",
-    **fields: Any,
-) -> dict[str, Any]:
-    """Pre-train a ViT with Hard Patches Mining; what ``hardpatch pretrain`` runs.
-
-    Args:
-        data: Images to learn from: a folder, a list, a table, tar shards, or ``shapes:N``.
-        out: The run folder.
-        recipe: Named starting point, see :mod:`hardpatch.config.recipes`.
-        config: A YAML file instead of a recipe.
-        branch_from: A run instead of a recipe, with a constant learning rate: goes on in ``out`` from the last
-            checkpoint before it fell, with other ``epochs``.
-        resume: ``auto`` goes on with an unfinished run in ``out``; ``never`` refuses to; ``restart`` starts over.
-        **fields: Any field of :class:`hardpatch.config.config.Config` by its name, e.g. ``epochs=100``.
-
-    Returns:
-        The figures of the run, as in ``result.json``.
-
-    Raises:
-        InputError: A field, the data or the folder breaks a rule.
-        Interrupted: A signal stopped the run after it was saved.
-    """
-    if branch_from is not None and (config is not None or recipe != "hpm"):
-        raise InputError(f"branch_from: takes the place of recipe and config, got {config or recipe!r} as well")
-    parent = None
-    if branch_from is not None:
-        base, parent = beginning_of_branch(branch_from, out, resume=resume)
-    else:
-        base = load_config(Path(config)) if config is not None else named_recipe(recipe)
-    return train(with_fields(base, {"data": as_spec(data), **fields}), Path(out), resume=resume, parent=parent)
 
 
 def train(config: Config, out: Path, *, resume: Resume = "auto", parent: RunFolder | None = None) -> dict[str, Any]:

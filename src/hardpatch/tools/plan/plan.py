@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hardpatch.config.config import Config
 from hardpatch.config.plan import PlanConfig, duration, parse_budget
@@ -51,7 +51,7 @@ COMPILE_SECONDS = 60.0
 
 
 def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Look at the images, time the steps, choose.
+    """Propose a run.
 
     Args:
         config: Budget, method, machine.
@@ -63,9 +63,64 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: A value that is wrong, images that cannot be read, or nothing that fits memory or budget.
     """
+    out = _writable(config.out)
+    proposal = propose(config, given)
+    final, chosen, found = proposal.config, proposal.chosen, proposal.images
+    if out is not None:
+        about = {"proposed_by": f"hardpatch plan --data {shlex.quote(final.data.data)} --budget {config.budget}"}
+        write_text_atomically(out, to_yaml(final, {**about, **versions(proposal.machine.device)}))
+    return {
+        **_commands(final, config.method, out, proposal.machine.processes),
+        "method": config.method,
+        "encoder": chosen.size.name,
+        "epochs": final.optimisation.epochs,
+        "steps": proposal.steps,
+        "hours": proposal.seconds / 3600,
+        "images_per_second": chosen.views_per_second,
+        "memory_bytes": chosen.memory_bytes,
+        "crops_per_second_per_core": proposal.loading.crops_per_second,
+        "cache_bytes": proposal.loading.cache_bytes,
+        "advice": _advice(proposal),
+        "images": found._asdict(),
+        "candidates": [_row(candidate) for candidate in proposal.candidates],
+        "config": {key: value for part in asdict(final).values() for key, value in part.items()},
+        "budget_seconds": proposal.budget,
+        "processes": proposal.machine.processes,
+        "versions": versions(proposal.machine.device),
+    }
+
+
+class Proposal(NamedTuple):
+    """A run for these images, this machine and this time, and what it was chosen among."""
+
+    config: Config
+    steps: int
+    seconds: float
+    """That the whole run will take, about."""
+    budget: float
+    """Seconds that it may take."""
+    enough: float
+    """Views after which a larger encoder would be the better use of the time."""
+    chosen: Candidate
+    candidates: list[Candidate]
+    images: ImagesFound
+    loading: Loading
+    machine: Machine
+
+
+def propose(config: PlanConfig, given: Mapping[str, Any], *, at_least_once: bool = False) -> Proposal:
+    """Look at the images, time the steps, choose.
+
+    Args:
+        config: Budget, method, machine.
+        given: Fields of the run's config that hold, ``data`` among them.
+        at_least_once: Propose a single pass over the images where the budget allows for none.
+
+    Raises:
+        InputError: A value that is wrong, images that cannot be read, or nothing that fits memory or budget.
+    """
     budget = parse_budget(config.budget)
     base = with_fields(_recipe(config.method), given)
-    out = _writable(config.out)
     machine = find_machine(base, config)
     base, source, found = open_images_of(base, given)
     sizes = sizes_for(given)
@@ -78,6 +133,8 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     candidates = [make_candidate(size, base, given, found.number, machine) for size in sizes]
     enough = given["epochs"] * found.number if given.get("epochs") else enough_views(found.number)
     candidates = _timed(candidates, config, budget, enough, loading, machine, found)
+    if at_least_once and not any(c.fits and c.epochs for c in candidates):
+        candidates = [replace(c, epochs=1) for c in candidates]
     views = {c.size.name: float(c.epochs * found.number) for c in candidates if c.fits}
     name = preferred(views, sizes, found.number, enough=enough)
     if name is None:
@@ -88,28 +145,7 @@ def run(config: PlanConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     steps = resolve_schedule(final.optimisation, found.number).total_steps
     training = steps * final.optimisation.batch_size / chosen.views_per_second
     seconds = training / (1 - SPARE) + seconds_beside(chosen, found, machine)
-    if out is not None:
-        about = {"proposed_by": f"hardpatch plan --data {shlex.quote(base.data.data)} --budget {config.budget}"}
-        write_text_atomically(out, to_yaml(final, {**about, **versions(machine.device)}))
-    return {
-        **_commands(final, config.method, out, machine.processes),
-        "method": config.method,
-        "encoder": name,
-        "epochs": final.optimisation.epochs,
-        "steps": steps,
-        "hours": seconds / 3600,
-        "images_per_second": chosen.views_per_second,
-        "memory_bytes": chosen.memory_bytes,
-        "crops_per_second_per_core": loading.crops_per_second,
-        "cache_bytes": loading.cache_bytes,
-        "advice": _advice(final, enough, seconds, budget, chosen, loading, machine, found),
-        "images": found._asdict(),
-        "candidates": [_row(candidate) for candidate in candidates],
-        "config": {key: value for part in asdict(final).values() for key, value in part.items()},
-        "budget_seconds": budget,
-        "processes": machine.processes,
-        "versions": versions(machine.device),
-    }
+    return Proposal(final, steps, seconds, budget, enough, chosen, candidates, found, loading, machine)
 
 
 def _recipe(method: str) -> Config:
@@ -202,21 +238,22 @@ def seconds_beside(candidate: Candidate, found: ImagesFound, machine: Machine) -
 # What is said
 
 
-def _advice(
-    final: Config, enough: float, seconds: float, budget: float, chosen: Candidate, loading: Loading,
-    machine: Machine, found: ImagesFound,
-) -> list[str]:  # fmt: skip
+def _advice(proposal: Proposal) -> list[str]:
     """What a user should know before starting."""
+    final, found, machine = proposal.config, proposal.images, proposal.machine
     lines = []
     epochs = final.optimisation.epochs
-    if seconds > budget:
-        lines.append(f"{epochs} epochs take about {duration(seconds)}, more than the budget")
-    elif epochs * found.number < enough:
+    if proposal.seconds > proposal.budget:
+        lines.append(f"{epochs} epochs take about {duration(proposal.seconds)}, more than the budget")
+    elif epochs * found.number < proposal.enough:
         lines.append(
-            f"{epochs} epochs are few, {math.ceil(enough / found.number)} would be better: features need views, and "
-            "masks time to grow hard; a longer --budget or a smaller --image-size would help"
+            f"{epochs} epochs are few, {math.ceil(proposal.enough / found.number)} would be better: features need "
+            "views, and masks time to grow hard; a longer --budget or a smaller --image-size would help"
         )
-    if machine.device.type != "cpu" and loading_limit(final, loading, machine) <= chosen.views_per_second:
+    if (
+        machine.device.type != "cpu"
+        and loading_limit(final, proposal.loading, machine) <= proposal.chosen.views_per_second
+    ):
         lines.append(
             "loading limits this run: hardpatch data pack makes images quick to read, "
             "hardpatch benchmark data says more"
