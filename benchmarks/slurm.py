@@ -4,7 +4,7 @@
 
 The script of docs/scaling.md is taken from the page, with a command small enough for this machine. SLURM stops each job
 before it is done; the run has to save, leave with exit code 3 and be queued again, until the last job ends it. The
-weights have to be those of one process that nobody stopped.
+weights have to be those of a job that nobody stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from two_machines import TINY, alone, largest_difference
+from two_machines import TINY, largest_difference
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 CONFIG = """
@@ -123,11 +123,8 @@ def batch_script(words: list[str]) -> str:
 
 def chain(environment: dict[str, str], base: Path) -> dict[str, Any]:
     """Submit the script once, stop its jobs twice as SLURM does before a limit, and see what the chain comes to."""
-    words = ["pretrain", *TINY, "--epochs", "300", "--checkpoint-minutes", "10", "--log-steps", "1", "--out"]
-    script = base / "job.sh"
-    script.write_text(batch_script([*words, str(base / "chain")]))
-    said = base / "said.txt"
-    job = ask(environment, "sbatch", "--parsable", "--open-mode=append", f"--output={said}", str(script)).strip()
+    words = ["pretrain", *TINY, "--epochs", "120", "--checkpoint-minutes", "10", "--log-steps", "1", "--out"]
+    said, job = base / "chain.txt", submit(environment, base, "chain", [*words, str(base / "chain")])
     metrics = base / "chain" / "metrics.jsonl"
     stopped_at: list[int] = []
     for _ in range(2):
@@ -142,15 +139,24 @@ def chain(environment: dict[str, str], base: Path) -> dict[str, Any]:
     until(lambda: (base / "chain" / "result.json").is_file(), 600, "result")
     until(lambda: "COMPLETED" in state(environment, job), 60, "job that is done")
     restarts = re.search(r"Restarts=(\d+)", ask(environment, "scontrol", "show", "job", job))
-    alone([*words, str(base / "alone")])
+    submit(environment, base, "whole", [*words, str(base / "whole")])
+    until(lambda: (base / "whole" / "result.json").is_file(), 600, "result of a job that nobody stops")
     weights = "checkpoints/weights.safetensors"
     return {
         "stopped at steps": stopped_at,
         "restarts": int(restarts[1]) if restarts else None,
         "end": state(environment, job),
-        "largest difference to one process that nobody stopped":
-            largest_difference(base / "chain" / weights, base / "alone" / weights),
+        "largest difference to a job that nobody stopped":
+            largest_difference(base / "chain" / weights, base / "whole" / weights),
     }  # fmt: skip
+
+
+def submit(environment: dict[str, str], base: Path, name: str, words: list[str]) -> str:
+    """Submit the script with a command; the number of the job."""
+    script = base / f"{name}.sh"
+    script.write_text(batch_script(words))
+    output = f"--output={base / name}.txt"
+    return ask(environment, "sbatch", "--parsable", "--open-mode=append", output, str(script)).strip()
 
 
 def state(environment: dict[str, str], job: str) -> str:

@@ -13,7 +13,6 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from hardpatch.embed.chunks import Parts
-from hardpatch.runtime.text import printable
 
 
 class Table(NamedTuple):
@@ -56,6 +55,11 @@ def write_npz(table: Table, to: Path) -> None:
         put("about", np.array(json.dumps(table.about)))
 
 
+def _as_utf8(text: str) -> str:
+    """Text as it is, with ``\\xe9`` for a byte that is not UTF-8: Parquet holds nothing else."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def write_parquet(table: Table, to: Path) -> None:
     """A row group per part; arrays as lists of fixed size, nested where they have rows and columns."""
 
@@ -68,16 +72,16 @@ def write_parquet(table: Table, to: Path) -> None:
     def batch(rows: dict[str, np.ndarray]) -> Any:
         columns = {
             "position": pa.array(rows["position"]),
-            "path": pa.array([printable(table.names[i]) for i in rows["position"]], pa.string()),
+            "path": pa.array([_as_utf8(table.names[i]) for i in rows["position"]], pa.string()),
         }
         if table.labels is not None:
-            columns["label"] = pa.array([printable(table.labels[i]) for i in rows["position"]], pa.string())
+            columns["label"] = pa.array([_as_utf8(table.labels[i]) for i in rows["position"]], pa.string())
         columns |= {name: column(array) for name, array in rows.items() if name != "position"}
         return pa.table(columns)
 
     schema = batch(table.parts.read(table.numbers[0]).columns).schema.with_metadata(
         {"hardpatch": json.dumps(table.about)}
     )
-    with parquet.ParquetWriter(to, schema) as writer:
+    with to.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:  # a name that is no UTF-8 it cannot open
         for number in table.numbers:
             writer.write_table(batch(table.parts.read(number).columns).replace_schema_metadata(schema.metadata))

@@ -81,8 +81,8 @@ class FileSource(Source):
 
 
 def _quoted(path: str) -> str:
-    """A file name as a part of a URL: three characters mean something else there."""
-    return re.sub(r"[%#?\udc80-\udcff]", lambda found: quote(found[0], errors="surrogateescape"), path)
+    """A file name as a part of a URL: some characters mean something else there, or nothing."""
+    return re.sub(r"[%#?\x00-\x1f\x7f\udc80-\udcff]", lambda found: quote(found[0], errors="surrogateescape"), path)
 
 
 def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:

@@ -101,8 +101,10 @@ def run(config: PackConfig) -> PackResult:
     settings = {name: value for name, value in asdict(config).items() if name in _DECIDING}
     about = {"source": fingerprint(source), "settings": settings}
     if (out / "index.json").is_file():
+        index = _saved(out / "index.json", about)
+        _check_shards(out, index)
         say(f"{out} is packed already")
-        return _result(out, _saved(out / "index.json", about))
+        return _result(out, index)
     try:
         progress = _begun(out, about)
         _write_all(source, config, decoder, out, progress)
@@ -144,12 +146,21 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     progress = _saved(file, about)
     for stale in out.glob("*.part"):
         stale.unlink()
+    _check_shards(out, progress)
+    say(f"going on with {out} at image {progress['next_image']:,}")
+    return progress
+
+
+def _check_shards(out: Path, progress: dict[str, Any]) -> None:
+    """Are all shards there, as large as they were written?
+
+    Raises:
+        InputError: One is not.
+    """
     for shard in progress["shards"]:
         path = out / shard["name"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             raise InputError(f"out: {path} is not what was written; remove the folder and start over")
-    say(f"going on with {out} at image {progress['next_image']:,}")
-    return progress
 
 
 def _saved(file: Path, about: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -104,6 +105,7 @@ def _opened(content: bytes) -> Iterator[Any]:
         if not len(file.pages):
             raise DecodeError("TIFF without a page")
         page = file.pages.first
+        _check_chain(content, file.tiff, page.offset)
         if page.imagedepth != 1 or page.samplesperpixel < 1:
             raise DecodeError(f"TIFF of depth {page.imagedepth} with {page.samplesperpixel} samples")
         check_size(
@@ -112,6 +114,27 @@ def _opened(content: bytes) -> Iterator[Any]:
             bytes_per_pixel=page.samplesperpixel * max(1, math.ceil(page.bitspersample / 8)),
         )
         yield file
+
+
+def _check_chain(content: bytes, form: Any, place: int) -> None:
+    """Follow the pages, each of which names the place of the next.
+
+    Raises:
+        DecodeError: One is named that lies behind the end: the file is cut off, though its first page may be whole.
+    """
+    seen: set[int] = set()
+    while place and place not in seen:
+        seen.add(place)
+        tags = content[place : place + form.tagnosize]
+        after = (
+            place
+            + form.tagnosize
+            + form.tagsize * (struct.unpack(form.tagnoformat, tags)[0] if len(tags) == form.tagnosize else 0)
+        )
+        following = content[after : after + form.offsetsize]
+        if len(following) < form.offsetsize:
+            raise DecodeError(f"cut off: page {len(seen)} of the TIFF lies behind its end")
+        place = struct.unpack(form.offsetformat, following)[0]
 
 
 def _count_pages(file: Any) -> int:
