@@ -41,6 +41,8 @@ from safetensors.torch import load_file
 HANGS = 300.0
 """Seconds after which a command that has not ended is taken for one that hangs."""
 MODEL = [
+    "--recipe",
+    "hpm",
     "--image-size",
     "32",
     "--encoder",

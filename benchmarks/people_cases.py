@@ -129,7 +129,21 @@ def command_line(case: Case, made: Made, checkpoint: Path, work: Path) -> list[s
         case "pack":
             words = ["data", "pack", spec, "--out", out, *reading, "--workers", "0", "--json"]
         case "pretrain":
-            words = ["pretrain", "--data", spec, "--out", out, *TINY, *reading, *deep, "--max-damaged", "0.5", "--json"]
+            words = [
+                "pretrain",
+                "--recipe",
+                "hpm",
+                "--data",
+                spec,
+                "--out",
+                out,
+                *TINY,
+                *reading,
+                *deep,
+                "--max-damaged",
+                "0.5",
+                "--json",
+            ]
             words += [] if case.number % 3 == 0 else ["--no-figures"]  # which take most of the time
         case "knn":
             words = ["evaluate", "knn", "--checkpoint", str(checkpoint), "--train", spec, "--val", spec, "--k", "1",

@@ -103,6 +103,8 @@ def make_checkpoints(root: Path, cases: list[Case]) -> dict[int, Path]:
         run = root / f"run-{channels}"
         words = [
             "pretrain",
+            "--recipe",
+            "hpm",
             "--data",
             str(folder),
             "--out",

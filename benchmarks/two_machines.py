@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 TINY = [
+    "--recipe",
+    "hpm",
     "--data",
     "shapes:48",
     "--image-size",

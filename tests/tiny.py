@@ -32,6 +32,16 @@ TINY = {
 """12 steps of 8 images."""
 
 
+def pretrain(data, out, *, recipe=None, config=None, branch_from=None, **fields) -> dict:
+    """:func:`hardpatch.pretrain`; without a start by the recipe ``hpm``, as nothing is to be timed."""
+    import hardpatch
+
+    starts = {"recipe": recipe, "config": config, "branch_from": branch_from}
+    if not any(value is not None for value in starts.values()):
+        starts["recipe"] = "hpm"
+    return hardpatch.pretrain(data, out, **starts, **fields)
+
+
 def final_state(run: Path) -> dict:
     return torch.load(run / "checkpoints" / "last", weights_only=True)
 
@@ -92,7 +102,7 @@ def pretrain_in_child(out: str, values: dict) -> None:
 
     multiprocessing.set_start_method("fork", force=True)  # data workers as in a run of its own
     torch.set_num_threads(1)
-    main(["pretrain", "--out", out, *flags(values)])
+    main(["pretrain", "--recipe", "hpm", "--out", out, *flags(values)])
 
 
 def tiny_config(**changes):

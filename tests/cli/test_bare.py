@@ -45,11 +45,18 @@ def in_bare_environment(*commands, folder="/proc"):
 def test_commands_need_no_home_no_name_and_no_terminal(tmp_path):
     run, images = str(tmp_path / "run"), "shapes:16"
     commands = [
-        ["pretrain", "--out", run, *flags(TINY | {"data": images, "epochs": 1, "figures": True})],
+        ["pretrain", "--recipe", "hpm", "--out", run, *flags(TINY | {"data": images, "epochs": 1, "figures": True})],
         ["data", "check", images, "--out", str(tmp_path / "checked")],
         ["data", "stats", images],
         ["data", "pack", images, "--out", str(tmp_path / "packed"), "--workers", "0"],
-        ["pretrain", "--out", str(tmp_path / "other"), *flags(TINY | {"data": str(tmp_path / "packed" / "*.tar")})],
+        [
+            "pretrain",
+            "--recipe",
+            "hpm",
+            "--out",
+            str(tmp_path / "other"),
+            *flags(TINY | {"data": str(tmp_path / "packed" / "*.tar")}),
+        ],
         ["evaluate", "knn", "--checkpoint", run, "--train", images, "--val", images, "--k", "1", "--device", "cpu"],
         ["evaluate", "foreground", "--checkpoint", run, "--images", "shapes:4", "--device", "cpu"],
         ["visualize", "--checkpoint", run, "--images", images, "--out", str(tmp_path / "hard.png")],
@@ -66,7 +73,7 @@ def test_commands_need_no_home_no_name_and_no_terminal(tmp_path):
 def test_what_is_written_where_nobody_may_is_refused(tmp_path):
     """Relative outputs of people who stand in a folder that is not theirs: /sys, which is nobody's."""
     commands = [
-        ["pretrain", "--out", "run", *flags(TINY)],
+        ["pretrain", "--recipe", "hpm", "--out", "run", *flags(TINY)],
         ["data", "check", "shapes:4", "--out", "checked"],
         ["data", "pack", "shapes:4", "--out", "packed", "--workers", "0"],
     ]

@@ -25,7 +25,9 @@ def finished(tmp_path_factory):
     """A finished tiny run."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.raises(SystemExit) as left:
-        main(["pretrain", "--out", str(out), *flags(TINY | {"figures": True, "num_figure_images": 2})])
+        main(
+            ["pretrain", "--recipe", "hpm", "--out", str(out), *flags(TINY | {"figures": True, "num_figure_images": 2})]
+        )
     assert left.value.code == 0
     return out
 
@@ -65,7 +67,7 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
     Image.new("RGB", (40, 40)).save(tmp_path / "unlabelled" / "a.png")
     (tmp_path / "file.bin").write_bytes(b"x")
     changes = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
-    code, _, err = call(capsys, "pretrain", "--out", tmp_path / "run", *flags(TINY | changes))
+    code, _, err = call(capsys, "pretrain", "--recipe", "hpm", "--out", tmp_path / "run", *flags(TINY | changes))
     assert code == 2
     assert pytest.importorskip("re").search(message, err), err
     assert "Traceback" not in err
@@ -73,7 +75,7 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["pretrain", "--out", "x", "--mask-ratoi", "0.5"], "mask-ratio"),
+    (["pretrain", "--recipe", "hpm", "--out", "x", "--mask-ratoi", "0.5"], "mask-ratio"),
     (["pretrain", "--out", "x", "--recipe", "nothing"], "METHOD: mae"),
     (["pretrain", "--out", "x", "--config", "/nothing.yaml"], "cannot read /nothing.yaml"),
     (["pretrain", "--data", "shapes:9"], "--out"),
@@ -103,18 +105,18 @@ def test_a_misspelt_yaml_key_is_explained(capsys, tmp_path):
 
 
 def test_another_runs_folder_is_refused_with_the_difference(capsys, finished):
-    code, _, err = call(capsys, "pretrain", "--out", finished, *flags(TINY | {"mask_ratio": 0.5}))
+    code, _, err = call(capsys, "pretrain", "--recipe", "hpm", "--out", finished, *flags(TINY | {"mask_ratio": 0.5}))
     assert code == 2
     assert "mask_ratio: 0.75 -> 0.5" in err
-    assert call(capsys, "pretrain", "--out", finished, "--resume", "never", *flags(TINY))[0] == 2
+    assert call(capsys, "pretrain", "--recipe", "hpm", "--out", finished, "--resume", "never", *flags(TINY))[0] == 2
 
 
 def test_a_folder_with_other_things_is_refused(capsys, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    code, _, err = call(capsys, "pretrain", "--out", tmp_path, *flags(TINY))
+    code, _, err = call(capsys, "pretrain", "--recipe", "hpm", "--out", tmp_path, *flags(TINY))
     assert code == 2
     assert "not empty" in err
-    code, _, err = call(capsys, "pretrain", "--out", tmp_path / "thesis.tex", *flags(TINY))
+    code, _, err = call(capsys, "pretrain", "--recipe", "hpm", "--out", tmp_path / "thesis.tex", *flags(TINY))
     assert code == 2
     assert "must be a folder" in err
 
@@ -123,14 +125,14 @@ def test_too_little_room_is_refused(capsys, tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    code, _, err = call(capsys, "pretrain", "--out", tmp_path / "run", *flags(TINY))
+    code, _, err = call(capsys, "pretrain", "--recipe", "hpm", "--out", tmp_path / "run", *flags(TINY))
     assert code == 2
     assert "GB are free" in err
 
 
 def test_pretrain_prints_a_table_the_next_command_and_json(capsys, finished):
     small = TINY | {"figures": True, "num_figure_images": 2}
-    code, out, _ = call(capsys, "pretrain", "--out", finished, "--json", *flags(small))
+    code, out, _ = call(capsys, "pretrain", "--recipe", "hpm", "--out", finished, "--json", *flags(small))
     assert code == 0
     result = json.loads(out.splitlines()[-1])
     assert {"run", "steps", "samples_seen", "seconds", "images_per_second", "reconstruction_loss",
@@ -141,13 +143,13 @@ def test_pretrain_prints_a_table_the_next_command_and_json(capsys, finished):
 
 def test_restart_starts_over(capsys, tmp_path):
     run = tmp_path / "run"
-    assert call(capsys, "pretrain", "--out", run, *flags(TINY | {"checkpoint_steps": 4}))[0] == 0
+    assert call(capsys, "pretrain", "--recipe", "hpm", "--out", run, *flags(TINY | {"checkpoint_steps": 4}))[0] == 0
     for folder, name in (("figures", "hardness_00000004.png"), ("evaluate", "knn.json"), ("events", "old")):
         (run / folder).mkdir(exist_ok=True)
         (run / folder / name).write_text("of the run before")
     (run / "metrics.jsonl").write_text('{"step": 0, "knn_top1": 99.0}\n')
     other = flags(TINY | {"seed": 1, "epochs": 1, "checkpoint_steps": 3})
-    assert call(capsys, "pretrain", "--out", run, "--resume", "restart", *other)[0] == 0
+    assert call(capsys, "pretrain", "--recipe", "hpm", "--out", run, "--resume", "restart", *other)[0] == 0
     assert "seed: 1" in (run / "config.yaml").read_text()
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [3, 6]
     assert sorted(file.name for file in (run / "checkpoints").glob("*.pt")) == ["step_00000003.pt", "step_00000006.pt"]

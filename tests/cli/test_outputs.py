@@ -12,9 +12,8 @@ from hardpatch.embed import embed
 from hardpatch.embed.chunks import Parts
 from hardpatch.runtime.errors import Interrupted
 from hardpatch.runtime.outputs import make_output_folder
-from hardpatch.training.pretrain import pretrain
 from random_run import random_run
-from tiny import TINY, stop_after
+from tiny import TINY, pretrain, stop_after
 
 torch.set_num_threads(1)
 

@@ -396,7 +396,7 @@ def test_batches_are_copied_behind_the_work_on_cuda(monkeypatch):
 
 def run(out, **changes):
     with pytest.raises(SystemExit) as left:
-        main(["pretrain", "--out", str(out), *flags(TINY | changes)])
+        main(["pretrain", "--recipe", "hpm", "--out", str(out), *flags(TINY | changes)])
     assert left.value.code == 0
 
 
@@ -440,7 +440,7 @@ def test_crops_and_masks_per_image_count_views(tmp_path, monkeypatch):
 )
 def test_views_that_do_not_divide_are_refused(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as left:
-        main(["pretrain", "--out", str(tmp_path / "run"), *flags(TINY | options)])
+        main(["pretrain", "--recipe", "hpm", "--out", str(tmp_path / "run"), *flags(TINY | options)])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
 

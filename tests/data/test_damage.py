@@ -19,9 +19,8 @@ from hardpatch.data.sources import Source, open_source
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.training.meter import Meter
-from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
-from tiny import TINY
+from tiny import TINY, pretrain
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image, ImageOps
 
@@ -641,3 +642,16 @@ def test_microscopy_and_nuclei():
         with Image.open(nuclei.name(number)) as image:
             assert np.array_equal(sample.image.permute(1, 2, 0).numpy(), np.asarray(image)[..., :3])
         assert sample.valid is None
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_a_tiff_that_is_cut_off_behind_its_first_page_is_damaged(big, byteorder):
+    pages = io.BytesIO()
+    with tifffile.TiffWriter(pages, bigtiff=big, byteorder=byteorder) as file:
+        for value in range(3):
+            file.write(np.full((16, 16, 3), value, np.uint8), photometric="rgb")
+    whole = pages.getvalue()
+    assert (pixels(whole, 3) == 0).all()
+    with pytest.raises(DecodeError, match=r"cut off: page \d of the TIFF lies behind its end"):
+        pixels(whole[: len(whole) // 2], 3)

@@ -168,6 +168,13 @@ def test_a_finished_folder_says_so_and_other_settings_are_refused(photographs, t
         pack.run(settings("shapes:3", tmp_path / "out"))
 
 
+def test_a_shard_that_went_missing_is_named(photographs, tmp_path):
+    pack.run(settings(photographs, tmp_path / "out"))
+    next((tmp_path / "out").glob("*.tar")).unlink()
+    with pytest.raises(InputError, match="is not what was written"):
+        pack.run(settings(photographs, tmp_path / "out"))
+
+
 def test_a_folder_of_something_else_is_left_alone(photographs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")

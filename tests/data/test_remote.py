@@ -166,6 +166,8 @@ ODD = (
     "größe 日本.png",
     os.fsdecode(b"caf\xe9.png"),
     "a+b.png",
+    "tab\there.png",
+    "bell\a.png",
 )
 
 

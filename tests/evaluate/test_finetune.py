@@ -42,8 +42,7 @@ from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.load import load_encoder
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, flags, in_child, tiny_config
+from tiny import TINY, flags, in_child, pretrain, tiny_config
 
 torch.set_num_threads(1)
 

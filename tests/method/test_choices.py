@@ -18,8 +18,7 @@ from hardpatch.runs.build import build_hpm, build_method, build_student, build_t
 from hardpatch.runs.load import LoadedRun, load_encoder
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.training.gate import DEFAULT_THRESHOLD, mining_threshold
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, assert_same_state, final_state, stop_after, tiny_config
+from tiny import TINY, assert_same_state, final_state, pretrain, stop_after, tiny_config
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,7 @@ from hardpatch.method.student import Teacher
 from hardpatch.method.vit import embed, encode, grid_size, resample_positions
 from hardpatch.runs.build import build_method, build_student
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
+from tiny import TINY, assert_same_state, final_state, pretrain, tiny_config, tiny_student
 
 torch.set_num_threads(1)
 

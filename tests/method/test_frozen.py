@@ -20,8 +20,7 @@ from hardpatch.method.targets.timm_features import FrozenModel, TimmFeatureTarge
 from hardpatch.runs.build import build_optimizer, build_student, build_target
 from hardpatch.runs.load import load_encoder
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY
+from tiny import TINY, pretrain
 
 torch.set_num_threads(1)
 OURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

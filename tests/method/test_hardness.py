@@ -17,8 +17,7 @@ from hardpatch.method.vit import patchify, take
 from hardpatch.runs.build import build_method, build_student, build_target
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, tiny_config
+from tiny import TINY, pretrain, tiny_config
 
 torch.set_num_threads(1)
 

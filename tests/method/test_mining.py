@@ -9,8 +9,7 @@ from hardpatch.config.config import Config
 from hardpatch.config.values import with_fields
 from hardpatch.runtime.errors import InputError
 from hardpatch.training.gate import DEFAULT_THRESHOLD, MEMORY, MiningGate, mining_threshold
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, assert_same_state, final_state
+from tiny import TINY, assert_same_state, final_state, pretrain
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

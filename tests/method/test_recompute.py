@@ -6,8 +6,7 @@ from torch._dynamo.utils import counters
 
 from hardpatch.method.student import Teacher
 from hardpatch.runs.build import blocks, build_method, compile_blocks, recompute_blocks
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
+from tiny import TINY, assert_same_state, final_state, pretrain, tiny_config, tiny_student
 
 DEEP = {"encoder_depth": 3, "decoder_depth": 2, "predictor_depth": 2, "predictor_view": "both"}
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import hardpatch
 from hardpatch.config.config import Config
 from hardpatch.config.values import validated, with_fields
 from hardpatch.method.choices import guide_of
@@ -14,7 +13,7 @@ from hardpatch.method.vit import patch_variance, patchify
 from hardpatch.runs.build import SCOUT_LEARNING_RATE, build_hpm, build_optimizer
 from hardpatch.runs.load import LoadedRun, load_teacher
 from hardpatch.runtime.errors import InputError
-from tiny import TINY, assert_same_state, final_state
+from tiny import TINY, assert_same_state, final_state, pretrain
 
 
 def slowly(scout: Scout, image: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -158,7 +157,7 @@ def test_masks_that_no_scores_guide_refuse_a_guide(mask):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("scout") / "run"
-    hardpatch.pretrain(out=out, **TINY | {"guide": "scout", "predicted_loss": "none", "figures": True})
+    pretrain(out=out, **TINY | {"guide": "scout", "predicted_loss": "none", "figures": True})
     return out
 
 
@@ -178,8 +177,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         with pytest.raises(Interrupted):
-            hardpatch.pretrain(out=tmp_path / "run", **fields)
-    hardpatch.pretrain(out=tmp_path / "run", **fields)
+            pretrain(out=tmp_path / "run", **fields)
+    pretrain(out=tmp_path / "run", **fields)
     assert_same_state(final_state(tmp_path / "run"), final_state(run))
 
 

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hardpatch.runs.build import compile_blocks
 from hardpatch.runtime.log import read_metrics
 from hardpatch.training.meter import Meter
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, assert_same_state, final_state, tiny_student
+from tiny import TINY, assert_same_state, final_state, pretrain, tiny_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by dynamo itself
 torch.set_num_threads(1)

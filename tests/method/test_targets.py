@@ -23,8 +23,7 @@ from hardpatch.method.vit import create_encoder, patchify
 from hardpatch.runs.build import build_method, build_student, build_target
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, final_state
+from tiny import TINY, final_state, pretrain
 
 torch.set_num_threads(1)
 

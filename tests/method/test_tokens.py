@@ -28,9 +28,8 @@ from hardpatch.runs.load import LoadedRun, load_encoder, load_teacher
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
 from hardpatch.training.fitting import Crops
-from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
-from tiny import TINY, assert_same_state, final_state, flags
+from tiny import TINY, assert_same_state, final_state, flags, pretrain
 
 torch.set_num_threads(1)
 PIXELS = PixelTarget((8, 8), channels=3, normalise=True)
@@ -219,7 +218,7 @@ def test_two_processes_share_one_codebook(tmp_path):
     values = TOKENS | {"epochs": 1, "image_size": 16, "log_steps": 1}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch",
-         "pretrain", "--out", str(tmp_path / "two"), *flags(values)],
+         "pretrain", "--recipe", "hpm", "--out", str(tmp_path / "two"), *flags(values)],
         check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

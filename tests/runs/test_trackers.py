@@ -11,9 +11,8 @@ from hardpatch.runs.trackers import TRACKERS, Tracker, Trackers, check_trackers,
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
 from hardpatch.runtime.signals import StopSignal
-from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
-from tiny import TINY
+from tiny import TINY, pretrain
 
 FIELDS = {name: value for name, value in TINY.items() if name != "data"} | {"figures": True, "num_figure_images": 1}
 
@@ -152,7 +151,19 @@ def test_a_run_that_starts_over_is_a_new_one(tmp_path, installed):
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_made(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit) as left:
-        main(["pretrain", "--data", "shapes:48", "--out", str(tmp_path / "run"), "--trackers", "wandb"])
+        main(
+            [
+                "pretrain",
+                "--recipe",
+                "hpm",
+                "--data",
+                "shapes:48",
+                "--out",
+                str(tmp_path / "run"),
+                "--trackers",
+                "wandb",
+            ]
+        )
     assert left.value.code == 2
     assert "trackers: 'wandb' needs its package; pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from hardpatch.config.values import RETIRED, load_config, validated
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import read_metrics
-from tiny import TINY, flags
+from tiny import TINY, flags, pretrain
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
 FIELDS = TINY | {
@@ -54,7 +54,7 @@ def test_its_models_say_what_they_said(old):
 
 def test_it_goes_on_to_the_end_that_it_had(old):
     """Within what rounding on another processor makes of two steps: key biases have gradients of exactly zero."""
-    command("pretrain", "--out", old / "run", *flags(FIELDS))
+    command("pretrain", "--recipe", "hpm", "--out", old / "run", *flags(FIELDS))
     expected = [json.loads(line) for line in (old / "finished_metrics.jsonl").read_text().splitlines()]
     found = read_metrics(old / "run")
     assert [record["step"] for record in found] == [record["step"] for record in expected] == [1, 2, 3, 4, 5, 6]
@@ -70,7 +70,7 @@ def test_it_goes_on_to_the_end_that_it_had(old):
 
 
 def test_a_new_run_begins_from_it(old):
-    result = hardpatch.pretrain(**FIELDS | {"out": old / "new", "init_from": str(old / "run"), "epochs": 1})
+    result = pretrain(**FIELDS | {"out": old / "new", "init_from": str(old / "run"), "epochs": 1})
     assert result["steps"] == 2
 
 

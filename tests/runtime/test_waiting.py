@@ -150,7 +150,7 @@ SIBLINGS = {
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_processes_that_do_not_see_the_same_are_refused_before_the_first_step(tmp_path, name):
     given, named = SIBLINGS[name]
-    start = ["pretrain", "--out", str(tmp_path / "run")]
+    start = ["pretrain", "--recipe", "hpm", "--out", str(tmp_path / "run")]
     found = two_commands(tmp_path, [[*start, *flags(TINY)], [*start, *flags(TINY | given)]])
     assert [code for code, _ in found] == [2, 2]
     assert all(named in said and "rank 1" in said for _, said in found)
@@ -158,7 +158,16 @@ def test_processes_that_do_not_see_the_same_are_refused_before_the_first_step(tm
 
 
 def test_a_start_of_two_processes_warns_of_nothing(tmp_path):
-    command = ["-m", "hardpatch", "pretrain", "--out", str(tmp_path / "run"), *flags(TINY | {"epochs": 1})]
+    command = [
+        "-m",
+        "hardpatch",
+        "pretrain",
+        "--recipe",
+        "hpm",
+        "--out",
+        str(tmp_path / "run"),
+        *flags(TINY | {"epochs": 1}),
+    ]
     found = two([command, command])
     assert [code for code, _ in found] == [0, 0]
     assert not any("arning" in said for _, said in found), "of buffers, or of the strides of gradients"
@@ -176,7 +185,7 @@ def test_versions_are_compared(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    from hardpatch.training.pretrain import pretrain
+    from tiny import pretrain
 
     out = tmp_path_factory.mktemp("trained") / "run"
     pretrain(out=out, **(TINY | {"epochs": 1}))

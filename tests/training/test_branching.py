@@ -16,9 +16,8 @@ from hardpatch.runs.checkpoint import CheckpointFolder, CheckpointWarning
 from hardpatch.runs.schedule import resolve_schedule
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
-from tiny import TINY, assert_same_state, final_state, flags, stop_after
+from tiny import TINY, assert_same_state, final_state, flags, pretrain, stop_after
 
 CONSTANT = TINY | {"learning_rate_schedule": "constant", "epochs": 4, "checkpoint_steps": 100, "keep_last": 1}
 """24 steps of 8 images, the last 5 of them with a falling learning rate."""
@@ -209,7 +208,7 @@ def test_who_ends_before_the_schedules_is_told(parent, tmp_path, capsys):
 
 
 def test_recipe_and_branch_exclude_each_other(parent, tmp_path):
-    with pytest.raises(InputError, match="branch_from: takes the place of recipe and config, got 'mae'"):
+    with pytest.raises(InputError, match="recipe, branch_from: give one, not both, got 'mae'"):
         branch(parent, tmp_path / "longer", recipe="mae", epochs=5)
 
 

@@ -9,8 +9,7 @@ from hardpatch.config.values import load_config
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, assert_same_state, final_state, stop_after
+from tiny import TINY, assert_same_state, final_state, pretrain, stop_after
 
 FIELDS = {name: value for name, value in TINY.items() if name != "data"} | {
     "figures": True, "num_figure_images": 1, "max_damaged": 0.5

@@ -14,8 +14,7 @@ from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.log import read_metrics
 from hardpatch.training.loop import masked_batches
 from hardpatch.training.preparation import prepare
-from hardpatch.training.pretrain import pretrain
-from tiny import TINY, final_state, tiny_config
+from tiny import TINY, final_state, pretrain, tiny_config
 
 torch.set_num_threads(1)
 

@@ -13,9 +13,8 @@ import hardpatch
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
-from tiny import TINY, assert_same_state, final_state, flags, in_child
+from tiny import TINY, assert_same_state, final_state, flags, in_child, pretrain
 
 SHORT = TINY | {"epochs": 1, "micro_batch_size": 2, "checkpoint_steps": 6}
 """6 steps of 8 images in at least two micro-batches."""
@@ -43,7 +42,7 @@ def train_as(rank, port, out, values, stop_after=None):
     from hardpatch.cli import main
 
     try:
-        main(["pretrain", "--out", str(out), *flags(values)])
+        main(["pretrain", "--recipe", "hpm", "--out", str(out), *flags(values)])
     finally:
         (out.parent / f"{out.name}.{rank}.exchanges").write_text(str(len(exchanges)))
 

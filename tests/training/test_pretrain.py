@@ -27,9 +27,8 @@ from hardpatch.runtime.distributed import any_process, gather_objects, mean_over
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
 from hardpatch.training.meter import Meter
-from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
-from tiny import TINY, assert_same_state, final_state, flags, in_child, stop_after
+from tiny import TINY, assert_same_state, final_state, flags, in_child, pretrain, stop_after
 
 
 def run(out, **changes):
@@ -264,7 +263,8 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hardpatch",
-         "pretrain", "--out", str(tmp_path / "two"), *flags(TINY | {"knn": True, "micro_batch_size": 2})],
+         "pretrain", "--recipe", "hpm", "--out", str(tmp_path / "two"),
+         *flags(TINY | {"knn": True, "micro_batch_size": 2})],
         check=False, env=environment, capture_output=True, timeout=240, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,12 +13,11 @@ from hardpatch.method.vit import encode, patchify, unpatchify
 from hardpatch.runs.load import LoadedRun
 from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.log import read_metrics
-from hardpatch.training.pretrain import pretrain
 from hardpatch.training.reporting import Reporter
 from hardpatch.weights.adapt import fit, inflate_channels, resample_pixel_head, start_from
 from hardpatch.weights.names import to_published
 from hardpatch.weights.read import read_weights
-from tiny import TINY, assert_same_state, final_state, tiny_config, tiny_student
+from tiny import TINY, assert_same_state, final_state, pretrain, tiny_config, tiny_student
 
 torch.set_num_threads(1)
 POSITIONS = ("encoder.pos_embed", "positions")

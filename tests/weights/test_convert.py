@@ -17,7 +17,7 @@ from hardpatch.runtime.errors import InputError
 from hardpatch.weights.convert import inferred_config, run
 from hardpatch.weights.names import to_published
 from places import SHARED
-from tiny import TINY, tiny_student
+from tiny import TINY, pretrain, tiny_student
 
 torch.set_num_threads(1)
 FOLDER = Path(os.environ.get("HPM_REFERENCE_DIR", SHARED / "reference"))
@@ -45,8 +45,8 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    hardpatch.pretrain(out=folder / "hpm", **TINY | {"data": "shapes:16", "target": "norm_pix"})
-    hardpatch.pretrain(out=folder / "mae", **TINY | {"data": "shapes:16", "mask": "random", "predicted_loss": "none"})
+    pretrain(out=folder / "hpm", **TINY | {"data": "shapes:16", "target": "norm_pix"})
+    pretrain(out=folder / "mae", **TINY | {"data": "shapes:16", "mask": "random", "predicted_loss": "none"})
     return folder
 
 

@@ -131,7 +131,10 @@ READERS = {
         IS_RUN | ENCODERS | {"classifier", "finetune"},
     ),
     "init-from": (
-        command("pretrain", "--out", "OUT", "--init-from", "{}", *TINY_FLAGS, "--data", "shapes:8", "--epochs", "1"),
+        command(
+            "pretrain", "--recipe", "hpm", "--out", "OUT", "--init-from", "{}", *TINY_FLAGS, "--data", "shapes:8",
+            "--epochs", "1",
+        ),
         IS_RUN | ENCODERS | OF_HUBS | {"converted.pth", "classifier", "finetune/checkpoint"},
     ),
     "convert": (

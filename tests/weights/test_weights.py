@@ -18,11 +18,10 @@ from hardpatch.method.masks import split_patches
 from hardpatch.method.student import Teacher
 from hardpatch.method.vit import encode, sincos_positions
 from hardpatch.runtime.errors import InputError
-from hardpatch.training.pretrain import pretrain
 from hardpatch.weights.adapt import start_from
 from hardpatch.weights.names import from_hugging_face, from_published, to_published
 from hardpatch.weights.read import read_pickle, read_weights, table_grid
-from tiny import TINY, tiny_config, tiny_student
+from tiny import TINY, pretrain, tiny_config, tiny_student
 
 torch.set_num_threads(1)
 

@@ -109,7 +109,7 @@ def choose_config(
     with_fields(Config(), given)  # a wrong value is refused before images are looked at
     time = budget or FIRST_LOOK[choose_device(given.get("device", "auto")).type]
     settings = PlanConfig(budget=time, method=recipe or PlanConfig.method, seconds=SECONDS_OF_TIMING)
-    proposal = propose(settings, given, at_least_once=True)
+    proposal = propose(settings, given, quick=True)
     _say_what_was_chosen(proposal, settings.method, time, is_given=budget is not None)
     return proposal.config
 

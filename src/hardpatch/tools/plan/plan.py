@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,13 +108,14 @@ class Proposal(NamedTuple):
     machine: Machine
 
 
-def propose(config: PlanConfig, given: Mapping[str, Any], *, at_least_once: bool = False) -> Proposal:
+def propose(config: PlanConfig, given: Mapping[str, Any], *, quick: bool = False) -> Proposal:
     """Look at the images, time the steps, choose.
 
     Args:
         config: Budget, method, machine.
         given: Fields of the run's config that hold, ``data`` among them.
-        at_least_once: Propose a single pass over the images where the budget allows for none.
+        quick: Look at no encoder beyond the first that is far too slow, and propose a single pass over the images where
+            the budget allows for none.
 
     Raises:
         InputError: A value that is wrong, images that cannot be read, or nothing that fits memory or budget.
@@ -130,10 +131,10 @@ def propose(config: PlanConfig, given: Mapping[str, Any], *, at_least_once: bool
     loading = time_loading(base, source, seconds=config.seconds)
     if config.memory_gigabytes is None and machine.device.type == "cpu":
         machine = replace(machine, memory=machine.memory - loading.cache_bytes)
-    candidates = [make_candidate(size, base, given, found.number, machine) for size in sizes]
+    made = (make_candidate(size, base, given, found.number, machine) for size in sizes)
     enough = given["epochs"] * found.number if given.get("epochs") else enough_views(found.number)
-    candidates = _timed(candidates, config, budget, enough, loading, machine, found)
-    if at_least_once and not any(c.fits and c.epochs for c in candidates):
+    candidates = _timed(made, config, budget, enough, loading, machine, found, quick=quick)
+    if quick and not any(c.fits and c.epochs for c in candidates):
         candidates = [replace(c, epochs=1) for c in candidates]
     views = {c.size.name: float(c.epochs * found.number) for c in candidates if c.fits}
     name = preferred(views, sizes, found.number, enough=enough)
@@ -179,10 +180,10 @@ def _writable(out: str) -> Path | None:
 
 
 def _timed(
-    candidates: list[Candidate], config: PlanConfig, budget: float, enough: float, loading: Loading, machine: Machine,
-    found: ImagesFound,
+    candidates: Iterable[Candidate], config: PlanConfig, budget: float, enough: float, loading: Loading,
+    machine: Machine, found: ImagesFound, *, quick: bool,
 ) -> list[Candidate]:  # fmt: skip
-    """With images per second and epochs; smallest first, until one is far too slow."""
+    """With images per second and epochs; smallest first. None is timed beyond one that is far too slow."""
     done: list[Candidate] = []
     known: tuple[Candidate, StepSeconds] | None = None
     hopeless = False
@@ -207,6 +208,8 @@ def _timed(
         timed = replace(timed, epochs=epochs_within(left, rate, found.number, most=most))
         hopeless = timed.epochs * found.number < HOPELESS * enough
         done.append(timed)
+        if hopeless and quick:
+            break
     return done
 
 
