@@ -15,7 +15,7 @@ import yaml
 import hardpatch
 from hardpatch.config.config import Config
 from hardpatch.config.recipes import METHODS, recipe
-from hardpatch.config.values import with_fields
+from hardpatch.config.values import load_config, with_fields
 from hardpatch.data.loader.loading import Batch
 from hardpatch.method.method import Method
 from hardpatch.method.schedules import ema_decay, learning_rate
@@ -139,7 +139,7 @@ def test_time_saves_and_is_counted_over_interruptions(tmp_path, monkeypatch):
     changes = {"checkpoint_steps": 12, "checkpoint_minutes": 1, "log_steps": 12, "keep_last": 12}
     with pytest.raises(Interrupted):
         run(tmp_path / "run", **changes)
-    assert run(tmp_path / "run", **changes)["seconds"] == 12 * 40
+    assert run(tmp_path / "run", **changes)["train_seconds"] == 12 * 40
     assert saved_steps(tmp_path / "run") == [2, 4, 5, 7, 9, 11, 12]
 
 
@@ -465,3 +465,39 @@ def test_the_encoder_says_how_it_wants_its_images(tmp_path):
         wanted = hardpatch.load_encoder(source).pretrained_cfg
         assert tuple(wanted["mean"]) == (0.485, 0.456, 0.406)
         assert list(wanted["input_size"]) == [3, 32, 32]
+
+
+def test_a_folder_without_a_checkpoint_is_no_obstacle(tmp_path, monkeypatch):
+    """A run that was stopped before its first checkpoint, by other settings, is begun anew."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hardpatch.training.pretrain.train_steps", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", mask_ratio=0.5)
+    assert load_config(tmp_path / "run" / "config.yaml").method.mask_ratio == 0.5
+    monkeypatch.undo()
+    assert run(tmp_path / "run", mask_ratio=0.75)["steps"] == 12
+    assert load_config(tmp_path / "run" / "config.yaml").method.mask_ratio == 0.75
+
+
+def test_looks_take_a_tenth_of_the_time_at_most(tmp_path, monkeypatch):
+    """But the first and the last, and those that take no time to speak of."""
+    now, looks = [0.0], []
+    monkeypatch.setattr("hardpatch.training.reporting.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def after_step(self, meter, before=Reporter.after_step):
+        now[0] += 10
+        before(self, meter)
+
+    def watch(self, step):
+        looks.append(step)
+        now[0] += 6
+        return {"knn_top1": 0.0}
+
+    monkeypatch.setattr(Reporter, "after_step", after_step)
+    monkeypatch.setattr("hardpatch.training.monitor.Watcher.watch", watch)
+    result = run(tmp_path / "run", checkpoint_steps=1, epochs=4)
+    assert looks == [0, 11, 17, 22, 24]
+    assert result["looks_seconds"] == 5 * 6

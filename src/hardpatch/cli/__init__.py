@@ -40,26 +40,37 @@ class Command(NamedTuple):
     """Takes the arguments after the name. Imports what it needs only after they are parsed, so that help is quick."""
     about: str
     """One line for the list of commands."""
+    goes_on: bool = False
+    """Is what it has done kept, so that the same command goes on from there?"""
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command(demo, "the main job on embedded data: pre-train, evaluate, figures, report"),
+    "demo": Command(demo, "the main job on embedded data: pre-train, evaluate, figures, report", goes_on=True),
     "doctor": Command(doctor, "will hardpatch run well here? packages, device, a training step, data processes, disk"),
     "plan": Command(plan, "images, a machine and a time budget -> model, sizes, batch, epochs, hours, memory"),
-    "pretrain": Command(pretrain, "learn from images:  hardpatch pretrain --data photos/ --out runs/photos"),
-    **{f"evaluate {name}": Command(partial(evaluate, name), row.about) for name, row in EVALUATIONS.items()},
-    "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs, compute and time"),
+    "pretrain": Command(
+        pretrain, "learn from images:  hardpatch pretrain --data photos/ --out runs/photos", goes_on=True
+    ),
+    **{
+        f"evaluate {name}": Command(
+            partial(evaluate, name), row.about, goes_on=name in ("finetune", "segment", "detect")
+        )
+        for name, row in EVALUATIONS.items()
+    },
+    "ablate": Command(ablate, "compare recipes with several seeds, at equal epochs, compute and time", goes_on=True),
     "data check": Command(data_check, "what is in a source: sizes, channels, depths, damage, duplicates"),
     "data stats": Command(
         data_stats, "mean and deviation per channel over all pixels, exactly, and the flags to use them"
     ),
-    "data pack": Command(data_pack, "write resized tar shards that are quick to read; verified, resumable"),
+    "data pack": Command(
+        data_pack, "write resized tar shards that are quick to read; verified, resumable", goes_on=True
+    ),
     "benchmark step": Command(
         benchmark_step, "images per second: the published step, ours, the fast presets, MAE, in turns"
     ),
     "benchmark data": Command(benchmark_data, "images per second and core of every way to load, beside a plain loader"),
     "visualize": Command(visualize, "what is hard in given images, as a figure"),
-    "embed": Command(embed, "features of every image as a table, and how difficult each is"),
+    "embed": Command(embed, "features of every image as a table, and how difficult each is", goes_on=True),
     "export": Command(export, "the backbone for timm, Hugging Face, ONNX or torch.export, checked"),
     "convert": Command(convert, "published HPM and MAE checkpoints to ours and back"),
     "recipes": Command(recipes, "the named starting points for pretrain"),
@@ -102,13 +113,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        complain("stopped by Ctrl-C; what was saved before is whole, and the same command goes on from there")
+        kept = "what was saved before is whole, and the same command goes on from there"
+        complain(
+            f"stopped by Ctrl-C; {kept if _goes_on(given) else 'nothing was kept, and the same command begins anew'}"
+        )
         raise SystemExit(130) from None
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":
             say_plainly(str(stopped))
         raise SystemExit(3) from None
     raise SystemExit(0)
+
+
+def _goes_on(arguments: Sequence[str]) -> bool:
+    """Does the command go on where it was stopped?"""
+    return any(row.goes_on and list(arguments[: len(name.split())]) == name.split() for name, row in COMMANDS.items())
 
 
 def _temporary_folder() -> bool:

@@ -50,6 +50,7 @@ def pretrain(arguments: list[str]) -> None:
 
 def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     """The figures of a run, and what to do with it."""
+    from hardpatch.config.plan import duration
     from hardpatch.config.values import load_config
     from hardpatch.runs.folder import RunFolder
     from hardpatch.runtime import distributed
@@ -68,6 +69,10 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     }
     rows = [(name, form.format(result[name])) for name, form in names.items() if result.get(name) is not None]
     print_table(("figure", "value"), rows)
+    parts = {"start": "start_seconds", "steps": "train_seconds", "looks": "looks_seconds",
+             "checkpoints": "checkpoints_seconds"}  # fmt: skip
+    if all(name in result for name in parts.values()):
+        show("time:  " + ", ".join(f"{part} {duration(result[name])}" for part, name in parts.items()))
     folder = RunFolder(out)
     show(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")
     show(

@@ -75,6 +75,12 @@ class RunFolder:
             self._claim.close()
             self._claim = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Is there anything that a run would lose by starting over: a checkpoint, weights, a result?"""
+        weights = self.checkpoints / "weights.safetensors"
+        return bool(CheckpointFolder(self.checkpoints).steps()) or weights.is_file() or self.result_file.is_file()
+
     def check_usable(self, config: Config, resume: Literal["auto", "never", "restart"]) -> None:
         """Can a run with this config start or go on here?
 
@@ -87,10 +93,10 @@ class RunFolder:
             raise InputError(
                 f"out: {str(self.path)!r} has bytes that are not UTF-8, or control characters; choose another"
             )
-        if self.config_file.is_file() or CheckpointFolder(self.checkpoints).steps():
+        if self.config_file.is_file() or self.has_begun:
             if resume == "never":
                 raise InputError(f"out: {str(self.path)!r} holds a run already and resume is 'never'")
-            if resume == "auto" and (changed := self._differences(config)):
+            if resume == "auto" and self.has_begun and (changed := self._differences(config)):
                 raise InputError(
                     f"out: {str(self.path)!r} holds a run with another config; choose another folder, or go on with "
                     "that run's values, or start over with --resume restart; to train on from its weights in a new "

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignal:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 only leave a note; the run looks at it between two steps.
+    """While entered, SIGTERM, SIGINT and SIGUSR1 leave a note, and are answered; the run looks at it between two steps.
 
     Schedulers repeat their signals, so a repeated one changes nothing; only a second Ctrl-C, at least a second after
     the first, ends the process at once.
@@ -26,6 +26,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.name: str | None = None
         """Name of the signal that arrived, or None."""
+        self._at_once = False
         self._before: dict[signal.Signals, Any] = {}
         self._since = 0.0
 
@@ -38,9 +39,36 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self, what: str) -> Iterator[None]:
+        """While entered, a signal ends the work where it is, since nothing would be lost.
+
+        Args:
+            what: What is true then, for the message.
+
+        Raises:
+            Interrupted: One came, also before this was entered.
+        """
+        before, self._at_once = self._at_once, True
+        try:
+            if self.name is not None:
+                raise KeyboardInterrupt
+            yield
+        except KeyboardInterrupt:
+            if self.name is None:
+                raise
+            raise Interrupted(f"stopped by {self.name} {what}") from None
+        finally:
+            self._at_once = before
+
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.name is None:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
+            if self._at_once:
+                raise KeyboardInterrupt
+            if os.environ.get("RANK", "0") == "0":
+                again = "; Ctrl-C again: stop now, and lose what is not saved" if number == signal.SIGINT else ""
+                os.write(2, f"\n{self.name}: stopping after this step, and saving{again}\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._since >= 1:
             raise KeyboardInterrupt
 

@@ -50,7 +50,7 @@ def train_steps(run: Run, stop: StopSignal) -> None:
     slices = run.position.slices(config.optimisation.batch_size)
     batches, naming = open_batches(run)
     with (
-        reporting(run) as report,
+        reporting(run, stop) as report,
         closing(batches),  # workers leave before the process does
         naming,
     ):

@@ -81,7 +81,7 @@ def prepare(
     state, compiled = _put_together(config, source, student, method, device, begins=fresh and branch is None)
     if distributed.is_main():
         folder.claim()
-        if resume == "restart":
+        if resume == "restart" or (branch is None and not folder.has_begun):
             folder.clear()
         checkpoints.clear_temporary()
     if branch is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ def train(config: Config, out: Path, *, resume: Resume = "auto", parent: RunFold
     """Run a whole config in a folder: start, go on or branch off a parent, train, evaluate, report."""
     if parent is not None:
         config = branched(open_parent(parent), config)
+    began = time.monotonic()
     device = distributed.choose_device(config.run.device)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -35,10 +37,12 @@ def train(config: Config, out: Path, *, resume: Resume = "auto", parent: RunFold
         stack.enter_context(_kernels(config.run.deterministic))
         folder = RunFolder(out)
         stack.callback(folder.release)
-        run = prepare(config, folder, device=device, resume=resume, parent=parent)
+        with stop.at_once("before a step was made; the same command begins where this one did"):
+            run = prepare(config, folder, device=device, resume=resume, parent=parent)
         if run.state.step >= run.schedule.total_steps and (finished := run.folder.result()):
             say(f"{run.folder.path} holds a finished run of {run.schedule.total_steps} steps; nothing to do")
             return finished
+        run.spent["start"] = time.monotonic() - began
         try:
             train_steps(run, stop)
         except torch.OutOfMemoryError as error:
@@ -46,7 +50,7 @@ def train(config: Config, out: Path, *, resume: Resume = "auto", parent: RunFold
                 f"micro_batch_size: the device's memory is too small for {config.run.micro_batch_size or 'all'} "
                 f"images at once; give a smaller one, the result stays the same ({str(error).splitlines()[0]})"
             ) from None
-        return finish(run)
+        return finish(run, began)
 
 
 @contextmanager
@@ -62,8 +66,13 @@ def _kernels(deterministic: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def finish(run: Run) -> dict[str, Any]:
-    """Write ``result.json`` and the report of a run whose last step is done."""
+def finish(run: Run, began: float) -> dict[str, Any]:
+    """Write ``result.json`` and the report of a run whose last step is done.
+
+    Args:
+        run: The run.
+        began: When this command did, by the monotonic clock.
+    """
     if not run.state.gate.is_open() and distributed.is_main():
         warn(
             "this run ended with random masks: the rank correlation of predicted and true loss, averaged over about "
@@ -78,7 +87,11 @@ def finish(run: Run) -> dict[str, Any]:
         "run": str(run.folder.path),
         "steps": run.state.step,
         "samples_seen": run.state.step * run.config.optimisation.batch_size,
-        "seconds": run.state.seconds,
+        "seconds": time.monotonic() - began,
+        "train_seconds": run.state.seconds,
+        "start_seconds": run.spent["start"],
+        "looks_seconds": run.spent["looks"],
+        "checkpoints_seconds": run.spent["checkpoints"],
         "images_per_second": run.state.step * run.config.optimisation.batch_size / max(run.state.seconds, 1e-9),
         **{name: last.get(name) for name in ("reconstruction_loss", "prediction_loss", "predictor_rank_correlation")},
     }

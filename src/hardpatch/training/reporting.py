@@ -14,10 +14,16 @@ from hardpatch.runs.trackers import Trackers, start_trackers
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import DivergedError, InputError, Interrupted
 from hardpatch.runtime.log import RunLog, read_metrics, say, warn
+from hardpatch.runtime.signals import StopSignal
 from hardpatch.training.meter import Meter
 from hardpatch.training.monitor import Watcher, labelled_validation
 from hardpatch.training.sharding import is_sharded
 from hardpatch.training.state import Run
+
+LOOKS_SHARE = 0.1
+"""Share of a run's time that looks at the model may take, but the first and the last."""
+SHORT_LOOK = 1.0
+"""Seconds of a look that is always made."""
 
 
 class Reporter:
@@ -25,18 +31,24 @@ class Reporter:
 
     Args:
         run: The run.
+        stop: Whether a signal came. A look at the model does not begin after one, and one ends it.
         log: Bar and files; None on all but the main process.
         watcher: What is looked at with every checkpoint.
         trackers: Get every record and figure, too; None on all but the main process.
     """
 
-    def __init__(self, run: Run, log: RunLog | None, watcher: Watcher, trackers: Trackers | None = None) -> None:
+    def __init__(
+        self, run: Run, stop: StopSignal, log: RunLog | None, watcher: Watcher, trackers: Trackers | None = None
+    ) -> None:
         self.run = run
+        self.stop = stop
         self.log = log
         self.watcher = watcher
         self.trackers = trackers
         self._last_save = time.monotonic()
-        self._since = time.monotonic()
+        self._since = self._began = time.monotonic()
+        self._last_look = 0.0
+        """Seconds that the last look at the model took."""
         self._cold = run.compiled
         self._mining = run.state.gate.is_open()
         self._told = run.folder.read_damaged()
@@ -54,10 +66,33 @@ class Reporter:
         self._since = self._last_save = time.monotonic()
 
     def _watch(self, step: int) -> None:
-        """Look at the model from outside."""
-        self._record(self.watcher.watch(step))
+        """Look at the model from outside, if there is time for it."""
+        if not self._may_look(step):
+            return
+        began, total = time.monotonic(), self.run.schedule.total_steps
+        kept = f"and saved at step {step} of {total}" if step else "before a step was made"
+        with self.stop.at_once(f"{kept}; the same command goes on from there"):
+            self._record(self.watcher.watch(step))
         if self.trackers:
             self.trackers.log_figure("hardness", self.run.folder.hardness_figure(step), step)
+        self._last_look = time.monotonic() - began
+        self.run.spent["looks"] += self._last_look
+
+    def _may_look(self, step: int) -> bool:
+        """Does another look leave nine tenths of the time for training? The first and the last are always made.
+
+        Looks that take no time to speak of are made, too, and none after a signal. The main process decides for all.
+        """
+        if distributed.any_process(self.stop.name is not None):
+            return False
+        if step in (0, self.run.schedule.total_steps):
+            return True
+
+        def leaves_enough() -> bool:
+            looks, whole = self.run.spent["looks"] + self._last_look, time.monotonic() - self._began + self._last_look
+            return self._last_look < SHORT_LOOK or looks <= LOOKS_SHARE * whole
+
+        return distributed.from_main(leaves_enough)
 
     def damaged(self, news: list[Damage]) -> None:
         """Name every damaged image once: now, or of several processes by the main one at the next record."""
@@ -92,7 +127,7 @@ class Reporter:
             self._tell_mining()
             self._record({**meter.read(batch_size=run.config.optimisation.batch_size), **self._progress()})
         if due:
-            run.save()
+            self._save()
             self._watch(step)
         elif self._is_overdue():
             # Sharded models are saved by all processes together; otherwise the others know nothing of this.
@@ -102,11 +137,16 @@ class Reporter:
                     return
                 self._diverged(bad)
             self._clock()
-            run.save()
+            self._save()
         else:
             return
         meter.restart()
         self._last_save = self._since = time.monotonic()
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        self.run.save()
+        self.run.spent["checkpoints"] += time.monotonic() - began
 
     def _after_compiling(self, meter: Meter) -> None:
         """Say how long a process's first step took, which compiles: that is not training time, and no speed."""
@@ -198,7 +238,7 @@ class Reporter:
 
 
 @contextmanager
-def reporting(run: Run) -> Iterator[Reporter]:
+def reporting(run: Run, stop: StopSignal) -> Iterator[Reporter]:
     """A reporter whose files are closed at the end, and whose trackers are told how it went."""
     watcher = Watcher(run, labelled_validation(run.config))
     trackers = _start_trackers(run)
@@ -206,9 +246,9 @@ def reporting(run: Run) -> Iterator[Reporter]:
     try:
         if distributed.is_main():
             with RunLog(run.folder.path, total_steps=run.schedule.total_steps, first_step=run.state.step) as log:
-                yield Reporter(run, log, watcher, trackers)
+                yield Reporter(run, stop, log, watcher, trackers)
         else:
-            yield Reporter(run, None, watcher)
+            yield Reporter(run, stop, None, watcher)
         finished = True
     except Interrupted:
         trackers.close(finished=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -102,6 +102,8 @@ class Run:
     checkpoints: CheckpointFolder
     images: str
     """Fingerprint of the training images."""
+    spent: dict[str, float] = field(default_factory=lambda: {"start": 0.0, "looks": 0.0, "checkpoints": 0.0})
+    """Seconds of this command beside its steps."""
 
     @property
     def method(self) -> Method:
