@@ -39,8 +39,13 @@ from hardpatch.tools.plan.sizes import MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, enoug
 HOPELESS = 0.25
 """An encoder that gets less than this share of the views that it should is the last that is timed; the times of larger
 ones follow from their FLOPs and parameters."""
-LOOKS = 12
-"""Looks at kNN accuracy in a run."""
+LOOKS = 3
+"""Looks at kNN accuracy in a run: before, after, and those in between that a tenth of its time leaves room for."""
+LOOKED_AT = 1.5
+"""Images of a look, of ``knn_images``: neighbours, and half as many that are classified."""
+LOOK_SHARE = 0.05
+"""Share of the budget that these looks may take; fewer images are looked at where they would take more."""
+MIN_LOOKED_AT = 300
 LOOK_COST = 0.5
 """Features of an image, of a training view: all patches, but neither decoder nor backward pass."""
 SPARE = 0.05
@@ -141,6 +146,10 @@ def propose(config: PlanConfig, given: Mapping[str, Any], *, quick: bool = False
     if name is None:
         raise InputError(_nothing(candidates, config, machine, found))
     chosen = next(c for c in candidates if c.size.name == name)
+    if "knn_images" not in given:
+        most = int(LOOK_SHARE * budget * chosen.views_per_second / (LOOKS * LOOKED_AT * LOOK_COST))
+        images = min(chosen.config.run.knn_images, max(MIN_LOOKED_AT, most))
+        chosen = replace(chosen, config=with_fields(chosen.config, {"knn_images": images}))
     found_by_the_run = {field: () for field in ("value_range", "mean", "std") if field not in given}
     final = with_fields(chosen.config, {"epochs": given.get("epochs") or chosen.epochs, **found_by_the_run})
     steps = resolve_schedule(final.optimisation, found.number).total_steps
@@ -232,7 +241,8 @@ def reference(candidate: Candidate, config: PlanConfig, machine: Machine) -> tup
 def seconds_beside(candidate: Candidate, found: ImagesFound, machine: Machine) -> float:
     """Seconds of a run that do not grow with its length: start, compilation, looks at kNN accuracy."""
     run_config = candidate.config.run
-    looks = LOOKS * min(found.number, run_config.knn_images) if run_config.knn and found.classes else 0
+    known = run_config.knn and found.classes
+    looks = LOOKS * LOOKED_AT * min(found.number, run_config.knn_images) if known else 0
     compiled = machine.device.type == "cuda" and run_config.compile != "off"
     fixed = START_SECONDS + (COMPILE_SECONDS if compiled else 0)
     return fixed + LOOK_COST * looks / candidate.views_per_second
