@@ -73,6 +73,10 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
              "checkpoints": "checkpoints_seconds"}  # fmt: skip
     if all(name in result for name in parts.values()):
         show("time:  " + ", ".join(f"{part} {duration(result[name])}" for part, name in parts.items()))
+    if verdict := result.get("verdict"):
+        show(f"\n{verdict['sentence']}")
+        for line in verdict["advice"]:
+            show(f"mind:  {line}")
     folder = RunFolder(out)
     show(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")
     show(

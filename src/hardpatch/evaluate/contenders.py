@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import timm
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +21,7 @@ from torch import Tensor
 from hardpatch.config.config import Config
 from hardpatch.config.evaluations import KnnConfig, LinearConfig, Pooling
 from hardpatch.data.loader.loading import Normalise
-from hardpatch.evaluate.classify.accuracy import Interval, top_k_accuracy, wilson_interval
+from hardpatch.evaluate.classify.accuracy import Interval, paired_difference, top_k_accuracy, wilson_interval
 from hardpatch.evaluate.classify.labelled_images import LabelledImages
 from hardpatch.evaluate.features import SplitFeatures, split_features
 from hardpatch.figures.sections import Table, decimals
@@ -192,19 +191,13 @@ class Standing(NamedTuple):
 def standings(
     contenders: Sequence[Contender], scores: Sequence[Float[Tensor, "q c"]], labels: Int[Tensor, " q"]
 ) -> list[Standing]:
-    """Every encoder beside the first, on the same images.
-
-    The interval of a lead is that of the mean of paired differences (1, 0 or -1 an image), by the normal approximation:
-    two encoders that fail on the same images are told apart more sharply than their own intervals suggest.
-    """
+    """Every encoder beside the first, on the same images."""
     right = [(score.argmax(dim=1) == labels).numpy() for score in scores]
     rows = []
     for contender, score, mine in zip(contenders, scores, right, strict=True):
         lead, interval = None, None
         if contender.kind != "run":
-            difference = 100.0 * (right[0].astype(float) - mine)
-            lead, half = float(difference.mean()), 1.96 * float(difference.std() / np.sqrt(len(difference)))
-            interval = Interval(lead - half, lead + half)
+            lead, interval = paired_difference(right[0], mine)
         rows.append(
             Standing(
                 name=contender.name,

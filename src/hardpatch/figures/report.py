@@ -54,6 +54,7 @@ def _page(folder: RunFolder) -> str:
     shown = Environment(autoescape=True, finalize=_shown)
     return shown.from_string(template).render(
         name=folder.path.name,
+        verdict=(folder.result() or {}).get("verdict"),
         tiles=_tiles(folder.result() or {}, records, [section.tile for section in sections if section.tile]),
         curves=[(title, _image(as_png(_plot(records, title, lines, unit), dpi=130))) for title, lines, unit in CURVES
                 if any(key in record for record in records for key in lines)],
@@ -108,7 +109,13 @@ def _tiles(result: dict[str, Any], records: list[dict[str, Any]], measured: list
         tiles.append(Tile(f"{result['knn_top1']:.1f} %", "kNN top-1", note))
     tiles += measured
     if "images_per_second" in result:
-        tiles.append(Tile(f"{result['images_per_second']:.0f}", "images/s", f"{result['seconds'] / 60:.1f} minutes"))
+        tiles.append(
+            Tile(
+                f"{result['images_per_second']:.0f}",
+                "images/s",
+                f"{result.get('train_seconds', result['seconds']) / 60:.1f} minutes",
+            )
+        )
     return tiles
 
 

@@ -44,6 +44,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.weights_file = self.checkpoints / "weights.safetensors"
         self.figures = self.path / "figures"
+        self.right_file = self.path / "knn_right.json"
         self.result_file = self.path / "result.json"
         self.report_file = self.path / "report.html"
         self.damaged_file = self.path / "damaged.csv"
@@ -155,6 +156,20 @@ class RunFolder:
             warn(f"{self.damaged_file} is damaged itself, and begun again")
         return {row[0]: row[1] for row in rows[1:] if rows[0] == ["path", "reason"] and len(row) == 2}
 
+    def save_right(self, step: int, right: list[bool]) -> None:
+        """Keep which images the nearest neighbours classified rightly before the first step, or after the last."""
+        kept = {str(number): self.right(number) for number in (0,)} if step else {}
+        text = json.dumps({**kept, str(step): right})
+        write_text_atomically(self.right_file, text + "\n")
+
+    def right(self, step: int) -> list[bool] | None:
+        """Which images the nearest neighbours classified rightly at a step; None: not kept, or damaged."""
+        try:
+            found = json.loads(self.right_file.read_text())[str(step)]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return [bool(one) for one in found] if isinstance(found, list) else None
+
     def clear(self) -> None:
         """Forget the run that is in this folder, so that another can start: checkpoints, metrics, result."""
         stale = [
@@ -163,6 +178,7 @@ class RunFolder:
             self.result_file,
             self.report_file,
             self.damaged_file,
+            self.right_file,
         ]
         for pattern in (
             "checkpoints/step_*.pt*",

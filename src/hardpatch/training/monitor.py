@@ -7,7 +7,7 @@ import torch
 from hardpatch.config.config import Config
 from hardpatch.data.loader.loading import default_workers
 from hardpatch.data.sources import Source, class_indices, open_source
-from hardpatch.evaluate.classify.knn import knn_top1
+from hardpatch.evaluate.classify.knn import knn_right
 from hardpatch.evaluate.classify.labelled_images import LabelledImages, Subset, without_labels
 from hardpatch.evaluate.features import split_features
 from hardpatch.evaluate.foreground import predicted_loss_auroc
@@ -102,7 +102,10 @@ class Watcher:
                 device=run.device, bf16=run.bf16,
                 workers=default_workers() if run.config.run.workers is None else run.config.run.workers,
             )  # fmt: skip
-            metrics["knn_top1"] = knn_top1(features, self.split, k=NEIGHBOURS)
+            right = knn_right(features, self.split, k=NEIGHBOURS)
+            metrics["knn_top1"] = 100 * float(right.double().mean())
+            if distributed.is_main() and step in (0, run.schedule.total_steps):
+                run.folder.save_right(step, right.tolist())
         if run.config.run.figures and distributed.is_main():
             metrics |= self._figures(step, student, teacher)
         distributed.barrier()

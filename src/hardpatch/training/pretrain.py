@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hardpatch.config.config import Config
+from hardpatch.method.schedules import untouched_share
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
@@ -23,6 +24,7 @@ from hardpatch.training.branching import branched, open_parent
 from hardpatch.training.loop import train_steps
 from hardpatch.training.preparation import prepare
 from hardpatch.training.state import Resume, Run
+from hardpatch.training.verdict import Measured, Verdict, judge
 
 
 def train(config: Config, out: Path, *, resume: Resume = "auto", parent: RunFolder | None = None) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def finish(run: Run, began: float) -> dict[str, Any]:
     }
     if knn:
         result |= {"knn_top1": knn[max(knn)], "knn_top1_untrained": knn.get(0)}
+    result["verdict"] = _verdict(run, training)._asdict()
     if distributed.is_main():
         write_text_atomically(run.folder.result_file, json.dumps(result, indent=2) + "\n")
         if run.config.run.figures:
@@ -107,3 +110,23 @@ def finish(run: Run, began: float) -> dict[str, Any]:
             except Exception as error:  # drawn from files that may be damaged: the run is done, and its result written
                 warn(f"could not write {run.folder.report_file}: {type(error).__name__}: {error}")
     return result
+
+
+def _verdict(run: Run, records: list[dict[str, Any]]) -> Verdict:
+    """What the run came to, by the rules."""
+    before, after = run.folder.right(0), run.folder.right(run.schedule.total_steps)
+    losses = [record["reconstruction_loss"] for record in records]
+    method = run.method
+    return judge(
+        Measured(
+            steps=run.state.step,
+            images=len(run.source),
+            losses=(losses[0], losses[-1]) if losses else None,
+            right=(before, after) if before and after and len(before) == len(after) else None,
+            rank_correlation=records[-1].get("predictor_rank_correlation") if records and method.guide else None,
+            random_start=untouched_share(run.schedule.ema, run.schedule.total_steps)
+            if method.needs_teacher and not run.config.model.init_from
+            else None,
+            mining_opened=None if method.guide is None else run.state.gate.is_open(),
+        )
+    )

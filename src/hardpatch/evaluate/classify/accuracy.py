@@ -53,6 +53,22 @@ def wilson_interval(num_correct: int, num_images: int) -> Interval:
     return Interval(float(interval.low) * 100, float(interval.high) * 100)
 
 
+def paired_difference(
+    right: Sequence[bool] | np.ndarray, against: Sequence[bool] | np.ndarray
+) -> tuple[float, Interval]:
+    """Mean of the paired differences (1, 0 or -1 an image) in points, with its interval by the normal approximation.
+
+    Two encoders that fail on the same images are told apart more sharply than their own intervals suggest.
+
+    Args:
+        right: Images that the one classifies rightly.
+        against: The same images, by the other.
+    """
+    difference = 100.0 * (np.asarray(right, float) - np.asarray(against, float))
+    lead, half = float(difference.mean()), 1.96 * float(difference.std() / np.sqrt(len(difference)))
+    return lead, Interval(lead - half, lead + half)
+
+
 def count_confusions(
     predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], num_classes: int
 ) -> Int[np.ndarray, "c c"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hardpatch.config.evaluations import KnnConfig
@@ -112,7 +112,17 @@ def knn_top1(features: SplitFeatures, images: LabelledImages, *, k: int) -> floa
     Raises:
         InputError: k is larger than the number of readable training images.
     """
-    return top_k_accuracy(knn_scores(features, images, ks=(k,))[k], features.labels(images)[1], 1)
+    return 100 * float(knn_right(features, images, k=k).double().mean())
+
+
+def knn_right(features: SplitFeatures, images: LabelledImages, *, k: int) -> Bool[Tensor, " q"]:
+    """Which images the k nearest neighbours classify rightly.
+
+    Raises:
+        InputError: k is larger than the number of readable training images.
+    """
+    scores, labels = knn_scores(features, images, ks=(k,))[k], features.labels(images)[1]
+    return scores.topk(1, dim=1).indices[:, 0] == labels
 
 
 def run(config: KnnConfig) -> KnnResult:

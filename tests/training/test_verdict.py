@@ -1,0 +1,59 @@
+"""The verdict on a run: each rule, and that a run brings it to its files and pages."""
+
+import json
+
+import pytest
+
+from hardpatch.training.verdict import Measured, judge
+from tiny import TINY, pretrain
+
+GOOD = Measured(
+    steps=2000, images=5000, losses=(1.0, 0.5), right=None, rank_correlation=0.6, random_start=0.01, mining_opened=True
+)
+FEW_RIGHT, MORE_RIGHT = [True] * 100 + [False] * 300, [True] * 160 + [False] * 240
+
+
+@pytest.mark.parametrize(("changes", "outcome", "said"), [
+    ({}, "learnt", "only an evaluation with labels says"),
+    ({"losses": (1.0, 0.95)}, "failed", "did not learn to reconstruct (reconstruction loss 1.000 to 0.950)"),
+    ({"losses": None}, "unclear", "nothing was recorded"),
+    ({"steps": 12, "right": (FEW_RIGHT, MORE_RIGHT)}, "no run", "12 steps are no run"),
+    ({"right": (FEW_RIGHT, MORE_RIGHT)}, "worked", "20-NN accuracy 40.0 %, untrained 25.0 %; +15.0 points"),
+    ({"right": (MORE_RIGHT, FEW_RIGHT)}, "failed", "worse than the untrained encoder"),
+    ({"right": (FEW_RIGHT, [*FEW_RIGHT[:-1], True])}, "unclear", "not told apart"),
+])  # fmt: skip
+def test_outcomes(changes, outcome, said):
+    found = judge(GOOD._replace(**changes))
+    assert found.outcome == outcome
+    assert said in found.sentence
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"images": 24}, "24 images are few"),
+    ({"mining_opened": False}, "masks stayed random"),
+    ({"rank_correlation": 0.02}, "hardly knows what is hard"),
+    ({"random_start": 0.5}, "still 50% its random start"),
+    ({"right": (MORE_RIGHT, FEW_RIGHT)}, "train longer"),
+    ({"steps": 12}, "more --epochs"),
+])  # fmt: skip
+def test_each_fault_has_its_advice(changes, said):
+    assert not judge(GOOD).advice
+    assert any(said in line for line in judge(GOOD._replace(**changes)).advice)
+
+
+def test_a_difference_is_judged_on_pairs():
+    """An encoder that is right wherever the other is, and once more in forty, is better; the intervals overlap."""
+    before = [True] * 200 + [False] * 200
+    after = [True] * 210 + [False] * 190
+    assert judge(GOOD._replace(right=(before, after))).outcome == "worked"
+
+
+def test_a_run_says_what_it_came_to(tmp_path):
+    fields = TINY | {"knn": True, "figures": True, "num_figure_images": 1}
+    result = pretrain(fields.pop("data"), tmp_path / "run", **fields)
+    assert result["verdict"]["outcome"] == "no run"
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["verdict"] == result["verdict"]
+    assert "12 steps are no run" in (tmp_path / "run" / "report.html").read_text()
+    kept = json.loads((tmp_path / "run" / "knn_right.json").read_text())
+    assert kept.keys() == {"0", "12"}
+    assert 100 * sum(kept["12"]) / len(kept["12"]) == pytest.approx(result["knn_top1"])
