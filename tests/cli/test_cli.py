@@ -138,7 +138,7 @@ def test_pretrain_prints_a_table_the_next_command_and_json(capsys, finished):
     assert {"run", "steps", "samples_seen", "seconds", "images_per_second", "reconstruction_loss",
             "predictor_rank_correlation"} <= result.keys()  # fmt: skip
     assert "reconstruction_loss" in out
-    assert "next:  hardpatch evaluate knn" in out
+    assert "next:  hardpatch visualize" in out
 
 
 def test_restart_starts_over(capsys, tmp_path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hardpatch.cli.flags import parse, parse_with_fields
 from hardpatch.cli.output import print_json, print_section, print_table, show
+from hardpatch.runtime.text import quoted
+
+if TYPE_CHECKING:
+    from hardpatch.config.config import Config
 
 
 def pretrain(arguments: list[str]) -> None:
@@ -79,18 +82,25 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
             show(f"mind:  {line}")
     folder = RunFolder(out)
     show(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")
+    config = load_config(folder.config_file)
     show(
         "use:   import hardpatch\n"
-        f'       backbone = hardpatch.load_encoder("{out}")    # a plain timm model\n'
+        f"       backbone = hardpatch.load_encoder({out!r})    # a plain timm model\n"
         "       features = backbone.forward_features(images)\n"
-        f"next:  hardpatch evaluate knn --checkpoint {out} --train TRAIN --val VAL"
+        f"next:  hardpatch {' '.join(map(quoted, _next_words(config, out, labelled='knn_top1' in result)))}"
     )
-    optimisation = load_config(folder.config_file).optimisation
-    if optimisation.learning_rate_schedule == "constant":
-        longer = shlex.join(["--branch-from", out, "--out", f"{out.rstrip('/')}-longer"])
-        show(f"more:  hardpatch pretrain {longer} --epochs {2 * optimisation.epochs}")
+    if config.optimisation.learning_rate_schedule == "constant":
+        longer = " ".join(map(quoted, ["--branch-from", out, "--out", f"{out.rstrip('/')}-longer"]))
+        show(f"more:  hardpatch pretrain {longer} --epochs {2 * config.optimisation.epochs}")
     if as_json:
         print_json(result)
+
+
+def _next_words(config: Config, out: str, *, labelled: bool) -> list[str]:
+    """The command that says most of a run now: its features where labels are known, else what is hard."""
+    if labelled and config.run.val:
+        return ["evaluate", "linear", "--checkpoint", out, "--train", config.data.data, "--val", config.run.val]
+    return ["visualize", "--checkpoint", out, "--images", config.data.data, "--out", f"{out.rstrip('/')}/hard.png"]
 
 
 def demo(arguments: list[str]) -> None:
