@@ -347,7 +347,8 @@ def hold_table(file: Path, made: Made, case: Case, good: list[Picture]) -> None:
     """Rows, labels and paths of an embedding."""
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(file)
+    with file.open("rb") as content:  # a name that is no UTF-8 it cannot open
+        table = pyarrow.parquet.read_table(content)
     need(table.num_rows == len(good), f"{table.num_rows} rows of {len(good)} images")
     if case.labelled and made.labelled:
         labels, wanted = Counter(table["label"].to_pylist()), Counter(as_read(picture.label) for picture in good)
