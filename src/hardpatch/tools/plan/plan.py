@@ -30,11 +30,20 @@ from hardpatch.tools.plan.candidates import (
     reckoned,
     sizes_for,
     step_seconds,
+    views_per_image,
     with_loading,
     with_size,
 )
 from hardpatch.tools.plan.images_found import ImagesFound, Loading, open_images_of, time_loading
-from hardpatch.tools.plan.sizes import MAX_EPOCHS, MIN_MICRO_BATCH, SIZES, enough_views, epochs_within, preferred
+from hardpatch.tools.plan.sizes import (
+    MAX_EPOCHS,
+    MIN_MICRO_BATCH,
+    SIZES,
+    batch_for_a_short_run,
+    enough_views,
+    epochs_within,
+    preferred,
+)
 
 HOPELESS = 0.25
 """An encoder that gets less than this share of the views that it should is the last that is timed; the times of larger
@@ -150,12 +159,29 @@ def propose(config: PlanConfig, given: Mapping[str, Any], *, quick: bool = False
         most = int(LOOK_SHARE * budget * chosen.views_per_second / (LOOKS * LOOKED_AT * LOOK_COST))
         images = min(chosen.config.run.knn_images, max(MIN_LOOKED_AT, most))
         chosen = replace(chosen, config=with_fields(chosen.config, {"knn_images": images}))
+    chosen = _with_steps_enough(chosen, given, found.number, machine)
     found_by_the_run = {field: () for field in ("value_range", "mean", "std") if field not in given}
     final = with_fields(chosen.config, {"epochs": given.get("epochs") or chosen.epochs, **found_by_the_run})
     steps = resolve_schedule(final.optimisation, found.number).total_steps
     training = steps * final.optimisation.batch_size / chosen.views_per_second
     seconds = training / (1 - SPARE) + seconds_beside(chosen, found, machine)
     return Proposal(final, steps, seconds, budget, enough, chosen, candidates, found, loading, machine)
+
+
+def _with_steps_enough(chosen: Candidate, given: Mapping[str, Any], num_images: int, machine: Machine) -> Candidate:
+    """Of a short run: a smaller batch, so that it has steps enough to learn in."""
+    config = chosen.config
+    if "batch_size" in given or config.run.micro_batch_size is not None:
+        return chosen
+    views = num_images * (given.get("epochs") or chosen.epochs) * config.data.crops_per_image
+    unit = views_per_image(config) * machine.processes
+    batch = batch_for_a_short_run(config.optimisation.batch_size, views, unit)
+    if batch == config.optimisation.batch_size:
+        return chosen
+    fields: dict[str, Any] = {"batch_size": batch}
+    if "base_learning_rate" not in given:
+        fields["base_learning_rate"] = 2 * config.optimisation.base_learning_rate
+    return replace(chosen, config=with_fields(config, fields))
 
 
 def _recipe(method: str) -> Config:

@@ -15,6 +15,8 @@ MIN_VIEWS, MAX_VIEWS = 1_000_000, 128_000_000
 MAX_EPOCHS = 1600
 """The longest that MAE was published with."""
 MIN_STEPS_PER_EPOCH = 10
+MIN_STEPS = 1000
+"""A run of fewer steps takes a smaller batch, and twice the base learning rate, as the recipes of short runs do."""
 MIN_BATCH = 64
 """Learning rates are scaled by the batch; below they become very small."""
 BATCH_PER_PROCESS, MAX_BATCH = 256, 2048
@@ -103,6 +105,19 @@ def choose_batch(num_images: int, processes: int, views_per_image: int) -> int:
     while share // 2 >= smallest and too_large(share):
         share //= 2
     return share // smallest * smallest * processes
+
+
+def batch_for_a_short_run(batch: int, views: float, unit: int) -> int:
+    """The batch halved until a run has :data:`MIN_STEPS` steps, as long as it is not below :data:`MIN_BATCH`.
+
+    Args:
+        batch: Views an optimizer step.
+        views: Of the whole run.
+        unit: Views that stay together, times the processes: the batch is a multiple of it.
+    """
+    while views / batch < MIN_STEPS and batch // 2 >= MIN_BATCH and batch // 2 % unit == 0 and batch % 2 == 0:
+        batch //= 2
+    return batch
 
 
 def enough_views(num_images: int) -> int:
