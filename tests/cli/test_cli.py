@@ -76,6 +76,10 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, changes,
 
 @pytest.mark.parametrize(("words", "message"), [
     (["pretrain", "--recipe", "hpm", "--out", "x", "--mask-ratoi", "0.5"], "mask-ratio"),
+    (["pretrain", "--out", "x", "--lr", "0.5"], "--lr: there is no such flag; did you mean --base-learning-rate?"),
+    (["pretrain", "--out", "x", "--bs=64"], "--bs: there is no such flag; did you mean --batch-size?"),
+    (["plan", "--data", "x", "--model", "vit"], "--model: there is no such flag; did you mean --encoder?"),
+    (["evaluate", "linear", "--checkpoint", "x", "--epoch", "3"], "--epoch: there is no such flag; did you mean"),
     (["pretrain", "--out", "x", "--recipe", "nothing"], "METHOD: mae"),
     (["pretrain", "--out", "x", "--config", "/nothing.yaml"], "cannot read /nothing.yaml"),
     (["pretrain", "--data", "shapes:9"], "--out"),

@@ -5,10 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from hardpatch.runtime.errors import InputError
+
 if TYPE_CHECKING:
     from hardpatch.config.config import Config
 
 Kind = TypeVar("Kind")
+
+MEANT = {
+    "lr": "base_learning_rate", "learning_rate": "base_learning_rate", "blr": "base_learning_rate", "epoch": "epochs",
+    "bs": "batch_size", "batch": "batch_size", "model": "encoder", "arch": "encoder", "backbone": "encoder",
+    "img_size": "image_size", "input_size": "image_size", "resolution": "image_size", "wd": "weight_decay",
+    "num_workers": "workers", "output": "out", "output_dir": "out", "dataset": "data", "data_path": "data",
+    "train_data": "data", "val_data": "val", "resume_from": "branch_from", "pretrained": "init_from",
+    "amp": "precision", "time": "budget",
+}  # fmt: skip
+"""Names that other programs have for our flags."""
 
 
 def parse(kind: type[Kind], prog: str, arguments: list[str]) -> tuple[Kind, bool]:
@@ -60,6 +72,7 @@ def _parse(kind: type[Kind], prog: str, arguments: list[str], more: list[Any]) -
     import tyro
 
     as_json = Annotated[bool, tyro.conf.arg(help="Print the figures as one JSON object in the last line.")]
+    _refuse_names_of_others(kind, arguments, with_config=bool(more))
     unchecked = make_dataclass(
         kind.__name__,
         [*more, ("json", as_json, field(default=False))],
@@ -70,3 +83,20 @@ def _parse(kind: type[Kind], prog: str, arguments: list[str], more: list[Any]) -
     command: Any = tyro.cli(unchecked, prog=f"hardpatch {prog}", args=arguments)
     own = kind(**{item.name: getattr(command, item.name) for item in fields(kind)})  # type: ignore[arg-type]
     return own, command, command.json
+
+
+def _refuse_names_of_others(kind: type[Any], arguments: list[str], *, with_config: bool) -> None:
+    """Say what our flag is called where one is given by the name that other programs have for it.
+
+    Raises:
+        InputError: One is.
+    """
+    from hardpatch.config.config import Config
+
+    known = {item.name for item in fields(kind)}
+    if with_config:
+        known |= {name for part in asdict(Config()).values() for name in part}
+    for word in arguments:
+        name = word.removeprefix("--").split("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in known and (meant := MEANT.get(name)) in known:
+            raise InputError(f"{word.split('=')[0]}: there is no such flag; did you mean --{meant.replace('_', '-')}?")

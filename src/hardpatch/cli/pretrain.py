@@ -76,9 +76,9 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
              "checkpoints": "checkpoints_seconds"}  # fmt: skip
     if all(name in result for name in parts.values()):
         show("time:  " + ", ".join(f"{part} {duration(result[name])}" for part, name in parts.items()))
-    if verdict := result.get("verdict"):
-        show(f"\n{verdict['sentence']}")
-        for line in verdict["advice"]:
+    if "verdict" in result:
+        show(f"\n{result['verdict_sentence']}")
+        for line in result["verdict_advice"]:
             show(f"mind:  {line}")
     folder = RunFolder(out)
     show(f"\nlook:  {folder.report_file}" if folder.report_file.is_file() else "")

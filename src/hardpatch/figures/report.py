@@ -54,7 +54,7 @@ def _page(folder: RunFolder) -> str:
     shown = Environment(autoescape=True, finalize=_shown)
     return shown.from_string(template).render(
         name=folder.path.name,
-        verdict=(folder.result() or {}).get("verdict"),
+        result=folder.result() or {},
         tiles=_tiles(folder.result() or {}, records, [section.tile for section in sections if section.tile]),
         curves=[(title, _image(as_png(_plot(records, title, lines, unit), dpi=130))) for title, lines, unit in CURVES
                 if any(key in record for record in records for key in lines)],

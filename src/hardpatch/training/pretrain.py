@@ -99,7 +99,8 @@ def finish(run: Run, began: float) -> dict[str, Any]:
     }
     if knn:
         result |= {"knn_top1": knn[max(knn)], "knn_top1_untrained": knn.get(0)}
-    result["verdict"] = _verdict(run, training)._asdict()
+    verdict = _verdict(run, training)
+    result |= {"verdict": verdict.outcome, "verdict_sentence": verdict.sentence, "verdict_advice": verdict.advice}
     if distributed.is_main():
         write_text_atomically(run.folder.result_file, json.dumps(result, indent=2) + "\n")
         if run.config.run.figures:

@@ -1,12 +1,12 @@
 """Did the run work, and what next: written rules over what was measured.
 
-The rules, in their order; the first that holds gives the outcome, all that hold give advice:
+The first rule that holds decides; advice is given by all that hold:
 
-- fewer than :data:`FEW_STEPS` steps are no run;
+- fewer than :data:`FEW_STEPS` steps: ``unproven``;
 - with labels: accuracy of the 20 nearest neighbours, trained against untrained, on the same images. The 95 % interval
-  of the paired difference above 0: it worked; below 0: it failed; around 0: unclear;
-- without labels: the reconstruction loss of the last record against the first. It fell by a tenth or more: it learnt to
-  reconstruct, and how good the features are only an evaluation with labels says; otherwise it failed.
+  of the paired difference above 0: ``better``. Its upper end below :data:`SMALL_LEAD` points: ``no_better``. Else
+  ``unproven``: the images are too few to tell, or the run was too short;
+- without labels features cannot be judged: ``no_better`` where the reconstruction loss hardly fell, else ``unproven``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ LAGGING = 0.1
 BLIND = 0.1
 """Mining by a rank correlation below this is hardly better than chance."""
 
-Outcome = Literal["worked", "learnt", "unclear", "failed", "no run"]
+SMALL_LEAD = 3.0
+"""Points of accuracy: where the interval ends below, the encoder is not better by what people would care for."""
+
+Outcome = Literal["better", "no_better", "unproven"]
 
 
 class Measured(NamedTuple):
@@ -59,26 +62,27 @@ def judge(found: Measured) -> Verdict:
 
 def _outcome(found: Measured) -> tuple[Outcome, str]:
     if found.steps < FEW_STEPS:
-        return "no run", f"{found.steps:,} steps are no run: nothing can be said of what was learnt"
+        return "unproven", f"{found.steps:,} steps are no run: nothing can be said of what was learnt"
     if found.right is not None:
         before, after = found.right
         lead, (low, high) = paired_difference(after, before)
-        accuracy = (
-            f"20-NN accuracy {100 * sum(after) / len(after):.1f} %, untrained {100 * sum(before) / len(before):.1f} %"
+        trained, untrained = (100 * sum(right) / len(right) for right in (after, before))
+        measured = (
+            f"20-NN accuracy {trained:.1f} %, untrained {untrained:.1f} %; {lead:+.1f} points, 95 % interval "
+            f"{low:+.1f} to {high:+.1f}, {len(after):,} images"
         )
-        difference = f"{lead:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, {len(after):,} images"
         if low > 0:
-            return "worked", f"it worked: better than the untrained encoder ({accuracy}; {difference})"
-        if high < 0:
-            return "failed", f"it did not work: worse than the untrained encoder ({accuracy}; {difference})"
-        return "unclear", f"not told apart from the untrained encoder ({accuracy}; {difference})"
+            return "better", f"it worked: better than the untrained encoder ({measured})"
+        if high < SMALL_LEAD:
+            return "no_better", f"it did not work: no better than the untrained encoder ({measured})"
+        return "unproven", f"not told apart from the untrained encoder ({measured})"
     if found.losses is None:
-        return "unclear", "nothing was recorded that could be judged"
+        return "unproven", "nothing was recorded that could be judged"
     first, last = found.losses
     fell = f"reconstruction loss {first:.3f} to {last:.3f}"
     if last > 0.9 * first:
-        return "failed", f"it did not learn to reconstruct ({fell})"
-    return "learnt", f"it learnt to reconstruct ({fell}); how good the features are only an evaluation with labels says"
+        return "no_better", f"it hardly learnt to reconstruct ({fell})"
+    return "unproven", f"it learnt to reconstruct ({fell}); how good the features are only labelled images can say"
 
 
 def _advice(found: Measured) -> list[str]:
@@ -95,6 +99,6 @@ def _advice(found: Measured) -> list[str]:
         lines.append("the predictor hardly knows what is hard: train longer, or take a recipe without mining")
     if found.random_start is not None and found.random_start > LAGGING:
         lines.append(f"the teacher is still {found.random_start:.0%} its random start: train longer")
-    if found.steps >= FEW_STEPS and found.right is not None and _outcome(found)[0] in ("unclear", "failed"):
+    if found.steps >= FEW_STEPS and found.right is not None and _outcome(found)[0] != "better":
         lines.append("train longer (--budget 2h, or more --epochs); masked models learn slowly at first")
     return lines
