@@ -11,7 +11,7 @@ from hardpatch.method.student import Teacher
 from hardpatch.method.vit import embed, encode, grid_size, resample_positions
 from hardpatch.runs.build import build_method, build_student
 from hardpatch.runtime.errors import InputError
-from tiny import TINY, assert_same_state, final_state, pretrain, tiny_config, tiny_student
+from tiny import TINY, assert_same_state, final_state, pretrain, stop_after, tiny_config, tiny_student
 
 torch.set_num_threads(1)
 
@@ -123,34 +123,16 @@ FAST = {
 def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch):
     """Stopped by a signal at step 5 and three steps later."""
     from hardpatch.runtime.errors import Interrupted
-    from hardpatch.runtime.signals import StopSignal
 
     fields = {name: value for name, value in TINY.items() if name != "data"} | FAST
     pretrain("shapes:48", tmp_path / "whole", **fields)
-    asked_to_stop = iter([5, 3])
-
-    class AtStep(StopSignal):
-        def __init__(self):
-            super().__init__()
-            self.calls, self.stop_at = 0, next(asked_to_stop, None)
-
-        @property
-        def name(self):
-            self.calls += 1
-            return "SIGTERM" if self.stop_at and self.calls >= self.stop_at else None
-
-        @name.setter
-        def name(self, value):
-            pass
-
-    monkeypatch.setattr("hardpatch.training.pretrain.StopSignal", AtStep)
-    stops = []
-    for _ in range(2):
-        with pytest.raises(Interrupted):
-            pretrain("shapes:48", tmp_path / "parts", **fields)
-        stops.append(final_state(tmp_path / "parts")["step"])
+    for step in (5, 8):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(Interrupted):
+                pretrain("shapes:48", tmp_path / "parts", **fields)
+        assert final_state(tmp_path / "parts")["step"] == step
     pretrain("shapes:48", tmp_path / "parts", **fields)
-    assert stops == [5, 8]
     assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
 
 
