@@ -197,5 +197,5 @@ def test_command_and_its_json(photographs, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     found = json.loads(printed[-1])
     assert (found["images"], len(found["damaged"]), found["labelled"]) == (30, 1, True)
-    assert printed[-2].startswith(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data '{out}/*.tar'")
+    assert printed[-2].startswith(f"next:  hardpatch pretrain --data '{out}/*.tar'")
     assert len(open_source(str(out / "*.tar"))) == 30

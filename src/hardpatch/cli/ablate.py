@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hardpatch.cli.flags import parse_with_fields
 from hardpatch.cli.output import print_json, show
+from hardpatch.runtime.text import quoted
 
 
 def ablate(arguments: list[str]) -> None:
@@ -25,6 +26,6 @@ def ablate(arguments: list[str]) -> None:
         show(f"look:  {figure}")
     useful = sorted((run for run in result["runs"] if not run["failed"]), key=lambda r: r["rank_correlation"] is None)
     run = useful[0]["folder"]
-    show(f"next:  hardpatch visualize --checkpoint {run} --images {given['data']!r} --out hard.png")
+    show(f"next:  hardpatch visualize --checkpoint {quoted(run)} --images {quoted(given['data'])} --out hard.png")
     if as_json:
         print_json(result)

@@ -142,7 +142,7 @@ def _next_steps(config, result) -> list[str]:  # type: ignore[no-untyped-def]
     if not set(channels) <= {1, 3} and len(channels) > 1:
         lines.append(f"the images have different numbers of channels ({', '.join(result.channels)}); "
                      "a run reads them all as --channels, and leaves those out that do not fit")  # fmt: skip
-    lines.append(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data {quoted(data)} {flags}--out runs/first")
+    lines.append(f"next:  hardpatch pretrain --data {quoted(data)} {flags}--out runs/first")
     return lines
 
 
@@ -164,7 +164,7 @@ def data_stats(arguments: list[str]) -> None:
     for name, reason in result.damaged[:_SHOWN]:
         show(f"  {_below(config.data, name)}: {_short(reason)}")
     _more(result.damaged)
-    show(f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels {stats.flags(config, result)} --out RUN")
+    show(f"next:  hardpatch pretrain {stats.flags(config, result)} --out runs/first")
     if as_json:
         print_json(result._asdict() | {"damaged": [{"path": name, "reason": why} for name, why in result.damaged]})
 
@@ -197,8 +197,6 @@ def data_pack(arguments: list[str]) -> None:
         show(f"... and {len(result.damaged) - _SHOWN:,} more; {result.out}/index.json lists them all")
     flags = "" if result.channels == 3 else f" --channels {result.channels}"
     flags += "" if config.no_data is None else f" --no-data {config.no_data:g}"
-    show(
-        f"next:  hardpatch pretrain --recipe hpm-fast-in-pixels --data {quoted(result.out + '/*.tar')}{flags} --out RUN"
-    )
+    show(f"next:  hardpatch pretrain --data {quoted(result.out + '/*.tar')}{flags} --out runs/first")
     if as_json:
         print_json(pack.as_json(result))

@@ -9,6 +9,7 @@ import textwrap
 
 from hardpatch.cli.flags import parse
 from hardpatch.cli.output import complain, print_json, show
+from hardpatch.runtime.text import quoted
 from hardpatch.tools.doctor import Finding
 
 WIDTH = 110
@@ -44,7 +45,8 @@ def doctor(arguments: list[str]) -> None:
         if result["problems"]:
             show("next:  mend what is marked !! and run hardpatch doctor again")
         else:
-            show(f"next:  hardpatch plan --data {config.data or 'IMAGES'} --budget 8h    what is possible here")
+            images = quoted(config.data) if config.data else "IMAGES"
+            show(f"next:  hardpatch plan --data {images} --budget 8h    what is possible here")
         if as_json:
             print_json(result)
     if result["problems"]:

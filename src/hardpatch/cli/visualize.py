@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hardpatch.cli.flags import parse
 from hardpatch.cli.output import print_json, show
+from hardpatch.runtime.text import quoted
 
 
 def visualize(arguments: list[str]) -> None:
@@ -18,11 +19,12 @@ def visualize(arguments: list[str]) -> None:
     from hardpatch.figures.hardness import visualize as draw
 
     correlation = draw(command.checkpoint, command.images, Path(command.out), count=command.count)
+    run = quoted(command.checkpoint)
     if math.isnan(correlation):
         show(f"{command.out}: true loss, masks and reconstruction; this run has no loss predictor")
-        show(f"next:  hardpatch evaluate knn --checkpoint {command.checkpoint} --train TRAIN --val VAL")
+        show(f"next:  hardpatch evaluate knn --checkpoint {run} --train TRAIN --val VAL")
     else:
         show(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
-        show(f"next:  hardpatch evaluate foreground --checkpoint {command.checkpoint} --images IMAGES --masks MASKS")
+        show(f"next:  hardpatch evaluate foreground --checkpoint {run} --images IMAGES --masks MASKS")
     if as_json:
         print_json({"figure": command.out, "rank_correlation": correlation})

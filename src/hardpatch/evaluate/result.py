@@ -21,6 +21,7 @@ from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say
 from hardpatch.runtime.outputs import make_output_folder
+from hardpatch.runtime.text import quoted
 
 
 class Result(ABC):
@@ -93,4 +94,4 @@ def output_folder(config: Any, *below: str) -> Path:
 
 def visualize_command(checkpoint: str, images: str) -> str:
     """What to look at after an evaluation on some images."""
-    return f"next:  hardpatch visualize --checkpoint {checkpoint} --images {images!r} --out hard.png"
+    return f"next:  hardpatch visualize --checkpoint {quoted(checkpoint)} --images {quoted(images)} --out hard.png"
