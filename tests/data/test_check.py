@@ -88,7 +88,7 @@ def test_everything_is_counted_and_named(capsys, folder, tmp_path):
         "README.md",
         "copy of a.png",
         "deep/",
-        "hardpatch pretrain --recipe hpm-fast-in-pixels --data",
+        "hardpatch pretrain --data",
     ):
         assert word in out
 

@@ -149,6 +149,7 @@ def leave():
     os._exit(9)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch leaves its own files open then
 @pytest.mark.parametrize(("how", "cause"), [(segfault, "Segmentation fault"), (leave, "exited unexpectedly")])
 def test_a_worker_that_dies_is_named_with_the_image_it_was_reading(how, cause):
     images = TrainingImages(Deadly(how), size=(8, 8), crop_scale=(1, 1), flip=False, seed=0)
