@@ -14,10 +14,16 @@ DAMAGES = {
 }
 
 
+@pytest.fixture
+def parts(tmp_path):
+    begun = Parts(tmp_path / "out.parts")
+    begun.begin({"seed": 1})
+    yield begun
+    begun.release()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_part_is_not_done(tmp_path, damage, capsys):
-    parts = Parts(tmp_path / "out.parts")
-    parts.claim({"seed": 1})
+def test_a_damaged_part_is_not_done(parts, damage, capsys):
     for number in range(2):
         parts.write(number, Part({"features": np.arange(64.0).reshape(8, 8)}, []))
     assert parts.is_done(0)
@@ -30,9 +36,8 @@ def test_a_damaged_part_is_not_done(tmp_path, damage, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b'{"seed": '])
-def test_damaged_settings_are_refused_with_their_folder(tmp_path, content):
-    parts = Parts(tmp_path / "out.parts")
-    parts.claim({"seed": 1})
+def test_damaged_settings_are_refused_with_their_folder(parts, tmp_path, content):
+    parts.release()
     (tmp_path / "out.parts/settings.json").write_bytes(content)
     with pytest.raises(InputError, match=r"out: cannot use .*out\.parts"):
-        parts.claim({"seed": 1})
+        parts.begin({"seed": 1})

@@ -200,7 +200,7 @@ def test_two_processes_cannot_train_the_same_run(tmp_path):
         [sys.executable, "-u", "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        with pytest.raises(InputError, match="another process is training"):
+        with pytest.raises(InputError, match="another process works in"):
             run(tmp_path / "run")
         other.kill()
     run(tmp_path / "run")

@@ -18,10 +18,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from hardpatch.data.loader.loading import Damage
+from hardpatch.runtime.claim import Claim
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_atomically, write_text_atomically
 from hardpatch.runtime.log import warn
-from hardpatch.runtime.outputs import make_output_folder
 
 
 class Part(NamedTuple):
@@ -42,23 +42,27 @@ class Parts:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._claim: Claim | None = None
 
-    def claim(self, settings: dict[str, Any]) -> None:
-        """Start, or go on with what is there.
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Start, or go on with what is there. No other process can, until :meth:`release`.
 
         Args:
             settings: Everything that decides the result, plain values.
 
         Raises:
-            InputError: Parts of a job with other settings are there, or nothing can be written.
+            InputError: Parts of a job with other settings are there, another process works on them, or nothing can be
+                written.
         """
         file = self.path / "settings.json"
         try:
-            make_output_folder(self.path)
+            self._claim = Claim(self.path)
             if not file.is_file():
                 write_text_atomically(file, json.dumps(settings, indent=2) + "\n")
                 return
             before = json.loads(file.read_text())
+        except InputError:  # another process has them
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"out: cannot use {str(self.path)!r}: {error}") from error
         if not isinstance(before, dict):
@@ -73,6 +77,11 @@ class Parts:
                 f"out: {str(self.path)!r} holds parts of an unfinished job with other settings; go on with its values, "
                 "choose another place, or remove the folder. Changed:\n  " + "\n  ".join(changed)
             )
+
+    def release(self) -> None:
+        """Let others go on here."""
+        if self._claim is not None:
+            self._claim.release()
 
     def file(self, number: int) -> Path:
         """The file of a part: it is there when the part is finished."""

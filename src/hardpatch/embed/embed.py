@@ -135,8 +135,9 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
     require_same(job.settings)
     parts = Parts(out.with_name(out.name + ".parts"))
 
-    def claim() -> list[int]:
-        parts.claim(job.settings)
+    def begin() -> list[int]:
+        parts.begin(job.settings)
+        _check(config)  # another process may have ended just now
         for leftover in out.parent.glob(f".{out.name}.*.tmp"):  # of a process that was killed while it joined
             leftover.unlink(missing_ok=True)
         done = [number for number in range(len(cuts)) if parts.is_done(number)]
@@ -145,14 +146,17 @@ def _run(config: EmbedConfig, device: torch.device) -> Embedded:
 
     if config.hardness and not loaded.student.predicts_hardness:
         warn("this run has no loss predictor: no column predicted_loss")
-    done = from_main(claim)
-    if done:
-        say(f"going on: {len(done)} of {len(cuts)} parts are there")
-    todo = [number for number in range(len(cuts)) if number not in set(done)]
-    _work(job, parts, todo[rank() :: world_size()])
-    barrier()
-    new_images = sum(len(cuts[number]) for number in todo)
-    return from_main(lambda: _join(job, parts, out=out, sheet=sheet, started=started, new_images=new_images))
+    try:
+        done = from_main(begin)
+        if done:
+            say(f"going on: {len(done)} of {len(cuts)} parts are there")
+        todo = [number for number in range(len(cuts)) if number not in set(done)]
+        _work(job, parts, todo[rank() :: world_size()])
+        barrier()
+        new_images = sum(len(cuts[number]) for number in todo)
+        return from_main(lambda: _join(job, parts, out=out, sheet=sheet, started=started, new_images=new_images))
+    finally:
+        parts.release()
 
 
 def _check(config: EmbedConfig) -> tuple[Path, Path | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -14,7 +13,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -24,6 +23,7 @@ from hardpatch.config.values import differences, load_config, to_yaml, validated
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.schedule import Schedule
 from hardpatch.runs.trackers import RUNS_FILE
+from hardpatch.runtime.claim import Claim
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import read_object, warn
@@ -51,7 +51,7 @@ class RunFolder:
         self.evaluations = self.path / "evaluate"
         self.is_config_damaged = False
         """Does the config file say something else than the checkpoints? Known after :meth:`check_usable`."""
-        self._claim: IO[str] | None = None
+        self._claim: Claim | None = None
 
     def claim(self) -> None:
         """Take the folder for this process, until :meth:`release` or its end, however it ends.
@@ -59,21 +59,12 @@ class RunFolder:
         Raises:
             InputError: Another process trains this run.
         """
-        make_output_folder(self.path)
-        self._claim = (self.path / ".claim").open("w")
-        try:
-            # Not flock: data workers would inherit it, and keep the folder for a while after a kill.
-            fcntl.lockf(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.release()
-            raise InputError(f"out: another process is training in {str(self.path)!r}") from None
-        except OSError as error:  # some network file systems know no locks
-            warn(f"cannot lock {str(self.path)!r} ({error.strerror}): see to it that only one process trains there")
+        self._claim = Claim(self.path)
 
     def release(self) -> None:
         """Give the folder back."""
         if self._claim is not None:
-            self._claim.close()
+            self._claim.release()
             self._claim = None
 
     @property

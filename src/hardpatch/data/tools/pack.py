@@ -31,17 +31,21 @@ from hardpatch.data.sources import ShardSource, Source, fingerprint, open_source
 from hardpatch.data.sources.shards import LocalShard
 from hardpatch.data.tools.describe import find_channels, say_what_is_left
 from hardpatch.data.tools.repack import Packed, repack
+from hardpatch.runtime.claim import CLAIM, Claim
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import say, tracked
 from hardpatch.runtime.machine import usable_cores
-from hardpatch.runtime.outputs import MARK, make_output_folder
+from hardpatch.runtime.outputs import MARK
 from hardpatch.runtime.signals import ignore_in_worker, signals_held
 from hardpatch.runtime.text import as_bytes
 
 _BATCH = 8
 _BLOCK = 512
 _DECIDING = ("size", "quality", "shard_bytes", "channels", "no_data")
+
+PROGRESS = ".progress.json"
+"""What an unfinished packing has done so far."""
 
 
 class Shard(NamedTuple):
@@ -106,8 +110,13 @@ def run(config: PackConfig) -> PackResult:
         say(f"{out} is packed already")
         return _result(out, index)
     try:
-        progress = _begun(out, about)
-        _write_all(source, config, decoder, out, progress)
+        _check_place(out)
+        claim = Claim(out)
+        try:
+            progress = _begun(out, about)
+            _write_all(source, config, decoder, out, progress)
+        finally:
+            claim.release()
     except OSError as error:  # those of the source are damaged images
         if error.errno == errno.ENOSPC:
             raise
@@ -121,25 +130,33 @@ def run(config: PackConfig) -> PackResult:
     del progress["next_image"]
     index = {**progress, "images": images, "labelled": source.labels is not None, "channels": channels}
     write_text_atomically(out / "index.json", json.dumps(index, indent=2) + "\n")
-    (out / ".progress.json").unlink(missing_ok=True)
+    (out / PROGRESS).unlink(missing_ok=True)
     return _result(out, index)
 
 
-def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """What a run before has done; the folder is made.
+def _check_place(out: Path) -> None:
+    """Is the folder empty, or did we begin to pack there?
 
     Raises:
-        InputError: The folder holds something else, or shards of other images or settings.
+        InputError: Neither.
     """
-    file = out / ".progress.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"out: must be a folder, got the file {str(out)!r}")
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if PROGRESS not in names and (others := [name for name in names if name not in (MARK, CLAIM)]):
+        raise InputError(
+            f"out: must be an empty folder or one that hardpatch data pack began, {out} holds {others[0]!r}"
+        )
+
+
+def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """What a run before has done.
+
+    Raises:
+        InputError: The folder holds shards of other images or settings.
+    """
+    file = out / PROGRESS
     if not file.is_file():
-        if there := [path.name for path in out.iterdir() if path.name != MARK] if out.is_dir() else []:
-            raise InputError(
-                f"out: must be an empty folder or one that hardpatch data pack began, {out} holds {there[0]!r}"
-            )
-        make_output_folder(out)
         progress: dict[str, Any] = {"shards": [], "next_image": 0, "as_they_were": 0, "damaged": [], **about}
         write_text_atomically(file, json.dumps(progress))
         return progress
@@ -277,7 +294,7 @@ def _close(shard: _OpenShard, progress: dict[str, Any], next_image: int, damaged
     progress["next_image"] = next_image
     progress["as_they_were"] += shard.as_they_were
     progress["damaged"] += damaged
-    write_text_atomically(shard.final.parent / ".progress.json", json.dumps(progress))
+    write_text_atomically(shard.final.parent / PROGRESS, json.dumps(progress))
 
 
 def as_json(result: PackResult) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hardpatch.evaluate.harness import Examples, Plan, Training
 from hardpatch.method.schedules import adapted_warmup_steps, learning_rate
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runtime import distributed
+from hardpatch.runtime.claim import Claim
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import tracked
 from hardpatch.runtime.seeding import Stream, derive_seed
@@ -114,12 +115,18 @@ class Comparison(ABC, Generic[Model, Figures]):
             key: value for key, value in asdict(self.settings).items() if key not in INDIFFERENT | self.indifferent
         } | {"images": self.known_images(), "processes": distributed.world_size()}
         distributed.require_same(decisive)
+        folder = self.folder / folder_name(contender.name)
+        claim = distributed.on_every(lambda: Claim(folder) if distributed.is_main() else None)
         training = DenseTraining(
-            lesson, plan, self.peak, name=contender.name, device=self.device,
-            folder=self.folder / folder_name(contender.name), identity=identity(decisive, lesson.model),
+            lesson, plan, self.peak, name=contender.name, device=self.device, folder=folder,
+            identity=identity(decisive, lesson.model),
         )  # fmt: skip
-        training.resume()
-        training.run()
+        try:
+            training.resume()
+            training.run()
+        finally:
+            if claim is not None:
+                claim.release()
         lesson.model.eval()
         return Measured(contender, lesson.model, self.evaluate(lesson.model, contender), plan.total_steps)
 
