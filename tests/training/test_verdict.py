@@ -2,23 +2,38 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from hardpatch.evaluate.reconstruction import Reconstruction
 from hardpatch.training.verdict import Measured, judge
 from tiny import TINY, pretrain
 
 GOOD = Measured(
-    steps=2000, images=5000, losses=(1.0, 0.5), right=None, rank_correlation=0.6, random_start=0.01, mining_opened=True
-)
+    steps=2000, images=5000, losses=(1.0, 0.5), right=None, reconstruction=None, rank_correlation=0.6,
+    random_start=0.01, mining_opened=True,
+)  # fmt: skip
 FEW_RIGHT, MORE_RIGHT = [True] * 100 + [False] * 300, [True] * 160 + [False] * 240
 
 
+def losses(student, flat=1.0, interpolated=0.8, spread=0.1, images=64):
+    noise = np.random.default_rng(0).normal(size=(3, images)) * spread
+    return Reconstruction(*(noise + np.array([[student], [flat], [interpolated]])))
+
+
 @pytest.mark.parametrize(("changes", "outcome", "said"), [
+    ({"reconstruction": losses(0.6)}, "better", "reconstructed better than without learning (loss 0.6"),
+    ({"reconstruction": losses(0.9)}, "no_better", "no learning"),
+    ({"reconstruction": losses(0.6, flat=0.6)}, "unproven", "not told apart from what needs no learning"),
+    ({"reconstruction": losses(0.6, images=1)}, "unproven", "not told apart from what needs no learning"),
+    ({"reconstruction": losses(0.8, spread=0.0)}, "no_better", "no learning"),
+    ({"reconstruction": losses(0.6), "steps": 12}, "unproven", "12 steps are no run"),
+    ({"right": (FEW_RIGHT, MORE_RIGHT), "from_weights": True}, "better", "better than the weights it started from"),
     ({}, "unproven", "only labelled images can say"),
     ({"losses": (1.0, 0.95)}, "no_better", "hardly learnt to reconstruct (reconstruction loss 1.000 to 0.950)"),
     ({"losses": None}, "unproven", "nothing was recorded"),
     ({"steps": 12, "right": (FEW_RIGHT, MORE_RIGHT)}, "unproven", "12 steps are no run"),
-    ({"right": (FEW_RIGHT, MORE_RIGHT)}, "better", "20-NN accuracy 40.0 %, untrained 25.0 %; +15.0 points"),
+    ({"right": (FEW_RIGHT, MORE_RIGHT)}, "better", "20-NN accuracy 40.0 %, before 25.0 %; +15.0 points"),
     ({"right": (MORE_RIGHT, FEW_RIGHT)}, "no_better", "no better than the untrained encoder"),
     ({"right": (FEW_RIGHT, [*FEW_RIGHT[:-1], True])}, "no_better", "no better than the untrained encoder"),
     ({"right": ([True, False] * 10, [False, True] * 10)}, "unproven", "not told apart"),
@@ -38,7 +53,7 @@ def test_outcomes(changes, outcome, said):
     ({"steps": 12}, "more --epochs"),
 ])  # fmt: skip
 def test_each_fault_has_its_advice(changes, said):
-    assert not judge(GOOD).advice
+    assert not judge(GOOD._replace(right=(FEW_RIGHT, MORE_RIGHT))).advice
     assert any(said in line for line in judge(GOOD._replace(**changes)).advice)
 
 

@@ -13,18 +13,26 @@ from typing import Any
 import torch
 
 from hardpatch.config.config import Config
+from hardpatch.evaluate.reconstruction import Reconstruction, compare_reconstruction
+from hardpatch.figures.hardness import spread_images
 from hardpatch.method.schedules import untouched_share
+from hardpatch.runs.build import build_normalise
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime import distributed
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import read_metrics, say, warn
+from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.signals import StopSignal
 from hardpatch.training.branching import branched, open_parent
 from hardpatch.training.loop import train_steps
+from hardpatch.training.monitor import labelled_validation
 from hardpatch.training.preparation import prepare
 from hardpatch.training.state import Resume, Run
-from hardpatch.training.verdict import Measured, Verdict, judge
+from hardpatch.training.verdict import FEW_STEPS, Measured, Verdict, judge
+
+RECONSTRUCTED = 64
+"""Images on which the verdict on a run without labels stands."""
 
 
 def train(config: Config, out: Path, *, resume: Resume = "auto", parent: RunFolder | None = None) -> dict[str, Any]:
@@ -114,8 +122,9 @@ def finish(run: Run, began: float) -> dict[str, Any]:
 
 
 def _verdict(run: Run, records: list[dict[str, Any]]) -> Verdict:
-    """What the run came to, by the rules."""
-    before, after = run.folder.right(0), run.folder.right(run.schedule.total_steps)
+    """What the run came to, by the rules; all processes take part."""
+    before, after = distributed.from_main(lambda: [run.folder.right(s) for s in (0, run.schedule.total_steps)])
+    right = (before, after) if before and after and len(before) == len(after) else None
     losses = [record["reconstruction_loss"] for record in records]
     method = run.method
     return judge(
@@ -123,11 +132,25 @@ def _verdict(run: Run, records: list[dict[str, Any]]) -> Verdict:
             steps=run.state.step,
             images=len(run.source),
             losses=(losses[0], losses[-1]) if losses else None,
-            right=(before, after) if before and after and len(before) == len(after) else None,
+            right=right,
+            reconstruction=_reconstruction(run) if right is None and run.state.step >= FEW_STEPS else None,
             rank_correlation=records[-1].get("predictor_rank_correlation") if records and method.guide else None,
             random_start=untouched_share(run.schedule.ema, run.schedule.total_steps)
             if method.needs_teacher and not run.config.model.init_from
             else None,
             mining_opened=None if method.guide is None else run.state.gate.is_open(),
+            from_weights=bool(run.config.model.init_from),
         )
     )
+
+
+def _reconstruction(run: Run) -> Reconstruction | None:
+    """How well some images are reconstructed: of the validation, where there are, else of those it learnt from."""
+    student = run.state.whole(run.config).student
+    shown = spread_images(labelled_validation(run.config) or run.source, RECONSTRUCTED, run.config.data.size)
+    normalise = build_normalise(run.config).to(run.device)
+    with torch.compiler.set_stance("force_eager"):
+        return compare_reconstruction(
+            student, run.method, normalise(shown.pixels.to(run.device)), bf16=run.bf16, valid=shown.valid,
+            generator=torch.Generator().manual_seed(derive_seed(run.config.optimisation.seed, Stream.FIGURES)),
+        )  # fmt: skip

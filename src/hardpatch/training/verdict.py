@@ -3,10 +3,13 @@
 The first rule that holds decides; advice is given by all that hold:
 
 - fewer than :data:`FEW_STEPS` steps: ``unproven``;
-- with labels: accuracy of the 20 nearest neighbours, trained against untrained, on the same images. The 95 % interval
-  of the paired difference above 0: ``better``. Its upper end below :data:`SMALL_LEAD` points: ``no_better``. Else
-  ``unproven``: the images are too few to tell, or the run was too short;
-- without labels features cannot be judged: ``no_better`` where the reconstruction loss hardly fell, else ``unproven``.
+- with labels: accuracy of the 20 nearest neighbours, trained against untrained (or against the weights that the run
+  started from), on the same images. The 95 % interval of the paired difference above 0: ``better``. Its upper end below
+  :data:`SMALL_LEAD` points: ``no_better``. Else ``unproven``: the images are too few to tell, or the run was too short;
+- without labels: the reconstruction loss against that of flat patches and of a linear interpolation, image by image
+  (:mod:`hardpatch.evaluate.reconstruction`). Intervals of both leads above 0: ``better``. The upper end of one below
+  :data:`SMALL_GAIN` of the rival's loss: ``no_better``. Else ``unproven``;
+- where the target is no pixels: ``no_better`` where the loss hardly fell, else ``unproven``.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from hardpatch.evaluate.classify.accuracy import paired_difference
+from hardpatch.evaluate.reconstruction import Reconstruction
 
 FEW_STEPS = 200
 """With fewer, AdamW has hardly left its warm-up."""
@@ -26,6 +32,8 @@ BLIND = 0.1
 
 SMALL_LEAD = 3.0
 """Points of accuracy: where the interval ends below, the encoder is not better by what people would care for."""
+SMALL_GAIN = 0.02
+"""Share of a rival's loss: where the interval ends below, the reconstruction is no better by what anybody would see."""
 
 Outcome = Literal["better", "no_better", "unproven"]
 
@@ -38,13 +46,17 @@ class Measured(NamedTuple):
     losses: tuple[float, float] | None
     """Reconstruction loss of the first and the last record."""
     right: tuple[Sequence[bool], Sequence[bool]] | None
-    """Images that the untrained and the trained encoder classify rightly, in one order; None without labels."""
+    """Images classified rightly before the first step and after the last, in one order; None without labels."""
+    reconstruction: Reconstruction | None
+    """None with labels, and where the target is no pixels."""
     rank_correlation: float | None
     """Between predicted and true hardness; None where nothing is predicted."""
     random_start: float | None
     """Share of the teacher that is still its random start; None where none guides."""
     mining_opened: bool | None
     """Did masks ever follow the prediction? None: they were not to."""
+    from_weights: bool = False
+    """Did the run start from weights?"""
 
 
 class Verdict(NamedTuple):
@@ -53,6 +65,9 @@ class Verdict(NamedTuple):
     outcome: Outcome
     sentence: str
     advice: list[str]
+
+
+ONLY_LABELS = "what the features are worth for a task only labelled images can say"
 
 
 def judge(found: Measured) -> Verdict:
@@ -64,25 +79,48 @@ def _outcome(found: Measured) -> tuple[Outcome, str]:
     if found.steps < FEW_STEPS:
         return "unproven", f"{found.steps:,} steps are no run: nothing can be said of what was learnt"
     if found.right is not None:
-        before, after = found.right
-        lead, (low, high) = paired_difference(after, before)
-        trained, untrained = (100 * sum(right) / len(right) for right in (after, before))
-        measured = (
-            f"20-NN accuracy {trained:.1f} %, untrained {untrained:.1f} %; {lead:+.1f} points, 95 % interval "
-            f"{low:+.1f} to {high:+.1f}, {len(after):,} images"
-        )
-        if low > 0:
-            return "better", f"it worked: better than the untrained encoder ({measured})"
-        if high < SMALL_LEAD:
-            return "no_better", f"it did not work: no better than the untrained encoder ({measured})"
-        return "unproven", f"not told apart from the untrained encoder ({measured})"
+        return _by_labels(found.right, "the weights it started from" if found.from_weights else "the untrained encoder")
+    if found.reconstruction is not None:
+        return _by_reconstruction(found.reconstruction)
     if found.losses is None:
         return "unproven", "nothing was recorded that could be judged"
     first, last = found.losses
     fell = f"reconstruction loss {first:.3f} to {last:.3f}"
     if last > 0.9 * first:
         return "no_better", f"it hardly learnt to reconstruct ({fell})"
-    return "unproven", f"it learnt to reconstruct ({fell}); how good the features are only labelled images can say"
+    return "unproven", f"it learnt to reconstruct ({fell}); {ONLY_LABELS}"
+
+
+def _by_labels(right: tuple[Sequence[bool], Sequence[bool]], rival: str) -> tuple[Outcome, str]:
+    before, after = right
+    lead, (low, high) = paired_difference(after, before)
+    trained, untrained = (100 * sum(some) / len(some) for some in (after, before))
+    measured = (
+        f"20-NN accuracy {trained:.1f} %, before {untrained:.1f} %; {lead:+.1f} points, 95 % interval "
+        f"{low:+.1f} to {high:+.1f}, {len(after):,} images"
+    )
+    if low > 0:
+        return "better", f"it worked: better than {rival} ({measured})"
+    if high < SMALL_LEAD:
+        return "no_better", f"it did not work: no better than {rival} ({measured})"
+    return "unproven", f"not told apart from {rival} ({measured})"
+
+
+def _by_reconstruction(found: Reconstruction) -> tuple[Outcome, str]:
+    there = np.isfinite(found.student) & np.isfinite(found.interpolated)
+    own, flat, between = (np.asarray(losses)[there] for losses in found)
+    measured = (
+        f"loss {own.mean():.3f}; flat patches {flat.mean():.3f}, linear interpolation {between.mean():.3f}; "
+        f"{len(own):,} images"
+    )
+    leads = [(rival - own, rival.mean()) for rival in (flat, between)]
+    ends = [(d.mean(), 1.96 * d.std() / max(1, len(d)) ** 0.5, most) for d, most in leads]
+    if len(own) > 1 and all(lead - half > 0 for lead, half, _ in ends):
+        told = "it worked: hidden patches are reconstructed better than without learning"
+        return "better", f"{told} ({measured}); {ONLY_LABELS}"
+    if any(lead + half < SMALL_GAIN * most for lead, half, most in ends):
+        return "no_better", f"it did not learn to reconstruct better than what needs no learning ({measured})"
+    return "unproven", f"reconstruction is not told apart from what needs no learning ({measured})"
 
 
 def _advice(found: Measured) -> list[str]:
@@ -99,6 +137,6 @@ def _advice(found: Measured) -> list[str]:
         lines.append("the predictor hardly knows what is hard: train longer, or take a recipe without mining")
     if found.random_start is not None and found.random_start > LAGGING:
         lines.append(f"the teacher is still {found.random_start:.0%} its random start: train longer")
-    if found.steps >= FEW_STEPS and found.right is not None and _outcome(found)[0] != "better":
+    if found.steps >= FEW_STEPS and _outcome(found)[0] != "better":
         lines.append("train longer (--budget 2h, or more --epochs); masked models learn slowly at first")
     return lines
