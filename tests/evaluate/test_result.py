@@ -74,7 +74,7 @@ def test_an_evaluation_from_outside_is_printed_kept_and_in_the_report(toy, tmp_p
     assert "look:  /nowhere/toy.png" in printed
     assert json.loads((run / "evaluate" / "toy.json").read_text()) == {"total": 6, "pairs": {"a": [1, 2]}}
     page = (run / "report.html").read_text()
-    assert "<h2>Counting</h2>" in page
+    assert "<h3>Counting</h3>" in page
     assert "<b>6</b><span>total</span>" in page
     assert "folded away" in page
     assert "All &lt;numbers&gt; were counted." in page

@@ -11,7 +11,7 @@ from hardpatch.config.values import with_fields
 from hardpatch.data.images.decode import Decoder
 from hardpatch.data.sources import open_source
 from hardpatch.figures.display import Display, hatched
-from hardpatch.figures.hardness import draw_hardness, measure_hardness, spread_images
+from hardpatch.figures.hardness import Hardness, draw_hardness, measure_hardness, spread_images
 from hardpatch.method.choices import MASKS
 from hardpatch.method.losses import rank_correlation
 from hardpatch.method.student import Teacher
@@ -89,3 +89,20 @@ def test_pictures_without_holes_are_not_touched():
     changed = (hatched(pictures, valid) != pictures).any(axis=3)
     assert changed.sum() == 1
     assert changed[1, 0, 0]
+
+
+@pytest.mark.parametrize(("agreement", "alpha"), [(1.0, 1.0), (0.0, 0.15)])
+def test_predictions_that_do_not_agree_are_pale_and_both_maps_have_one_scale(agreement, alpha):
+    true = torch.arange(16.0).repeat(2, 1)
+    noise = torch.stack([torch.arange(16.0).roll(1), torch.arange(15.0, -1, -1).roll(1)])
+    predicted = true if agreement else noise
+    hidden, images = torch.zeros(2, 16, dtype=torch.bool), torch.zeros(2, 3, 8, 8)
+    hardness = Hardness(true, true, 100 * predicted, hidden, None, reduction=2)
+    figure = draw_hardness(images, hardness, Display(build_normalise(with_fields(Config(), TINY))), (4, 4), "title")
+    loss, guess = (axis.images[0] for axis in figure.axes[1:3])
+    assert (loss.get_alpha(), guess.get_alpha()) == (1.0, pytest.approx(alpha))
+    assert loss.get_clim() == guess.get_clim()
+    assert figure.axes[2].get_title().startswith("predicted loss,\n2 x 2")
+    assert ("pale: agrees little" in figure.axes[2].get_title()) == (alpha < 1)
+    if agreement:
+        np.testing.assert_allclose(loss.get_array(), guess.get_array(), rtol=1e-5)  # though in other units

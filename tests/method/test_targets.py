@@ -248,9 +248,9 @@ def test_only_pixels_are_shown_as_reconstruction(tmp_path, target, columns):
     )
     figure = draw_hardness(images, hardness, Display(loaded.normalise), (4, 4), "title")
     assert (hardness.reconstruction is not None) == (target == "norm_pix")
-    assert len(figure.axes) == 2 * columns
+    assert len(figure.axes) == 2 * columns + 1, "and the scale of the maps"
     assert [axis.get_title() for axis in figure.axes[:columns]][-1] == (
-        "reconstruction" if target == "norm_pix" else "hidden"
+        "reconstruction\n(mean and contrast\nof the patch itself)" if target == "norm_pix" else "hidden"
     )
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hardpatch.cli.flags import parse, parse_with_fields
 from hardpatch.cli.output import print_json, print_section, print_table, show
 from hardpatch.runtime.text import quoted
-
-if TYPE_CHECKING:
-    from hardpatch.config.config import Config
 
 
 def pretrain(arguments: list[str]) -> None:
@@ -55,6 +52,7 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
     """The figures of a run, and what to do with it."""
     from hardpatch.config.plan import duration
     from hardpatch.config.values import load_config
+    from hardpatch.figures.report import what_next
     from hardpatch.runs.folder import RunFolder
     from hardpatch.runtime import distributed
 
@@ -87,20 +85,13 @@ def report_run(out: str, result: dict[str, Any], *, as_json: bool) -> None:
         "use:   import hardpatch\n"
         f"       backbone = hardpatch.load_encoder({out!r})    # a plain timm model\n"
         "       features = backbone.forward_features(images)\n"
-        f"next:  hardpatch {' '.join(map(quoted, _next_words(config, out, labelled='knn_top1' in result)))}"
+        f"next:  {what_next(config, out, labelled='knn_top1' in result)[0].command}"
     )
     if config.optimisation.learning_rate_schedule == "constant":
         longer = " ".join(map(quoted, ["--branch-from", out, "--out", f"{out.rstrip('/')}-longer"]))
         show(f"more:  hardpatch pretrain {longer} --epochs {2 * config.optimisation.epochs}")
     if as_json:
         print_json(result)
-
-
-def _next_words(config: Config, out: str, *, labelled: bool) -> list[str]:
-    """The command that says most of a run now: its features where labels are known, else what is hard."""
-    if labelled and config.run.val:
-        return ["evaluate", "linear", "--checkpoint", out, "--train", config.data.data, "--val", config.run.val]
-    return ["visualize", "--checkpoint", out, "--images", config.data.data, "--out", f"{out.rstrip('/')}/hard.png"]
 
 
 def demo(arguments: list[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num, Shaped
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from hardpatch.data.loader.loading import Cover, read_or_next, stack_images
@@ -31,6 +32,12 @@ from hardpatch.runtime.seeding import Stream, derive_seed
 NUM_MASKS = 10
 """Masks over which the true loss of a patch is averaged, as in the paper's Figure 2."""
 
+DEVIATIONS = 2.5
+"""Ends of the scale of the maps, in standard deviations from the mean of an image's patches."""
+SEES = 0.3
+"""From this rank correlation on, predicted losses have their full colour; below they are paler, at most so:"""
+PALEST = 0.15
+
 
 class Hardness(NamedTuple):
     """What is hard in some images."""
@@ -47,6 +54,11 @@ class Hardness(NamedTuple):
     """Normalised images with the hidden patches reconstructed; None where the target is no pixels."""
     whole: Bool[Tensor, "b n"] | None = None
     """Patches of pixels that are all data; None: all are."""
+    reduction: int = 1
+    """One prediction counts for so many patches a side."""
+    own_contrast: bool = False
+    """Does the reconstruction take mean and contrast of each patch from the image itself, as ``norm_pix`` leaves them?
+    """
 
     @property
     def rank_correlation(self) -> float:
@@ -94,7 +106,8 @@ def measure_hardness(
         prediction = student(images, hidden, num_hidden=method.num_hidden).prediction.float()
     student.train(was_training)
     filled = _fill_in(student, method, images, hidden, prediction)
-    return Hardness(true_loss, hardness, said.scores, hidden, filled, whole)
+    own_contrast = isinstance(method.target, PixelTarget) and method.target.normalise
+    return Hardness(true_loss, hardness, said.scores, hidden, filled, whole, student.reduction, own_contrast)
 
 
 def average_loss(
@@ -158,7 +171,8 @@ def draw_hardness(
 ) -> Figure:
     """One row per image: input, loss (or hardness), predicted loss, masked input, reconstruction, if any.
 
-    Pixels without data are hatched; so are patches that hold some, in the maps.
+    Both maps have one scale: standard deviations from the mean of the image's patches. Predicted losses are the paler
+    the less they agree with the true ones. Pixels without data are hatched; so are patches that hold some, in the maps.
 
     Args:
         images: Normalised images.
@@ -172,23 +186,30 @@ def draw_hardness(
     covered = hardness.hidden.reshape(-1, *grid).repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
     shown = hatched(display(images), valid)
     told = "loss" if hardness.hardness is hardness.true_loss else "hardness"
+    sees = min(1.0, max(PALEST, hardness.rank_correlation / SEES))
+    predicted = "predicted loss" if hardness.reduction == 1 else (
+        f"predicted loss,\n{grid[0] // hardness.reduction} x {grid[1] // hardness.reduction}"
+    )  # fmt: skip
+    predicted += "\npale: agrees little" if sees < 1 and hardness.predicted_loss is not None else ""
     pictures: dict[str, Any] = {
         "image": shown,
-        f"{told}, {NUM_MASKS} masks": hardness.hardness,
-        "predicted loss": hardness.predicted_loss,
+        f"true {told},\n{NUM_MASKS} masks": hardness.hardness,
+        predicted: hardness.predicted_loss,
         "hidden": np.where(covered.cpu().numpy()[..., None], np.uint8(128), shown),
     }
     if hardness.reconstruction is not None:
-        pictures["reconstruction"] = hatched(display(hardness.reconstruction), valid)
+        own = "\n(mean and contrast\nof the patch itself)" if hardness.own_contrast else ""
+        pictures[f"reconstruction{own}"] = hatched(display(hardness.reconstruction), valid)
     columns = {name: content for name, content in pictures.items() if content is not None}
     height = 1.5 * images.shape[2] / images.shape[3]
-    figure = Figure(figsize=(1.5 * len(columns), height * len(images) + 0.6), layout="constrained")
+    figure = Figure(figsize=(1.5 * len(columns), height * len(images) + 1.3), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for row in range(len(images)):
         for column, (name, content) in enumerate(columns.items()):
             axis = axes[row, column]
             if isinstance(content, Tensor):
-                _draw_map(axis, content[row], grid, None if hardness.whole is None else hardness.whole[row])
+                whole = None if hardness.whole is None else hardness.whole[row]
+                colours = _draw_map(axis, content[row], grid, whole, alpha=sees if name == predicted else 1.0)
             else:
                 axis.imshow(content[row], interpolation="nearest")
             axis.set_xticks([])
@@ -197,19 +218,25 @@ def draw_hardness(
                 side.set_visible(False)
             if row == 0:
                 axis.set_title(name, fontsize=9)
+    maps = [axes[-1, column] for column, content in enumerate(columns.values()) if isinstance(content, Tensor)]
+    scale = figure.colorbar(colours, ax=maps, location="bottom", aspect=30, ticks=[-DEVIATIONS, 0, DEVIATIONS])
+    scale.ax.set_xticklabels(["easy", "mean of the image", "hard"], fontsize=8)
     figure.suptitle(title + ("" if valid is None else "; hatched: no data"), fontsize=9)
     return figure
 
 
-def _draw_map(axis: Axes, values: Float[Tensor, " n"], grid: tuple[int, int], whole: Bool[Tensor, " n"] | None) -> None:
-    """A value per patch as colours; patches that are not whole are hatched."""
+def _draw_map(
+    axis: Axes, values: Float[Tensor, " n"], grid: tuple[int, int], whole: Bool[Tensor, " n"] | None, *, alpha: float
+) -> AxesImage:
+    """A value per patch as colours, by its distance from their mean; patches that are not whole are hatched."""
     shown = values.float().reshape(grid).cpu().numpy()
     if whole is not None:
         there = whole.reshape(grid).cpu().numpy()
         axis.set_facecolor("0.75")
         axis.patch.set(hatch="////", edgecolor="0.45", linewidth=0)
         shown = np.where(there, shown, np.nan)
-    axis.imshow(shown, cmap="magma", interpolation="nearest")
+    shown = (shown - np.nanmean(shown)) / (np.nanstd(shown) + 1e-12) if np.isfinite(shown).any() else shown
+    return axis.imshow(shown, cmap="magma", interpolation="nearest", vmin=-DEVIATIONS, vmax=DEVIATIONS, alpha=alpha)
 
 
 def told_correlation(hardness: Hardness) -> str:

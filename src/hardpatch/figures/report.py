@@ -6,20 +6,23 @@ import base64
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from hardpatch.config.config import Config
 from hardpatch.config.evaluations import EVALUATIONS
+from hardpatch.config.values import load_config
 from hardpatch.figures.sections import Picture, Section, Table, Tile
 from hardpatch.runs.folder import RunFolder
-from hardpatch.runtime.errors import Interrupted
+from hardpatch.runtime.errors import InputError, Interrupted
 from hardpatch.runtime.files import write_text_atomically
 from hardpatch.runtime.log import read_metrics, read_object, warn
 from hardpatch.runtime.pictures import as_png
-from hardpatch.runtime.text import printable
+from hardpatch.runtime.text import printable, quoted
 
+ACCURACY = "20-NN accuracy while training"
 CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
     ("Losses", {"reconstruction_loss": "reconstruction", "prediction_loss": "prediction"}, ""),
     (
@@ -27,7 +30,7 @@ CURVES: tuple[tuple[str, dict[str, str], str], ...] = (
         {"predictor_rank_correlation": "rank correlation", "foreground_auroc": "foreground AUROC"},
         "",
     ),
-    ("kNN accuracy", {"knn_top1": "top-1"}, "%"),
+    (ACCURACY, {"knn_top1": "top-1"}, "%"),
     ("Share of hidden patches chosen by predicted loss", {"hard_share": "hard share"}, ""),
     ("Learning rate", {"lr": "learning rate", "learning_rate": "learning rate"}, ""),  # the latter: older runs
     ("Speed", {"images_per_second": "images/s"}, "images/s"),
@@ -52,16 +55,68 @@ def _page(folder: RunFolder) -> str:
     sections = describe_evaluations(folder)
     template = files("hardpatch.figures").joinpath("templates/report.html.j2").read_text()
     shown = Environment(autoescape=True, finalize=_shown)
+    result = folder.result() or {}
+    curves = {
+        title: _image(as_png(_plot(records, title, lines, unit), dpi=130)) for title, lines, unit in CURVES
+        if any(key in record for record in records for key in lines)
+    }  # fmt: skip
+    try:
+        following = what_next(load_config(folder.config_file), str(folder.path), labelled="knn_top1" in result)
+    except InputError:  # of another version, or damaged
+        following = []
     return shown.from_string(template).render(
         name=folder.path.name,
-        result=folder.result() or {},
-        tiles=_tiles(folder.result() or {}, records, [section.tile for section in sections if section.tile]),
-        curves=[(title, _image(as_png(_plot(records, title, lines, unit), dpi=130))) for title, lines, unit in CURVES
-                if any(key in record for record in records for key in lines)],
+        result=result,
+        tiles=_tiles(result, records, [section.tile for section in sections if section.tile]),
+        accuracy=curves.pop(ACCURACY, None),
+        looked_at=len(folder.right(result.get("steps", 0)) or []),
+        following=following,
+        curves=list(curves.items()),
         figures=[(int(path.stem.split("_")[1]), _image(path.read_bytes())) for path in hardness],
         sections=[(section.title, [_block(folder, block) for block in section.blocks]) for section in sections],
         config=folder.config_file.read_text(),
     )  # fmt: skip
+
+
+class Following(NamedTuple):
+    """What could be done with a run now."""
+
+    why: str
+    command: str
+
+
+def what_next(config: Config, out: str, *, labelled: bool) -> list[Following]:
+    """Commands that run as they stand, the one that says most first.
+
+    Args:
+        config: Of the run.
+        out: Its folder, as it was named.
+        labelled: Are labels of its images known?
+    """
+    data, folder = config.data.data, out.rstrip("/") or out
+
+    def command(*words: str) -> str:
+        return " ".join(map(quoted, ["hardpatch", *words]))
+
+    lines = [
+        Following(
+            "See what is hard in more images.",
+            command("visualize", "--checkpoint", out, "--images", data, "--out", f"{folder}/hard.png"),
+        ),
+        Following(
+            "A table of features, and the hardest images.",
+            command("embed", "--checkpoint", out, "--data", data, "--out", f"{folder}/embedding.parquet", "--hardness",
+                    "--contact-sheet", f"{folder}/hardest.png"),
+        ),
+        Following(
+            "The backbone for timm.",
+            command("export", "--checkpoint", out, "--format", "timm", "--out", f"{folder}/timm"),
+        ),
+    ]  # fmt: skip
+    if labelled and config.run.val:
+        linear = command("evaluate", "linear", "--checkpoint", out, "--train", data, "--val", config.run.val)
+        lines.insert(0, Following("How good are the features for a linear classifier?", linear))
+    return lines
 
 
 def _shown(value: Any) -> Any:
@@ -105,8 +160,8 @@ def _tiles(result: dict[str, Any], records: list[dict[str, Any]], measured: list
         tiles.append(Tile(f"{correlation:+.2f}", "rank correlation", "of predicted and true hardness; 0 = blind"))
     if result.get("knn_top1") is not None:
         against = result.get("knn_top1_untrained")
-        note = "" if against is None else f"untrained {against:.1f} %"
-        tiles.append(Tile(f"{result['knn_top1']:.1f} %", "kNN top-1", note))
+        note = "" if against is None else f"before the first step {against:.1f} %"
+        tiles.append(Tile(f"{result['knn_top1']:.1f} %", "20-NN while training", note, result.get("verdict", "")))
     tiles += measured
     if "images_per_second" in result:
         tiles.append(

@@ -29,6 +29,8 @@ class Tile(NamedTuple):
     name: str
     note: str
     """What to hold it against."""
+    outcome: str = ""
+    """Of the verdict that stands on it: gives the tile its colour."""
 
 
 class Section(NamedTuple):
