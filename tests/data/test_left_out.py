@@ -183,7 +183,7 @@ def test_a_disk_that_cannot_be_written_to_is_no_traceback(number, tmp_path, monk
     def refuse(*_, **__):
         raise OSError(getattr(errno, number), "not here", str(tmp_path / "out"))
 
-    monkeypatch.setattr(pack, "make_output_folder", refuse)
+    monkeypatch.setattr(pack, "Claim", refuse)
     with pytest.raises(SystemExit) as left:
         main(["data", "pack", "shapes:3", "--out", str(tmp_path / "out"), "--workers", "0"])
     assert left.value.code == 2

@@ -86,9 +86,9 @@ def folder_of(path, names, **kinds):
     for name in names:
         (path / name).mkdir(parents=True)
         if channels := kinds.get("channels"):
-            np.save(path / name / "0.npy", np.zeros((channels, 8, 8), np.uint8))
+            np.save(path / name / "0.npy", np.full((channels, 8, 8), len(path.name), np.uint8))
         else:
-            Image.new("RGB", (8, 8)).save(path / name / "0.png")
+            Image.new("RGB", (8, 8), (len(path.name), 0, 0)).save(path / name / "0.png")
     return str(path)
 
 
@@ -114,13 +114,16 @@ def test_sources_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"val: .*/9' has no labels"):
         opened(train, str(tmp_path / "val" / "9"))
     five = folder_of(tmp_path / "five", ["a", "b"], channels=5)
-    assert opened(five, five, channels=5).classes == ["a", "b"]
+    others = folder_of(tmp_path / "others", ["a", "b"], channels=5)
+    assert opened(five, others, channels=5).classes == ["a", "b"]
     with pytest.raises(
         InputError, match=r"train: the checkpoint's encoder takes 3 channel\(s\), and none of the first 2"
     ):
         opened(five, five)
     with pytest.raises(InputError, match="val: the checkpoint's encoder takes 5"):
         opened(five, train, channels=5)
+    with pytest.raises(InputError, match="val: all 3 images are among the training images"):
+        opened(train, train)
     (tmp_path / "one.csv").write_text("path,label\ntrain/9/0.png,9\n")
     with pytest.raises(InputError, match=r"train: needs at least two classes, got \['9'\]"):
         opened(str(tmp_path / "one.csv"), str(tmp_path / "one.csv"))

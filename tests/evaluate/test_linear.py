@@ -212,7 +212,7 @@ def test_damaged_images_are_left_out_and_labels_stay_with_their_images(runs, tmp
 
 def test_a_setting_at_the_edge_of_the_sweep_is_pointed_out(runs, tmp_path, capsys):
     folder = pictures(tmp_path / "t", 40)
-    linear.run(setting(runs, train=folder, val=folder, learning_rates=(1e-9, 1e-8), epochs=1))
+    linear.run(setting(runs, train=folder, val="", learning_rates=(1e-9, 1e-8), epochs=1))
     assert "a better one may lie beyond" in capsys.readouterr().err
 
 

@@ -33,6 +33,8 @@ def data_check(arguments: list[str]) -> None:
     result, data = check.run(config), config.data
     print_table(("", "files"), _counts(result))
     for title, counts in (
+        ("part", result.parts),
+        ("class", dict(list(result.classes.items())[:10])),
         ("format", result.formats),
         ("channels", result.channels),
         ("depth", result.depths),
@@ -41,6 +43,8 @@ def data_check(arguments: list[str]) -> None:
         if counts:
             show()
             print_table((title, "images"), [(name, f"{count:,}") for name, count in counts.items()])
+            if title == "class" and len(result.classes) > len(counts):
+                show(f"... and {len(result.classes) - len(counts):,} more (--json has all)")
     if result.loaded:
         show()
         rows = [(name, *(f"{value:,.0f}" for value in spread.values())) for name, spread in

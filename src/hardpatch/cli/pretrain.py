@@ -37,9 +37,11 @@ def pretrain(arguments: list[str]) -> None:
     command, fields, as_json = parse_with_fields(PretrainCommand, "pretrain", arguments, base=base)
     is_known = chosen.config or chosen.branch_from
 
+    from hardpatch.data.tools.parts import with_parts
     from hardpatch.tools.first_run import choose_config
     from hardpatch.training.pretrain import train
 
+    fields = with_parts(fields)
     if is_known:
         config = with_fields(base, fields)
     else:

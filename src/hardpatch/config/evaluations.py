@@ -30,8 +30,8 @@ class KnnConfig(EvaluationConfig):
 
     train: str
     """Labelled images to look for neighbours among."""
-    val: str
-    """Labelled images to classify."""
+    val: str = ""
+    """Labelled images to classify; none: a fifth of every class of train, held back."""
     k: Annotated[tuple[Positive, ...], Field(min_length=1)] = (10, 20, 100, 200)
     """Numbers of neighbours; top1 is quoted for the first."""
     temperature: PositiveFloat = 0.07
@@ -49,8 +49,8 @@ class LinearConfig(EvaluationConfig):
 
     train: str
     """Labelled images to learn from."""
-    val: str
-    """Labelled images to classify; they decide nothing."""
+    val: str = ""
+    """Labelled images to classify; they decide nothing. None: a fifth of every class of train, held back."""
     mode: Literal["sgd", "logistic"] = "sgd"
     """sgd: the published probe (BatchNorm, linear layer, SGD); logistic: scikit-learn's, on standardised features."""
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -98,8 +98,9 @@ class FinetuneConfig(EvaluationConfig):
 
     train: str
     """Labelled images to learn from."""
-    val: str
-    """Labelled images to be measured on; nothing is chosen by them: the last epoch counts."""
+    val: str = ""
+    """Labelled images to be measured on; nothing is chosen by them: the last epoch counts. None: a fifth of every class
+    of train, held back."""
     out: str = ""
     """Folder for checkpoints, metrics and the classifier; none: finetune/ in the run folder."""
     labels_per_class: Positive | None = None

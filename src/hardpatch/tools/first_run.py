@@ -12,6 +12,7 @@ from hardpatch.config.plan import PlanConfig, check_starts, duration
 from hardpatch.config.recipes import recipe as named_recipe
 from hardpatch.config.values import load_config, with_fields
 from hardpatch.data.sources.opening import as_spec
+from hardpatch.data.tools.parts import with_parts
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.folder import RunFolder
 from hardpatch.runtime.distributed import choose_device
@@ -66,8 +67,8 @@ def pretrain(
         Interrupted: A signal stopped the run after it was saved.
     """
     starts = {"recipe": recipe, "config": config, "branch_from": branch_from}
-    given = {"data": as_spec(data), **fields}
     check_starts(starts, budget)
+    given = with_parts({"data": as_spec(data), **fields})
     if branch_from is not None:
         base, parent = beginning_of_branch(branch_from, out, resume=resume)
         return train(with_fields(base, given), Path(out), resume=resume, parent=parent)

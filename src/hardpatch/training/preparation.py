@@ -13,6 +13,7 @@ from hardpatch.config.config import Config
 from hardpatch.config.rules import split_batch
 from hardpatch.data.loader.loading import Position
 from hardpatch.data.sources import Source, fingerprint
+from hardpatch.data.tools.parts import refuse_shared, told_classes
 from hardpatch.method.hpm import HPM
 from hardpatch.method.method import Method
 from hardpatch.method.student import Student
@@ -67,7 +68,9 @@ def prepare(
     method = build_method(config, student, target)
     folder.check_usable(config, resume)
     distributed.barrier()  # before any process makes anything there
-    labelled_validation(config)
+    if (val := labelled_validation(config)) is not None:
+        distributed.from_main(lambda: refuse_shared(source, val))
+    say(told_classes(source))
     kept = schedule.branching_step
     _check_disk(folder.path, student, config.run.keep_last + (kept is not None))
     checkpoints = CheckpointFolder(

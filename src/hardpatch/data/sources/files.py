@@ -14,7 +14,9 @@ from hardpatch.data.images.decode import EXTENSIONS, Decoder, Sample
 from hardpatch.data.sources import remote
 from hardpatch.data.sources.base import Source
 from hardpatch.data.sources.compact import Labels, Strings
+from hardpatch.data.sources.layout import Layout, find_layout, looks_like_parts
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import warn
 from hardpatch.runtime.outputs import EVERYTHING, written_by_us
 
 
@@ -37,6 +39,8 @@ class FileSource(Source):
         self._labels = self._only_complete(labels)
         self.others: Sequence[str] = ()
         """Files of a folder that are no images by their endings, below the folder."""
+        self.layout: Layout | None = None
+        """Of a folder that holds train/ and val/."""
         absolute = compute.or_(
             compute.starts_with(self.paths.array, "/"), compute.match_substring(self.paths.array, "://")
         )
@@ -88,18 +92,48 @@ def _quoted(path: str) -> str:
 def open_folder(folder: Path, *, decoder: Decoder, field: str) -> FileSource:
     """Every image below a folder; labels are the first-level folders where all images lie in two or more of them.
 
+    Where those are train/ and val/ (:mod:`hardpatch.data.sources.layout`), labels are the folders below them.
+
     Raises:
         InputError: A folder cannot be read.
     """
     others: list[str] = []
     paths = Strings(_walk(folder, field, others))
-    below = all("/" in path for path in paths)
-    labels = Labels.of((path.partition("/")[0] for path in paths), nan_is_a_name=True) if below else None
+    folders = {path.partition("/")[0] for path in paths if "/" in path}
+    layout = find_layout(folders)
+    depth = 1 if layout is None else 2
+    below = all(path.count("/") >= depth for path in paths)
+    labels = Labels.of((path.split("/")[depth - 1] for path in paths), nan_is_a_name=True) if below else None
     root = "" if str(folder) == "." else f"{str(folder).rstrip('/')}/"
     several = labels is not None and len(labels.classes) > 1
     source = FileSource(paths, decoder=decoder, folder=root, labels=labels if several else None)
     source.others = Strings(others)
+    source.layout = layout
+    if layout is None and looks_like_parts(folders):
+        warn(
+            f"{field}: {str(folder)!r} holds {', '.join(sorted(folders)[:5])}: all are taken for "
+            f"{'classes' if several else 'one set'}; if some are for training and some for validation, name them apart"
+        )
     return source
+
+
+def folder_layout(folder: Path) -> Layout | None:
+    """The parts of a folder that holds ``train/`` and ``val/`` and no other images; None of any other."""
+    try:
+        folders, files = _list(str(folder))
+    except OSError:  # named where it is opened
+        return None
+    images = any(Path(name).suffix.lower() in EXTENSIONS for name in files)
+    if images or "dataset_dict.json" in files or not looks_like_parts(folders):
+        return None
+    ours = written_by_us(folder, {*folders, *files})
+    theirs = [name for name in folders if name not in ours and EVERYTHING not in _written(folder / name)]
+    return find_layout([name for name in theirs if next(_walk(folder / name, "data", []), None) is not None])
+
+
+def _written(folder: Path) -> set[str]:
+    folders, files = _list(str(folder))
+    return written_by_us(folder, {*folders, *files})
 
 
 def _walk(folder: Path, field: str, others: list[str]) -> Iterator[str]:

@@ -59,7 +59,7 @@ class KnnResult(Result):
 
     def what_next(self, config: KnnConfig) -> list[str]:
         """See what is hard in these images."""
-        return [visualize_command(config.checkpoint, config.val)]
+        return [visualize_command(config.checkpoint, config.val or config.train)]
 
 
 def knn_votes(

@@ -13,8 +13,10 @@ from hardpatch.config.config import Config
 from hardpatch.data.images.decode import DecodeError, Sample
 from hardpatch.data.sources import FileSource, Source, class_indices, fingerprint, open_source
 from hardpatch.data.tools.describe import say_what_is_left
+from hardpatch.data.tools.parts import VAL_SHARE, find_parts, held_back_by_class, refuse_shared
 from hardpatch.runs.build import build_decoder, build_downloads
 from hardpatch.runtime.errors import InputError
+from hardpatch.runtime.log import say
 from hardpatch.runtime.seeding import Stream, derive_seed
 from hardpatch.runtime.text import as_bytes
 
@@ -66,17 +68,18 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
     """Open both sources and check them before any work.
 
     Args:
-        train: Source of the training images.
-        val: Source of the validation images.
+        train: Source of the training images; a folder that holds ``train/`` and ``val/`` stands for both.
+        val: Source of the validation images; empty: a share of every training class is held back.
         run: Config of the checkpoint, by which images are read.
         size: Height and width at which shapes are made; None: the run's.
 
     Raises:
-        InputError: No labels, fewer than two classes, a validation class that is not among the training classes, or
-            images that cannot be read as so many channels.
+        InputError: No labels, fewer than two classes, a validation class that is not among the training classes, images
+            that cannot be read as so many channels, or the same images in both.
     """
     decoder, sources = build_decoder(run.data), []
-    for field, spec in (("train", train), ("val", val)):
+    train, val = find_parts(train, val, field="train")
+    for field, spec in (("train", train), ("val", val))[: 1 + bool(val)]:
         source = open_source(
             spec, decoder=decoder, image_size=size or run.data.size, field=field, downloads=build_downloads(run)
         )
@@ -88,7 +91,12 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
     classes = sorted(set(sources[0].labels or ()), key=_natural)
     if len(classes) < 2:
         raise InputError(f"train: needs at least two classes, got {classes}")
+    if not val:
+        kept, held = held_back_by_class(list(sources[0].labels or ()))
+        say(f"no val: {len(held):,} of {len(sources[0]):,} images are held back, {VAL_SHARE:.0%} of every class")
+        return LabelledImages(Subset(sources[0], kept), Subset(sources[0], held), classes)
     class_indices(sources[1].labels or [], classes)
+    refuse_shared(*sources)
     return LabelledImages(sources[0], sources[1], classes)
 
 

@@ -105,7 +105,7 @@ class LinearResult(Result):
 
     def what_next(self, config: LinearConfig) -> list[str]:
         """See what is hard in these images."""
-        return [visualize_command(config.checkpoint, config.val)]
+        return [visualize_command(config.checkpoint, config.val or config.train)]
 
 
 def run(config: LinearConfig) -> LinearResult:

@@ -135,6 +135,7 @@ def propose(config: PlanConfig, given: Mapping[str, Any], *, quick: bool = False
         InputError: A value that is wrong, images that cannot be read, or nothing that fits memory or budget.
     """
     budget = parse_budget(config.budget)
+    given = with_parts(given)
     base = with_fields(_recipe(config.method), given)
     machine = find_machine(base, config)
     base, source, found = open_images_of(base, given)

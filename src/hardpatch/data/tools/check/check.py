@@ -49,6 +49,10 @@ class CheckResult(NamedTuple):
     damaged: list[Damage]
     skipped: list[str]
     """Files of a folder whose ending is not that of an image."""
+    classes: dict[str, int]
+    """Images by class, the largest first; none where no labels are known."""
+    parts: dict[str, int]
+    """Images of ``train/``, ``val/`` and the like, where the folder holds them."""
     formats: dict[str, int]
     channels: dict[str, int]
     """Images by number of channels, without alpha."""
@@ -129,6 +133,8 @@ def _summed_up(looks: list[Look], source: Source, skipped: list[str], *, near_bi
         loaded=len(good),
         damaged=[Damage(source.name(look.number), look.reason) for look in looks if look.reason],
         skipped=skipped,
+        classes=_counted(source.labels or ()),
+        parts=_parts(source),
         formats=_counted(about.format for about in abouts),
         channels=_counted(str(about.bands) for about in abouts),
         alpha=sum(about.alpha for about in abouts),
@@ -146,6 +152,13 @@ def _summed_up(looks: list[Look], source: Source, skipped: list[str], *, near_bi
         duplicates=[names(group, good) for group in equal],
         near_duplicates=[names(group, seen) for group in near],
     )
+
+
+def _parts(source: Source) -> dict[str, int]:
+    """How many images lie in each part of a folder."""
+    if not isinstance(source, FileSource) or source.layout is None:
+        return {}
+    return _counted(path.partition("/")[0] for path in source.paths)
 
 
 def _counted(names: Any) -> dict[str, int]:
