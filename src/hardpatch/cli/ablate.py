@@ -15,9 +15,11 @@ def ablate(arguments: list[str]) -> None:
 
     config, given, as_json = parse_with_fields(AblateConfig, "ablate", arguments)
 
+    from hardpatch.data.tools.parts import with_parts
     from hardpatch.runtime import distributed
     from hardpatch.tools.ablate.ablate import ablate
 
+    given = with_parts(given)
     result = ablate(config, given)
     if not distributed.is_main_of_environment():
         return

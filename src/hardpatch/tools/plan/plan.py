@@ -15,6 +15,7 @@ from hardpatch.config.plan import PlanConfig, duration, parse_budget
 from hardpatch.config.recipes import recipe, without_scale
 from hardpatch.config.values import to_yaml, with_fields
 from hardpatch.cost.flops import training_flops
+from hardpatch.data.tools.parts import with_parts
 from hardpatch.runs.folder import versions
 from hardpatch.runs.schedule import resolve_schedule
 from hardpatch.runtime.errors import InputError, suggest
