@@ -157,6 +157,38 @@ def test_after_a_kill_it_goes_on_and_ends_with_the_same_bytes(photographs, tmp_p
     assert contents(out) == contents(tmp_path / "whole")
 
 
+DAMAGES = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[1]",
+    "another number": lambda text: text.replace('"next_image": 0', '"next_image": 8'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_note_of_what_was_done_costs_time_alone(photographs, tmp_path, damage):
+    pack.run(settings(photographs, tmp_path / "whole"))
+    out = tmp_path / "begun"
+    out.mkdir()
+    about = json.loads((tmp_path / "whole/index.json").read_text())
+    progress = {"shards": [], "next_image": 0, "as_they_were": 0, "damaged": []}
+    pack._save(out / pack.PROGRESS, progress | {name: about[name] for name in ("source", "settings")})
+    text = (out / pack.PROGRESS).read_text()
+    assert DAMAGES[damage](text) != text
+    (out / pack.PROGRESS).write_text(DAMAGES[damage](text))
+    pack.run(settings(photographs, out))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "a list"])
+def test_a_damaged_index_is_refused(photographs, tmp_path, damage):
+    pack.run(settings(photographs, tmp_path / "out"))
+    index = tmp_path / "out/index.json"
+    index.write_text(DAMAGES[damage](index.read_text()))
+    with pytest.raises(InputError, match=r"out: .*index\.json' is damaged; remove the folder and start over"):
+        pack.run(settings(photographs, tmp_path / "out"))
+
+
 def test_a_finished_folder_says_so_and_other_settings_are_refused(photographs, tmp_path):
     first = pack.run(settings(photographs, tmp_path / "out"))
     before = contents(tmp_path / "out")

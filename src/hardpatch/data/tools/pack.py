@@ -34,7 +34,7 @@ from hardpatch.data.tools.repack import Packed, repack
 from hardpatch.runtime.claim import CLAIM, Claim
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.files import write_text_atomically
-from hardpatch.runtime.log import say, tracked
+from hardpatch.runtime.log import read_object, say, tracked, warn
 from hardpatch.runtime.machine import usable_cores
 from hardpatch.runtime.outputs import MARK
 from hardpatch.runtime.signals import ignore_in_worker, signals_held
@@ -106,6 +106,8 @@ def run(config: PackConfig) -> PackResult:
     about = {"source": fingerprint(source), "settings": settings}
     if (out / "index.json").is_file():
         index = _saved(out / "index.json", about)
+        if index is None:
+            raise InputError(f"out: {str(out / 'index.json')!r} is damaged; remove the folder and start over")
         _check_shards(out, index)
         say(f"{out} is packed already")
         return _result(out, index)
@@ -129,7 +131,7 @@ def run(config: PackConfig) -> PackResult:
         raise InputError(f"out: the shards hold {found} images and {images} were written")
     del progress["next_image"]
     index = {**progress, "images": images, "labelled": source.labels is not None, "channels": channels}
-    write_text_atomically(out / "index.json", json.dumps(index, indent=2) + "\n")
+    _save(out / "index.json", index)
     (out / PROGRESS).unlink(missing_ok=True)
     return _result(out, index)
 
@@ -156,11 +158,11 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
         InputError: The folder holds shards of other images or settings.
     """
     file = out / PROGRESS
-    if not file.is_file():
-        progress: dict[str, Any] = {"shards": [], "next_image": 0, "as_they_were": 0, "damaged": [], **about}
-        write_text_atomically(file, json.dumps(progress))
-        return progress
     progress = _saved(file, about)
+    if progress is None:  # none, or a damaged one: what is packed again comes out the same
+        progress = {"shards": [], "next_image": 0, "as_they_were": 0, "damaged": [], **about}
+        _save(file, progress)
+        return progress
     for stale in out.glob("*.part"):
         stale.unlink()
     _check_shards(out, progress)
@@ -180,13 +182,28 @@ def _check_shards(out: Path, progress: dict[str, Any]) -> None:
             raise InputError(f"out: {path} is not what was written; remove the folder and start over")
 
 
-def _saved(file: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """What a file of a run before says.
+def _save(file: Path, content: dict[str, Any]) -> None:
+    """Write what is packed, with a checksum of it."""
+    write_text_atomically(file, json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n")
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _saved(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file of a run before says; None where there is none, or it is damaged.
 
     Raises:
         InputError: It packed other images, or with other settings.
     """
-    saved: dict[str, Any] = json.loads(file.read_text())
+    saved = read_object(file)
+    if saved is None:
+        return None
+    checksum = saved.pop("checksum", None)  # version 0.1 wrote none
+    if checksum is not None and checksum != _checksum(saved):
+        warn(f"{file} is damaged and not used: its checksum is another")
+        return None
     for key, what in (("source", "images"), ("settings", "settings")):
         if saved[key] != about[key]:
             differ = f"{saved[key]}; now {about[key]}"
@@ -294,7 +311,7 @@ def _close(shard: _OpenShard, progress: dict[str, Any], next_image: int, damaged
     progress["next_image"] = next_image
     progress["as_they_were"] += shard.as_they_were
     progress["damaged"] += damaged
-    write_text_atomically(shard.final.parent / PROGRESS, json.dumps(progress))
+    _save(shard.final.parent / PROGRESS, progress)
 
 
 def as_json(result: PackResult) -> dict[str, Any]:
