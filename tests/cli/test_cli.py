@@ -307,7 +307,7 @@ def test_help_and_version(capsys):
     code, out, _ = call(capsys, "--help")
     assert code == 0
     assert "pretrain" in out
-    code, out, _ = call(capsys, "pretrain", "--recipe", "mae-norm-pix", "--help")
+    code, out, _ = call(capsys, "pretrain", "--recipe", "mae-norm-pix", "--help-all")
     assert code == 0
     assert "norm_pix" in out
     assert "(default: random)" in out

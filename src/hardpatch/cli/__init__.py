@@ -163,7 +163,7 @@ def _dispatch(arguments: list[str]) -> None:
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_listed("COMMAND", COMMANDS))
-        print("\nhardpatch COMMAND --help explains a command; hardpatch --version prints versions.")
+        print("\nhardpatch COMMAND --help explains a command, --help-all all of its flags; --version prints versions.")
         return
     if arguments[0] == "--version":
         print(_versions())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from hardpatch.cli.help import SHORT, short_help
 from hardpatch.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ def parse(kind: type[Kind], prog: str, arguments: list[str]) -> tuple[Kind, bool
     Raises:
         InputError: A value breaks its field's rule.
     """
+    arguments = _help(kind, prog, arguments, settings=None, planned=False)
     own, _, as_json = _parse(kind, prog, arguments, [])
     return own, as_json
 
 
 def parse_with_fields(
-    kind: type[Kind], prog: str, arguments: list[str], *, base: Config | None = None
+    kind: type[Kind], prog: str, arguments: list[str], *, base: Config | None = None, planned: bool = False
 ) -> tuple[Kind, dict[str, Any], bool]:
     """For commands that also take every field of a run's config.
 
@@ -47,6 +49,7 @@ def parse_with_fields(
         prog: The command.
         arguments: What comes after it.
         base: What the fields are where they are not given, shown by ``--help``.
+        planned: Are sizes and length chosen from the images where they are not given?
 
     Returns:
         The command's own dataclass, the fields that were given, and whether the figures are wanted as JSON.
@@ -58,12 +61,23 @@ def parse_with_fields(
 
     from hardpatch.config.config import Config
 
+    arguments = _help(kind, prog, arguments, settings=base or Config(), planned=planned)
     settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
     own, command, as_json = _parse(kind, prog, arguments, [("settings", settings, field(default=base or Config()))])
     flags = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     flags |= {name.removeprefix("no_") for name in flags}
     values = {name: value for part in asdict(command.settings).values() for name, value in part.items()}
     return own, {name: value for name, value in values.items() if name in flags}, as_json
+
+
+def _help(kind: type[Any], prog: str, arguments: list[str], *, settings: Any, planned: bool) -> list[str]:
+    """Print the short help of a command that has one, and end; ``--help-all`` is what tyro calls ``--help``."""
+    if "--help-all" in arguments:
+        return ["--help"]
+    if prog in SHORT and not {"-h", "--help"}.isdisjoint(arguments):
+        print(short_help(prog, kind, settings, planned=planned))
+        raise SystemExit(0)
+    return arguments
 
 
 def _parse(kind: type[Kind], prog: str, arguments: list[str], more: list[Any]) -> tuple[Kind, Any, bool]:

@@ -12,7 +12,7 @@ def plan(arguments: list[str]) -> None:
     """``hardpatch plan``."""
     from hardpatch.config.plan import PlanConfig, duration
 
-    config, given, as_json = parse_with_fields(PlanConfig, "plan", arguments)
+    config, given, as_json = parse_with_fields(PlanConfig, "plan", arguments, planned=True)
 
     from hardpatch.tools.plan.plan import run
 

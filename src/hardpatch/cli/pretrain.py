@@ -34,7 +34,8 @@ def pretrain(arguments: list[str]) -> None:
         base, parent = beginning_of_branch(chosen.branch_from, chosen.out, resume=chosen.resume)
     else:
         base = load_config(Path(chosen.config)) if chosen.config else recipe(chosen.recipe or PlanConfig.method)
-    command, fields, as_json = parse_with_fields(PretrainCommand, "pretrain", arguments, base=base)
+    planned = not any(starts.values()) or bool(chosen.budget)
+    command, fields, as_json = parse_with_fields(PretrainCommand, "pretrain", arguments, base=base, planned=planned)
     is_known = chosen.config or chosen.branch_from
 
     from hardpatch.data.tools.parts import with_parts
