@@ -200,9 +200,13 @@ def test_a_finished_folder_says_so_and_other_settings_are_refused(photographs, t
         pack.run(settings("shapes:3", tmp_path / "out"))
 
 
-def test_a_shard_that_went_missing_is_named(photographs, tmp_path):
+@pytest.mark.parametrize("damage", ["missing", "a flipped bit"])
+def test_a_shard_that_is_not_what_was_written_is_named(photographs, tmp_path, damage):
     pack.run(settings(photographs, tmp_path / "out"))
-    next((tmp_path / "out").glob("*.tar")).unlink()
+    shard = next((tmp_path / "out").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 4
+    shard.unlink() if damage == "missing" else shard.write_bytes(content)
     with pytest.raises(InputError, match="is not what was written"):
         pack.run(settings(photographs, tmp_path / "out"))
 

@@ -171,14 +171,14 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_shards(out: Path, progress: dict[str, Any]) -> None:
-    """Are all shards there, as large as they were written?
+    """Are all shards there, byte for byte as they were written? A fraction of what packing them took.
 
     Raises:
         InputError: One is not.
     """
-    for shard in progress["shards"]:
+    for shard in tracked(progress["shards"], "verifying shards"):
         path = out / shard["name"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+        if not path.is_file() or path.stat().st_size != shard["bytes"] or _digest(path) != shard["sha256"]:
             raise InputError(f"out: {path} is not what was written; remove the folder and start over")
 
 
