@@ -3,18 +3,30 @@
 import hardpatch
 hardpatch.pretrain("photos/", "runs/photos", encoder="vit_small_patch16_224", epochs=200)
 backbone = hardpatch.load_encoder("runs/photos")                        # a plain timm model
-scores = hardpatch.load_teacher("runs/photos").predict_loss(images)     # (B, N), what is hard
+scores = hardpatch.hardness("runs/photos", images)                     # (B, rows, columns): what is hard
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hardpatch.embed.difficulty import hardness
     from hardpatch.evaluate.classify.classifier import load_classifier
     from hardpatch.method.hpm import HPM
     from hardpatch.runs.load import load_encoder, load_teacher
     from hardpatch.runtime.errors import InputError, Interrupted
     from hardpatch.tools.first_run import pretrain
+    from hardpatch.tools.functions import (
+        embed_images,
+        evaluate_detect,
+        evaluate_finetune,
+        evaluate_foreground,
+        evaluate_knn,
+        evaluate_linear,
+        evaluate_segment,
+        export_weights,
+        visualize,
+    )
 
 __version__: str
 __all__ = [
@@ -22,20 +34,40 @@ __all__ = [
     "InputError",
     "Interrupted",
     "__version__",
+    "embed_images",
+    "evaluate_detect",
+    "evaluate_finetune",
+    "evaluate_foreground",
+    "evaluate_knn",
+    "evaluate_linear",
+    "evaluate_segment",
+    "export_weights",
+    "hardness",
     "load_classifier",
     "load_encoder",
     "load_teacher",
     "pretrain",
+    "visualize",
 ]
 
 _MODULES = {
     "HPM": "hardpatch.method.hpm",
     "InputError": "hardpatch.runtime.errors",
     "Interrupted": "hardpatch.runtime.errors",
+    "embed_images": "hardpatch.tools.functions",
+    "evaluate_detect": "hardpatch.tools.functions",
+    "evaluate_finetune": "hardpatch.tools.functions",
+    "evaluate_foreground": "hardpatch.tools.functions",
+    "evaluate_knn": "hardpatch.tools.functions",
+    "evaluate_linear": "hardpatch.tools.functions",
+    "evaluate_segment": "hardpatch.tools.functions",
+    "export_weights": "hardpatch.tools.functions",
+    "hardness": "hardpatch.embed.difficulty",
     "load_classifier": "hardpatch.evaluate.classify.classifier",
     "load_encoder": "hardpatch.runs.load",
     "load_teacher": "hardpatch.runs.load",
     "pretrain": "hardpatch.tools.first_run",
+    "visualize": "hardpatch.tools.functions",
 }
 
 

@@ -22,9 +22,11 @@ def visualize(arguments: list[str]) -> None:
     run = quoted(command.checkpoint)
     if math.isnan(correlation):
         show(f"{command.out}: true loss, masks and reconstruction; this run has no loss predictor")
-        show(f"next:  hardpatch evaluate knn --checkpoint {run} --train TRAIN --val VAL")
     else:
         show(f"{command.out}: rank correlation of predicted and true loss {correlation:+.3f}")
-        show(f"next:  hardpatch evaluate foreground --checkpoint {run} --images IMAGES --masks MASKS")
+    table = quoted(str(Path(command.out).with_name("embedding.parquet")))
+    sheet = quoted(str(Path(command.out).with_name("hardest.png")))
+    show(f"next:  hardpatch embed --checkpoint {run} --data {quoted(command.images)} --out {table} --hardness "
+         f"--contact-sheet {sheet}")  # fmt: skip
     if as_json:
         print_json({"figure": command.out, "rank_correlation": correlation})

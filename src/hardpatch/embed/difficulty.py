@@ -13,7 +13,8 @@ run's target, so it compares images under one run, not runs of different targets
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +22,17 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from hardpatch.data.loader.loading import ordered_batches
+from hardpatch.data.sources.opening import as_spec, open_source
 from hardpatch.figures.hardness import average_loss
-from hardpatch.method.vit import patch_size, patch_variance, whole_patches
+from hardpatch.method.vit import grid_size, patch_size, patch_variance, whole_patches
+from hardpatch.runs.build import build_decoder, build_downloads
 from hardpatch.runs.load import LoadedRun
+from hardpatch.runtime.distributed import choose_device
+from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.seeding import Stream, derive_seed
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Difficulty(NamedTuple):
@@ -83,6 +91,50 @@ def measure_difficulty(
         predicted_loss=scores,
         contrast=variance.nanmean(dim=1).sqrt(),
     )
+
+
+@torch.no_grad()
+def hardness(
+    checkpoint: str | Path, images: Any, *, batch_size: int = 64, device: Device = "auto"
+) -> Float[np.ndarray, "n rows columns"]:
+    """What a run expects to be hard in images: a score per patch.
+
+    Images of another size are resized and cropped to the run's own, as in every evaluation. Scores are comparable
+    within an image, not between images.
+
+    Args:
+        checkpoint: A run folder, or one of its checkpoints.
+        images: Any source, or images in memory (:mod:`hardpatch.data.sources.in_memory`).
+        batch_size: Images that are looked at together.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Returns:
+        NaN where pixels are no data.
+
+    Raises:
+        InputError: The run predicts no hardness, or an image cannot be read.
+    """
+    run = LoadedRun(checkpoint, device=choose_device(device))
+    if not run.student.predicts_hardness:
+        raise InputError(f"checkpoint: {str(checkpoint)!r} has no loss predictor and no scout: it predicts no hardness")
+    config, encoder = run.config, run.student.encoder
+    source = open_source(
+        as_spec(images, field="images"), decoder=build_decoder(config.data), image_size=config.data.size,
+        field="images", downloads=build_downloads(config),
+    )  # fmt: skip
+    found = []
+    for batch in ordered_batches(source, size=config.data.size, batch_size=batch_size, workers=0):
+        if batch.damaged:
+            raise InputError(f"images: {batch.damaged[0].name}: {batch.damaged[0].reason}")
+        shown = batch.images.to(run.device)
+        whole = batch.valid
+        if whole is not None:
+            whole = whole_patches(whole.to(run.device), config.data.size, patch_size(encoder))
+        scores = run.method.look(run.student, run.teacher, run.normalise(shown), whole).scores
+        assert scores is not None, "it predicts hardness"
+        scores = scores.float() if whole is None else scores.float().masked_fill(~whole, torch.nan)
+        found.append(scores.unflatten(1, grid_size(encoder)).cpu().numpy())
+    return np.concatenate(found)
 
 
 def rank_agreement(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:

@@ -32,7 +32,7 @@ FAR_BEYOND = 3
 
 
 def pretrain(
-    data: str | Path,
+    data: Any,
     out: str | Path,
     *,
     recipe: str | None = None,
@@ -48,7 +48,9 @@ def pretrain(
     and the machine; a field that is given holds.
 
     Args:
-        data: Images to learn from: a folder, a list, a table, tar shards, or ``shapes:N``.
+        data: Images to learn from: a folder, a list, a table, tar shards, or ``shapes:N``; or images in memory: arrays,
+            PIL images, a PyTorch or Hugging Face data set, a pair of images and labels
+            (:mod:`hardpatch.data.sources.in_memory`). So may be ``val``.
         out: The run folder.
         recipe: Named starting point, see :mod:`hardpatch.config.recipes`.
         config: A config or a YAML file instead of a recipe.
@@ -68,6 +70,8 @@ def pretrain(
     """
     starts = {"recipe": recipe, "config": config, "branch_from": branch_from}
     check_starts(starts, budget)
+    if fields.get("val"):
+        fields["val"] = as_spec(fields["val"], field="val")
     given = with_parts({"data": as_spec(data), **fields})
     if branch_from is not None:
         base, parent = beginning_of_branch(branch_from, out, resume=resume)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hardpatch.data.images.decode import EXTENSIONS, RGB, Decoder
-from hardpatch.data.sources import hugging_face, parquet, remote
+from hardpatch.data.sources import hugging_face, in_memory, parquet, remote
 from hardpatch.data.sources.base import Source
 from hardpatch.data.sources.cached_shards import open_shards
 from hardpatch.data.sources.compact import Labels
@@ -30,32 +30,30 @@ FORMS = "a folder, list.txt, table.csv, table.parquet, tar shards, a URL of one 
 
 
 _INSTEAD = {
-    "ndarray": "save its images as files of a folder, such as .npy or .png, and give the folder",
-    "Tensor": "save its images as files of a folder, such as .npy or .png, and give the folder",
-    "Dataset": "call its save_to_disk(FOLDER) if it has one, or save its images as files, and give the folder",
-    "DatasetDict": "call its save_to_disk(FOLDER) and give the folder",
     "DataFrame": "call its to_csv('table.csv') with a column 'path', and give 'table.csv'",
     "Table": "write it with pyarrow.parquet.write_table, and give the file",
-    "list": "write the paths into list.txt, one a line, and give 'list.txt'",
-    "tuple": "write the paths into list.txt, one a line, and give 'list.txt'",
+    "list": "a list must hold arrays, tensors, PIL images, or paths",
+    "tuple": "a pair must be of images and their labels",
 }
 """What to do with what is no path, by the name of its type or of one that it derives from."""
 
 
 def as_spec(data: object, *, field: str = "data") -> str:
-    """What a caller in Python names as data, as the command line would have it.
+    """What a caller in Python names or hands over as data, as the command line would have it.
 
     Raises:
-        InputError: It is no path or name.
+        InputError: It is no path or name, and no images (:mod:`hardpatch.data.sources.in_memory`).
     """
     if isinstance(data, str | os.PathLike):
         return os.fsdecode(data)
+    if (name := in_memory.hold(data, field)) is not None:
+        return name
     kinds = [kind.__name__ for kind in type(data).__mro__]
     hint = next((_INSTEAD[kind] for kind in kinds if kind in _INSTEAD), "save its images as files, and give the folder")
     about = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
     if (shape := getattr(data, "shape", None)) is not None:
         about += f" of shape {tuple(shape)}"
-    raise InputError(f"{field}: must name {FORMS}, got a {about}; {hint}")
+    raise InputError(f"{field}: must name {FORMS}, or be arrays, PIL images or a data set; got a {about}; {hint}")
 
 
 def open_source(
@@ -115,6 +113,8 @@ def _tell(source: Source, spec: str, field: str) -> None:
 def _open(spec: str, decoder: Decoder, image_size: tuple[int, int], field: str, downloads: Downloads) -> Source:
     if spec.startswith("shapes:"):
         return _open_shapes(spec, decoder, image_size, field)
+    if spec.startswith(in_memory.PREFIX):
+        return in_memory.open_held(spec, decoder=decoder, field=field)
     if spec.startswith("hf:"):
         return hugging_face.open_hub(spec.removeprefix("hf:"), decoder=decoder, field=field)
     if spec.startswith("hf-stream:"):
