@@ -19,7 +19,7 @@ def benchmark_step(arguments: list[str]) -> None:
 
     from hardpatch.tools.benchmark import step
 
-    next_command = "hardpatch pretrain --recipe hpm-fast-in-pixels --data IMAGES --out RUN"
+    next_command = "hardpatch plan --help    # sizes and length for images and a time"
     report_steps(step.run(config), config.out, next_command, as_json=as_json)
 
 
@@ -41,10 +41,7 @@ def benchmark_data(arguments: list[str]) -> None:
     if config.out:
         save(result, Path(config.out), "images_per_second_per_core", "plain", f"{result['images']}; {result['device']}")
         show(f"look:  {Path(config.out).with_suffix('.png')}")
-    show(
-        "next:  hardpatch data pack SRC --out DIR    shards that are quick to read; "
-        "hardpatch pretrain --cache ram, where they fit"
-    )
+    show("next:  hardpatch data pack --help    # shards that are quick to read; or --cache ram, where images fit")
     if as_json:
         print_json(result)
 

@@ -45,8 +45,8 @@ def doctor(arguments: list[str]) -> None:
         if result["problems"]:
             show("next:  mend what is marked !! and run hardpatch doctor again")
         else:
-            images = quoted(config.data) if config.data else "IMAGES"
-            show(f"next:  hardpatch plan --data {images} --budget 8h    what is possible here")
+            images = quoted(config.data) if config.data else "shapes:2000"
+            show(f"next:  hardpatch plan --data {images} --budget 8h    # what is possible here")
         if as_json:
             print_json(result)
     if result["problems"]:

@@ -23,4 +23,4 @@ def recipes(arguments: list[str]) -> None:
     )
     print()
     print("Without a target: raw pixels, or the method's own. Without a scale: ViT-B/16, 224 px, 200 epochs.")
-    print("next:  hardpatch pretrain --recipe NAME --data SRC --out RUN   (with --help instead of --data: its values)")
+    print("next:  hardpatch pretrain --recipe hpm --help-all    # all values of a recipe")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hardpatch.cli.flags import parse
 from hardpatch.cli.output import print_json, print_table, show
+from hardpatch.runtime.text import quoted
 
 
 def convert(arguments: list[str]) -> None:
@@ -29,8 +30,9 @@ def convert(arguments: list[str]) -> None:
     print_table((result.to, result.kind), rows)
     if result.kind == "checkpoint":
         show(
-            f"\nnext:  hardpatch visualize --checkpoint {result.to} --images IMAGES --out hard.png\n"
-            f"       hardpatch pretrain --init-from {result.to} --data IMAGES --out RUN"
+            f"\nnext:  hardpatch visualize --checkpoint {quoted(result.to)} --images shapes:8 --out hard.png    "
+            "# or your own images\n"
+            f"use:   --init-from {quoted(result.to)} in hardpatch pretrain"
         )
     elif result.kind == "encoder":
         show(

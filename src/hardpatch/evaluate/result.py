@@ -92,6 +92,27 @@ def output_folder(config: Any, *below: str) -> Path:
     return folder
 
 
+def command_of(name: str, config: Any, **changes: Any) -> str:
+    """The command of an evaluation's config, with some fields changed, as it can be typed.
+
+    Args:
+        name: Of the evaluation.
+        config: What it was told; fields that have their defaults are left out.
+        changes: Fields and their new values.
+    """
+    words = ["hardpatch", "evaluate", name]
+    for item in fields(config):
+        value = changes.get(item.name, getattr(config, item.name))
+        if value == item.default or value is None:
+            continue
+        flag = item.name.replace("_", "-")
+        if isinstance(item.default, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return " ".join(map(quoted, words))
+
+
 def visualize_command(checkpoint: str, images: str) -> str:
     """What to look at after an evaluation on some images."""
     return f"next:  hardpatch visualize --checkpoint {quoted(checkpoint)} --images {quoted(images)} --out hard.png"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,12 @@ from hardpatch.export.backbone import Backbone
 from hardpatch.runs.folder import RunFolder, versions
 from hardpatch.runtime.log import read_object, warn
 
-_TOO_FINE = ("by_group", "per_class", "confusion", "top1_by_k", "held_out_top1", "chosen", "about")
-"""Parts of an evaluation that a card leaves out."""
+_SHOWN = (
+    "top1", "untrained_top1", "miou", "untrained_miou", "ap", "untrained_ap", "auroc", "knn_top1", "knn_top1_untrained",
+    "num_val", "predictor_rank_correlation", "reconstruction_loss",
+)  # fmt: skip
+"""Figures that a card shows, the most telling first; ``evaluate/*.json`` has the others."""
+_MOST = 10
 
 
 def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: str) -> str:
@@ -48,7 +51,7 @@ def model_card(backbone: Backbone, *, library: str, usage: list[str], checked: s
         config=config,
         step=backbone.step,
         recipe=recipe,
-        figures=[] if run is None else list(figures(run)),
+        figures=[] if run is None else figures(run),
         trained_with={key: about[key] for key in ("hardpatch", "torch", "timm", "device", "git") if key in about},
         exported_with=versions(torch.device("cpu")),
     )  # fmt: skip
@@ -65,22 +68,18 @@ def _about(run: RunFolder) -> dict[str, Any]:
         return {}
 
 
-def figures(run: RunFolder) -> Iterator[tuple[str, str, str]]:
-    """Evaluation, name and value of every single number that is known of a run."""
-    sources = {"pretrain": run.result_file, **{file.stem: file for file in sorted(run.evaluations.glob("*.json"))}}
-    for source, file in sources.items():
-        for name, value in _numbers(read_object(file) or {}):
-            yield source, name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _numbers(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:
-    for name, value in content.items():
-        if name in _TOO_FINE:
-            continue
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + name, value
+def figures(run: RunFolder) -> list[tuple[str, str, str]]:
+    """Evaluation, name and value of the figures that say most of a run, at most ten."""
+    sources = {**{file.stem: file for file in sorted(run.evaluations.glob("*.json"))}, "pretrain": run.result_file}
+    known = {source: read_object(file) or {} for source, file in sources.items()}
+    found = [
+        (source, name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        for name in _SHOWN
+        for source, content in known.items()
+        if isinstance(value := content.get(name), int | float)
+    ]
+    order = list(known)
+    return sorted(found[:_MOST], key=lambda row: order.index(row[0]))
 
 
 def _last_part(spec: str) -> str:

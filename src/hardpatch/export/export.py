@@ -113,7 +113,7 @@ def run(config: ExportConfig) -> Exported:
         written = work / out.name
         form.write(backbone, written, *([output] if form.has_outputs else []))
         difference, tolerance = compare(form, written, backbone, output)
-        card = written / "README.md" if written.is_dir() else written.with_suffix(".md")
+        card = _card_of(written)
         checked = f"loaded back and compared on a random batch: largest difference {difference:.1e}"
         card.write_text(
             model_card(
@@ -134,7 +134,7 @@ def run(config: ExportConfig) -> Exported:
         bytes=size,
         max_difference=difference,
         tolerance=tolerance,
-        card=str(out / "README.md" if out.is_dir() else out.with_suffix(".md")),
+        card=str(_card_of(out)),
         usage=usage(config.format, config.out, backbone, output),
     )
 
@@ -155,10 +155,15 @@ def _checked_form(config: ExportConfig) -> Format:
         raise InputError(f"out: must name a {'file' if form.suffix else 'folder'}, got {config.out!r}")
     if form.suffix and out.suffix != form.suffix:
         raise InputError(f"out: {config.format} writes a file that ends in {form.suffix}, got {config.out!r}")
-    beside = [out, out.with_suffix(".md"), out.with_name(out.name + ".data")] if form.suffix else [out]
+    beside = [out, _card_of(out), out.with_name(out.name + ".data")] if form.suffix else [out]
     if there := next((path for path in beside if path.exists() or path.is_symlink()), None):
         raise InputError(f"out: {str(there)!r} exists; name another one, or remove it")
     return form
+
+
+def _card_of(written: Path) -> Path:
+    """In a folder, or beside a file and named after the whole of it: backbone.onnx and backbone.pt2 have one each."""
+    return written / "README.md" if written.is_dir() else written.with_name(f"{written.name}.md")
 
 
 def compare(form: Format, written: Path, backbone: Backbone, output: Computes) -> tuple[float, float]:
@@ -190,9 +195,11 @@ def compare(form: Format, written: Path, backbone: Backbone, output: Computes) -
 
 
 def usage(form: ExportFormat, path: str, backbone: Backbone, output: Computes) -> list[str]:
-    """The three lines of Python that load an export."""
-    shape = {"tokens": "(B, T, D)", "scores": "(B, C), scores of the classes"}.get(output, "(B, D)")
-    call = "backbone(images)" if output == "scores" else "backbone.forward_features(images)"
+    """The three lines of Python that load an export and give a feature per image, pooled as the evaluations pool."""
+    shape = "(B, C), scores of the classes" if output == "scores" else "(B, D)"
+    patches = f"[:, {backbone.vit.num_prefix_tokens}:]" if backbone.vit.num_prefix_tokens else ""
+    mean = f"{patches}.mean(1)" if output == "tokens" else ""
+    call = "backbone(images)" if output == "scores" else f"backbone.forward_features(images){mean}"
     match form:
         case "timm":
             return [
@@ -204,7 +211,7 @@ def usage(form: ExportFormat, path: str, backbone: Backbone, output: Computes) -
             return [
                 "from transformers import AutoImageProcessor, AutoModel",
                 f'backbone, processor = (kind.from_pretrained("{path}") for kind in (AutoModel, AutoImageProcessor))',
-                f'features = backbone(**processor(pictures, return_tensors="pt")).last_hidden_state    # {shape}',
+                f'features = backbone(**processor(pictures, return_tensors="pt")).last_hidden_state{mean}    # {shape}',
             ]
         case "safetensors":
             name, others = backbone.arguments["model_name"], dict(backbone.arguments)
@@ -219,11 +226,11 @@ def usage(form: ExportFormat, path: str, backbone: Backbone, output: Computes) -
             return [
                 "import onnxruntime",
                 f'session = onnxruntime.InferenceSession("{path}")',
-                f'features = session.run(["{graphs.OUTPUT}"], {{"{graphs.INPUT}": images}})[0]    # {shape}',
+                f'features = session.run(["{graphs.OUTPUT}"], {{"{graphs.INPUT}": images}})[0]{mean}    # {shape}',
             ]
         case "torch":
             return [
                 "import torch",
                 f'backbone = torch.export.load("{path}").module()',
-                f"features = backbone(images)    # {shape}",
+                f"features = backbone(images){mean}    # {shape}",
             ]

@@ -57,7 +57,7 @@ from hardpatch.evaluate.contenders import (
     standings,
     standings_table,
 )
-from hardpatch.evaluate.result import Result, output_folder
+from hardpatch.evaluate.result import Result, command_of, output_folder
 from hardpatch.figures.sections import Picture, Section, Tile
 from hardpatch.runs.checkpoint import CheckpointFolder
 from hardpatch.runs.folder import RunFolder, about_this_run
@@ -120,10 +120,14 @@ class FinetuneResult(Result):
 
     def what_next(self, config: FinetuneConfig) -> list[str]:
         """The control, and how to use the classifier."""
-        untrained = "next:  the same command with --untrained, for what pre-training gave (costs the same again); or "
+        control = [
+            "what pre-training gave; costs the same again:",
+            f"next:  {command_of('finetune', config, untrained=True)}",
+        ]
         return [
             f"look:  {self.folder}/per_class.csv",
-            f"{untrained}in Python:" if len(self.standings) == 1 else "next, in Python:",
+            *(control if len(self.standings) == 1 else []),
+            "use, in Python:",
             "  import hardpatch, timm",
             f"  model = hardpatch.load_classifier({self.folder!r})    # a plain timm model",
             "  transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",

@@ -41,7 +41,7 @@ from hardpatch.evaluate.dense.feature_maps import DenseEncoder, parameter_groups
 from hardpatch.evaluate.dense.overlays import Detected, draw_detections
 from hardpatch.evaluate.features import none_readable, report_damage
 from hardpatch.evaluate.harness import Examples
-from hardpatch.evaluate.result import Result, output_folder, visualize_command
+from hardpatch.evaluate.result import Result, command_of, output_folder, visualize_command
 from hardpatch.figures.display import build_display
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.method.vit import patch_size
@@ -100,7 +100,7 @@ class DetectResult(Result):
     def what_next(self, config: DetectConfig) -> list[str]:
         """The control, then what is hard in the images."""
         if not config.untrained:
-            return ["next:  the same with --untrained    what of this the pre-training gave"]
+            return [f"next:  {command_of('detect', config, untrained=True)}    # what of this pre-training gave"]
         return [visualize_command(config.checkpoint, config.train_images)]
 
 

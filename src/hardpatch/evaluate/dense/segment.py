@@ -36,7 +36,7 @@ from hardpatch.evaluate.dense.segment_data import Data, open_data
 from hardpatch.evaluate.dense.segment_heads import LinearHead, Segmenter, UperNetHead, enlarge, pixel_loss
 from hardpatch.evaluate.dense.windows import most_likely, slide
 from hardpatch.evaluate.harness import Examples
-from hardpatch.evaluate.result import Result, output_folder, visualize_command
+from hardpatch.evaluate.result import Result, command_of, output_folder, visualize_command
 from hardpatch.figures.display import build_display
 from hardpatch.figures.sections import Picture, Section, Table, decimals
 from hardpatch.runs.build import build_decoder
@@ -86,7 +86,8 @@ class SegmentResult(Result):
     def what_next(self, config: SegmentConfig) -> list[str]:
         """After the frozen encoder what it can be trained to, then what is hard in the images."""
         if self.head == "linear":
-            return ["next:  the same with --head upernet --finetune    what the encoder can be trained to"]
+            trained = command_of("segment", config, head="upernet", finetune=True)
+            return [f"next:  {trained}    # what the encoder can be trained to"]
         return [visualize_command(config.checkpoint, config.images)]
 
 
