@@ -139,6 +139,10 @@ class PackConfig(Settings):
     """Folder for the shards and index.json."""
     size: Positive = 256
     """Shorter side at most, pixels."""
+    tile: Positive | None = None
+    """Cut large scenes into square tiles of so many pixels, lossless and not resized; none: images stay whole."""
+    overlap: NotNegative = 0
+    """Pixels that neighbouring tiles have in common."""
     quality: Annotated[int, Field(ge=1, le=100)] = 90
     """Quality of JPEGs, 1 to 100."""
     shard_bytes: Positive = 500_000_000

@@ -11,7 +11,11 @@ from hardpatch.data.sources.left_out import told_of_others
 from hardpatch.runtime.distributed import is_main_of_environment
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import warn
+from hardpatch.runtime.text import quoted
 
+FEW_SCENES = 200
+MANY_CROPS = 16
+"""At most so many images, each as large as so many crops, had better be cut into tiles."""
 _LOOK_FOR_PAGES = 64
 """Images of a source, spread over it, whose pages and frames are counted."""
 
@@ -38,6 +42,32 @@ def find_channels(source: Source, *, max_images: int = 200) -> int:
     if not found:
         raise InputError(f"data: no image of {min(len(source), max_images)} can be read{reason}")
     return 3 if 3 in found and set(found) <= {1, 3} else max(found, key=lambda number: (found[number], number))
+
+
+def say_scenes(source: Source, spec: str, size: tuple[int, int]) -> None:
+    """Say so where few, very large images give an epoch of few crops.
+
+    Args:
+        source: The images.
+        spec: What they were opened by.
+        size: Height and width of a crop, pixels.
+    """
+    if source.decoder is None or len(source) > FEW_SCENES:
+        return
+    areas = []
+    for index in source.spread(_LOOK_FOR_PAGES):
+        try:
+            about = describe(source.content(index))
+        except (DecodeError, OSError):
+            continue
+        areas.append(about.width * about.height)
+    crops = sorted(areas)[len(areas) // 2] / (size[0] * size[1]) if areas else 0
+    if crops >= MANY_CROPS:
+        warn(
+            f"data: {len(source):,} images, each of about {crops:,.0f} times {size[1]}x{size[0]} px, and an epoch takes one "
+            "crop of each. If they are scenes rather than pictures of one thing, cut them into images first: hardpatch "
+            f"data pack {quoted(spec)} --tile {min(size)} --out tiles/"
+        )
 
 
 def say_what_is_left(source: Source, *, field: str = "data") -> None:

@@ -18,7 +18,7 @@ import io
 import json
 import os
 import tarfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from hardpatch.data.images.decode import DecodeError, Decoder
 from hardpatch.data.loader.loading import Damage
 from hardpatch.data.sources import ShardSource, Source, fingerprint, open_source
 from hardpatch.data.sources.shards import LocalShard
+from hardpatch.data.sources.tiles import TiledSource
 from hardpatch.data.tools.describe import find_channels, say_what_is_left
 from hardpatch.data.tools.repack import Packed, repack
 from hardpatch.runtime.claim import CLAIM, Claim
@@ -43,6 +44,8 @@ from hardpatch.runtime.text import as_bytes
 _BATCH = 8
 _BLOCK = 512
 _DECIDING = ("size", "quality", "shard_bytes", "channels", "no_data")
+_ALSO_DECIDING = ("tile", "overlap")
+"""Where they are given: folders of versions before know nothing of them."""
 
 PROGRESS = ".progress.json"
 """What an unfinished packing has done so far."""
@@ -101,8 +104,14 @@ def run(config: PackConfig) -> PackResult:
     channels = config.channels or find_channels(source)
     decoder = Decoder(channels, no_data=config.no_data)
     source = open_source(config.data, decoder=decoder)
+    if config.tile is not None:
+        if config.overlap >= config.tile:
+            raise InputError(f"overlap: must be smaller than the tile of {config.tile}, got {config.overlap}")
+        source = TiledSource(source, tile=config.tile, overlap=config.overlap, decoder=decoder)
+        config = replace(config, size=config.tile)
     out = Path(config.out).expanduser()
-    settings = {name: value for name, value in asdict(config).items() if name in _DECIDING}
+    deciding = _DECIDING if config.tile is None else (*_DECIDING, *_ALSO_DECIDING)
+    settings = {name: value for name, value in asdict(config).items() if name in deciding}
     about = {"source": fingerprint(source), "settings": settings}
     if (out / "index.json").is_file():
         index = _saved(out / "index.json", about)
