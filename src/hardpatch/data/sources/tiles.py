@@ -39,16 +39,14 @@ class TiledSource(Source):
             raise InputError("tile: the images must be files; drawn shapes are not")
         self.source, self.tile, self.step = source, tile, tile - overlap
         self.decoder: Decoder = decoder
-        sizes = (self._size(index) for index in range(len(source)))
-        counts = [
-            len(self._starts(height)) * len(self._starts(width))
-            for height, width in tracked(sizes, "measuring scenes", total=len(source))
-        ]
+        measured = tracked(range(len(source)), "measuring scenes", total=len(source))
+        self._sizes = [self._measure(index) for index in measured]
+        counts = [len(self._starts(height)) * len(self._starts(width)) for height, width in self._sizes]
         self._ends = list(accumulate(counts))
         self._labels = None if source.labels is None else np.repeat(np.array(source.labels), counts).tolist()
         self._last: tuple[int, Stored] | None = None
 
-    def _size(self, index: int) -> tuple[int, int]:
+    def _measure(self, index: int) -> tuple[int, int]:
         """Height and width; of a damaged image nothing, and it is one tile that cannot be read."""
         try:
             about = describe(self.source.content(index))
@@ -67,7 +65,7 @@ class TiledSource(Source):
         """Image, and first row and column of a tile."""
         image = bisect_right(self._ends, index)
         within = index - (self._ends[image - 1] if image else 0)
-        height, width = self._size(image)
+        height, width = self._sizes[image]
         columns = self._starts(width)
         return image, self._starts(height)[within // len(columns)], columns[within % len(columns)]
 
