@@ -64,9 +64,9 @@ def say_scenes(source: Source, spec: str, size: tuple[int, int]) -> None:
     crops = sorted(areas)[len(areas) // 2] / (size[0] * size[1]) if areas else 0
     if crops >= MANY_CROPS:
         warn(
-            f"data: {len(source):,} images, each of about {crops:,.0f} times {size[1]}x{size[0]} px, and an epoch takes "
-            "one crop of each. If they are scenes rather than pictures of one thing, cut them into images first: hardpatch "
-            f"data pack {quoted(spec)} --tile {min(size)} --out tiles/"
+            f"data: {len(source):,} images, each of about {crops:,.0f} times {size[1]}x{size[0]} px, and an epoch "
+            "takes one crop of each. If they are scenes rather than pictures of one thing, cut them into images first: "
+            f"hardpatch data pack {quoted(spec)} --tile {min(size)} --out tiles/"
         )
 
 
