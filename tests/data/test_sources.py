@@ -375,6 +375,7 @@ def test_of_several_images_of_a_key_the_photograph_counts(tmp_path):
     source = open_source(write_tar(tmp_path / "a.tar", members))
     assert values(source) == [1, 2, 3, 4]
     assert source.labels == ["x", "y", "z", "z"]
+    assert [name.rpartition(":")[2] for name in source.names()] == ["a/1", "b/1", "c/photo.1", "c/photo.2"]
 
 
 def test_a_folder_of_shards_says_how_to_name_them(tmp_path):

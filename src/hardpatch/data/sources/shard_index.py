@@ -6,6 +6,7 @@ import gzip
 import posixpath
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
@@ -80,8 +81,9 @@ def index_tar(file: BufferedIOBase) -> ShardIndex:
 
     A key is a member's path up to the first dot of its file name, the rest is its kind. Where a key has several
     images, the one of the best kind counts (``x.jpg`` before ``x.png`` before ``x.mask.png``); where it has only
-    compound kinds (``photo.1.png``, ``photo.2.png``) each is an image. A label belongs to the image that is called
-    like it up to the last dot (``photo.1.cls``), or else to all of its key. A link is what it leads to.
+    compound kinds (``photo.1.png``, ``photo.2.png``) each is an image, called so (``photo.1``). A label belongs to the
+    image that is called like it up to the last dot (``photo.1.cls``), or else to all of its key. A link is what it
+    leads to.
 
     Raises:
         DamagedShardError: Cut off or damaged, or with an image or a label that is stored in pieces.
@@ -94,10 +96,11 @@ def index_tar(file: BufferedIOBase) -> ShardIndex:
     for image in found:
         best[image.key] = min(image.rank, best.get(image.key, image.rank))
     images = [image for image in found if image.rank == best[image.key]]
+    alone = Counter(image.key for image in images)
     return ShardIndex(
         np.array([image.offset for image in images], np.int64),
         np.array([image.size for image in images], np.int64),
-        Strings(image.key.removeprefix("/") for image in images),
+        Strings(image.key.removeprefix("/") if alone[image.key] == 1 else _stem(image.name) for image in images),
         Labels.of(classes.get(_stem(image.name), classes.get(image.key.removeprefix("/"))) for image in images),
         Strings(left_out),
     )
