@@ -27,8 +27,8 @@ from hardpatch.evaluate.classify.labelled_images import open_labelled
 from hardpatch.evaluate.dense import segment_data
 from hardpatch.evaluate.dense.class_masks import MaskRules
 from hardpatch.evaluate.dense.coco import instances_from_masks
-from hardpatch.runs.build import open_images
 from hardpatch.runtime.errors import InputError
+from hardpatch.training import preparation
 from tiny import TINY, tiny_config
 
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def test_more_in_a_file_than_is_read_is_said_once(name, tmp_path, capsys):
     for number in range(4):
         (tmp_path / f"{number}{name}").write_bytes(MORE[name])
     (tmp_path / "plain.png").write_bytes(pillow(PICTURE, "PNG"))
-    open_images(with_fields(Config(), TINY | {"data": str(tmp_path), "channels": 3}))
+    preparation._open_alike(with_fields(Config(), TINY | {"data": str(tmp_path), "channels": 3}), torch.device("cpu"))
     said = capsys.readouterr().err
     assert said.count("4 of 5 images looked at have several pages or frames") == 1
     assert f"0{name} has {describe(MORE[name]).frames}" in said

@@ -19,7 +19,6 @@ from hardpatch.data.images.decode import Decoder
 from hardpatch.data.images.value_range import find_depths
 from hardpatch.data.loader.loading import Normalise, measure_statistics, read_or_next
 from hardpatch.data.sources import Downloads, Source, open_source
-from hardpatch.data.tools.describe import say_scenes, say_what_is_left
 from hardpatch.method.decoder import CrossAttention, CrossBlock
 from hardpatch.method.hpm import HPM, make_method, make_target
 from hardpatch.method.method import Method
@@ -220,8 +219,6 @@ def open_images(config: Config) -> tuple[Config, Source]:
         )  # fmt: skip
 
     source, data = opened(), config.data
-    say_what_is_left(source)
-    say_scenes(source, config.data.data, config.data.size)
     read_or_next(source, 0)  # a source of which nothing can be read is refused before it is looked through
     depths = None if data.value_range else find_depths(source, max_images=LOOK_AT, no_data=data.no_data)
     if depths is not None and (found := depths.value_range):

@@ -13,6 +13,7 @@ from hardpatch.config.config import Config
 from hardpatch.config.rules import split_batch
 from hardpatch.data.loader.loading import Position
 from hardpatch.data.sources import Source, fingerprint
+from hardpatch.data.tools.describe import say_scenes, say_what_is_left
 from hardpatch.data.tools.parts import refuse_shared, told_classes
 from hardpatch.method.hpm import HPM
 from hardpatch.method.method import Method
@@ -115,6 +116,8 @@ def _open_alike(config: Config, device: torch.device) -> tuple[Config, Source, s
         InputError: Nothing there, or processes do not see the same.
     """
     config, source = distributed.on_every(lambda: open_images(config))
+    say_what_is_left(source)
+    say_scenes(source, config.data.data, config.data.size)
     images = fingerprint(source)
     fields = {name: value for part in asdict(config).values() for name, value in part.items()}
     own = ("data", "val", "download_dir", "workers", "device")  # paths and machines may differ

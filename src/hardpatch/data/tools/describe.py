@@ -52,7 +52,7 @@ def say_scenes(source: Source, spec: str, size: tuple[int, int]) -> None:
         spec: What they were opened by.
         size: Height and width of a crop, pixels.
     """
-    if source.decoder is None or len(source) > FEW_SCENES:
+    if source.decoder is None or len(source) > FEW_SCENES or not is_main_of_environment():
         return
     areas = []
     for index in source.spread(_LOOK_FOR_PAGES):

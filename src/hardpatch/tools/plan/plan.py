@@ -15,6 +15,7 @@ from hardpatch.config.plan import PlanConfig, duration, parse_budget
 from hardpatch.config.recipes import recipe, without_scale
 from hardpatch.config.values import to_yaml, with_fields
 from hardpatch.cost.flops import training_flops
+from hardpatch.data.tools.describe import say_scenes, say_what_is_left
 from hardpatch.data.tools.parts import with_parts
 from hardpatch.runs.folder import versions
 from hardpatch.runs.schedule import resolve_schedule
@@ -140,6 +141,9 @@ def propose(config: PlanConfig, given: Mapping[str, Any], *, quick: bool = False
     base = with_fields(_recipe(config.method), given)
     machine = find_machine(base, config)
     base, source, found = open_images_of(base, given)
+    if not quick:  # a run says it itself
+        say_what_is_left(source)
+        say_scenes(source, base.data.data, base.data.size)
     sizes = sizes_for(given)
     training_flops(with_size(sizes[0], base, given, found.number, machine))  # rules that only a model knows
     labels = f", {found.classes} classes" if found.classes else ", no labels"
