@@ -483,3 +483,11 @@ def test_columns_without_a_figure_are_left_out():
 def test_config_of_the_api_needs_no_more_than_suite_and_out():
     assert AblateConfig("main", "out").seeds == (0, 1, 2)
     assert Config().run.val == ""
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_table_of_one_seed_says_that_it_is_no_result(seeds):
+    some = [run for run in OUTCOMES if run.seed < seeds]
+    table = Table("main", "mae", "hpm", "why?", some, {}, {}, {})
+    assert ("One seed: no result" in table.as_markdown()) == (seeds == 1)
+    assert ("one seed: no result" in table.draw().get_suptitle()) == (seeds == 1)

@@ -24,6 +24,9 @@ ACCURACIES: dict[AccuracyName, str] = {"knn_top1": "20-NN top-1 %", "linear_top1
 """Accuracies of a run, and what they are called in a table."""
 
 
+ONE_SEED = "One seed: no result"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one run came to."""
@@ -126,6 +129,8 @@ class Table:
         lines = [f"# {self.suite}", "", self.question, ""]
         lines += [f"Mean ± standard deviation over seeds ({', '.join(map(str, seeds)) or 'none yet'}). "
                   f"The difference to {self.baseline} is paired by seed.", ""]  # fmt: skip
+        if len(seeds) == 1:
+            lines += [f"**{ONE_SEED}**: rows of one seed cannot be told from chance; add --seeds 0 1 2.", ""]
         if self.untrained:
             told = ", ".join(
                 f"{name.removesuffix(' %')} {mean_and_spread(self._random_starts(measure), 1)} %"
@@ -167,7 +172,8 @@ class Table:
                 self._draw_view(axis, view, measure, names)
                 axis.set_title(title.lower() if axis in grid[0] else "", fontsize=10, loc="left")
         grid[0, 0].invert_yaxis()  # shared: turns all
-        figure.suptitle(self.suite, fontsize=10)
+        alone = len({run.seed for run in self.outcomes}) == 1
+        figure.suptitle(f"{self.suite}; {ONE_SEED.lower()}" if alone else self.suite, fontsize=10)
         return figure
 
     def _draw_view(self, axis: Axes, view: View, measure: AccuracyName, names: Sequence[str]) -> None:
