@@ -1,6 +1,7 @@
 """Folders that hold train/ and val/, and images that are in both."""
 
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -120,6 +121,27 @@ def test_images_in_both_are_found_by_their_bytes(photos, tmp_path, capsys):
     with pytest.raises(InputError, match="val: all 4 images"):
         refuse_shared(open_source("shapes:8"), open_source("shapes:4"))
     assert refuse_shared(open_source("shapes:8"), open_source("shapes:4@1")) == 0
+
+
+def test_damaged_images_are_not_the_same_and_shards_are_compared(photos, tmp_path, capsys):
+    train, val = photos / "train", photos / "val"
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(train / "cat/3.png", "3.png")
+        archive.add(val / "cat/2.png", "4.png")
+    assert refuse_shared(open_source(str(train)), open_source(str(tmp_path / "a.tar"))) == 1
+    for part in (train, val):
+        (part / "cat/broken.png").symlink_to(tmp_path / "nowhere.png")
+    capsys.readouterr()
+    assert refuse_shared(open_source(str(train)), open_source(str(val))) == 0
+    assert not capsys.readouterr().err
+
+
+def test_too_many_to_read_are_told_of(photos, monkeypatch, capsys):
+    monkeypatch.setattr("hardpatch.data.tools.parts.MOST_READ", 3)
+    sources = [open_source(str(photos / part)) for part in ("train", "val")]
+    monkeypatch.setattr(type(sources[0]), "num_bytes", lambda self, index: 7)
+    assert refuse_shared(*sources) == 0
+    assert "not compared with the training images" in " ".join(capsys.readouterr().err.split())
 
 
 def test_classes_are_told_with_their_numbers(photos):

@@ -59,6 +59,10 @@ class Source(ABC):
             OSError: It cannot be read at all.
         """
 
+    def num_bytes(self, index: int) -> int | None:
+        """Length of :meth:`content`, where it is known without reading it; -1 of what cannot be read."""
+        return None
+
     @property
     @abstractmethod
     def labels(self) -> Sequence[str] | None:

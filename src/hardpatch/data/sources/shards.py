@@ -130,6 +130,12 @@ class ShardSource(Source):
         members = shard.index()
         return shard.read(int(members.offsets[position]), int(members.sizes[position]))
 
+    def num_bytes(self, index: int) -> int | None:
+        """Of the member, where it is known what the shard holds."""
+        shard, position = self._find(index)
+        members = shard.known_index()
+        return None if members is None else int(members.sizes[position])
+
     def name(self, index: int) -> str:
         """Shard and key."""
         shard, position = self._find(index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hardpatch.data.sources import FileSource, Source, open_source
+from hardpatch.data.sources import FileSource, ShardSource, Source, open_source
 from hardpatch.data.sources.files import folder_layout
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say, warn
@@ -105,7 +104,9 @@ def refuse_shared(train: Source, val: Source, *, field: str = "val") -> int:
         InputError: All of them are.
     """
     pairs = _shared(train, val)
-    if pairs is None or not pairs:
+    if pairs is None:
+        say(f"{field}: not compared with the training images, which are too many or far away; keep the two apart")
+    if not pairs:
         return 0
     mine, other = pairs[0]
     example = f"such as {val.name(mine)} and {train.name(other)}"
@@ -119,34 +120,22 @@ def refuse_shared(train: Source, val: Source, *, field: str = "val") -> int:
 
 
 def _shared(train: Source, val: Source) -> list[tuple[int, int]] | None:
-    """Validation images that are training images, and one of those each; None: too many to look at."""
-    if max(len(train), len(val)) > MOST_LISTED or any(_is_far(source) for source in (train, val)):
+    """Validation images that are training images, and one of those each; None: too many to look at, or far away."""
+    if max(len(train), len(val)) > MOST_LISTED:
         return None
-    by_size: dict[int | None, list[int]] = defaultdict(list)
-    for index in range(len(train)):
-        by_size[_num_bytes(train, index)].append(index)
-    asked = [(index, _num_bytes(val, index)) for index in range(len(val))]
-    asked = [(index, size) for index, size in asked if size in by_size]
-    reads = len(asked) + sum(len(by_size[size]) for size in {size for _, size in asked})
-    if reads > MOST_READ:
+    sizes = [[source.num_bytes(index) for index in range(len(source))] for source in (train, val)]
+    if any(None in some and isinstance(source, FileSource | ShardSource) for source, some in zip((train, val), sizes)):
         return None
-    known = {_digest(train, index): index for size in {size for _, size in asked} for index in by_size[size]}
-    pairs = [(index, known.get(_digest(val, index))) for index, _ in asked]
+    if any(None in some for some in sizes):  # images in memory: all are of one size, so to speak
+        sizes = [[0] * len(some) for some in sizes]
+    common = set(sizes[0]) & set(sizes[1])
+    asked, among = ([index for index, size in enumerate(some) if size in common] for some in reversed(sizes))
+    if len(asked) + len(among) > MOST_READ:
+        return None
+    known = {_digest(train, index): index for index in among}
+    known.pop(None, None)
+    pairs = [(index, known.get(_digest(val, index))) for index in asked]
     return [(index, other) for index, other in pairs if other is not None]
-
-
-def _is_far(source: Source) -> bool:
-    return isinstance(source, FileSource) and "://" in source.name(0)
-
-
-def _num_bytes(source: Source, index: int) -> int | None:
-    """Of a file: two of different sizes need not be read. None: not known."""
-    if not isinstance(source, FileSource):
-        return None
-    try:
-        return os.stat(source.name(index)).st_size  # noqa: PTH116  (a million times)
-    except OSError:
-        return -1
 
 
 def _digest(source: Source, index: int) -> bytes | None:
