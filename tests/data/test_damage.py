@@ -1,5 +1,6 @@
 """Damage during a run: each image named once, over processes and resumes; a worker that dies named with its image."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -156,8 +157,10 @@ def test_a_worker_that_dies_is_named_with_the_image_it_was_reading(how, cause):
     order = TrainingOrder(12, batch_size=4, first_step=0, total_steps=3, seed=0, position=Position())
     with pytest.raises(
         InputError, match=rf"a data worker died \({cause}\) while it read photos/7\.jpg; .*hardpatch data check"
-    ):
+    ) as caught:
         list(training_batches(images, order, workers=1, pin_memory=False))
+    del caught
+    gc.collect()  # now, as the files are closed with a warning
 
 
 def test_the_loader_may_notice_a_death_while_it_is_being_explained(monkeypatch):

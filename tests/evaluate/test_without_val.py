@@ -48,10 +48,10 @@ def test_pretraining_and_evaluations_take_the_parts(photos, tmp_path, capsys):
     assert "holds a finished run" in " ".join(again.split())
 
 
-def test_the_same_images_for_both_are_refused_before_any_work(photos, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["pretrain", "--recipe", "hpm", "--out", str(tmp_path / "run"), *flags(TINY | {
-            "data": str(photos / "train"), "val": str(photos / "train")})])  # fmt: skip
-    assert ended.value.code == 2
-    assert "val: all 40 images are among the training images" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "run").exists()
+def test_the_same_images_for_both_are_flagged_before_any_accuracy(photos, tmp_path, capsys):
+    fields = TINY | {"data": str(photos / "train"), "val": str(photos / "train"), "epochs": 1, "knn": True}
+    said = " ".join(call(capsys, "pretrain", "--recipe", "hpm", "--out", tmp_path / "run", *flags(fields)).err.split())
+    flagged = "val: all 40 images are among the training images"
+    assert said.index(flagged) < said.index("step 1/")
+    words = ["--checkpoint", tmp_path / "run", "--train", photos / "train", "--val", photos / "train", "--k", "3"]
+    assert flagged in " ".join(call(capsys, "evaluate", "knn", *words, "--device", "cpu").err.split())

@@ -14,7 +14,7 @@ from hardpatch.config.rules import split_batch
 from hardpatch.data.loader.loading import Position
 from hardpatch.data.sources import Source, fingerprint
 from hardpatch.data.tools.describe import say_scenes, say_what_is_left
-from hardpatch.data.tools.parts import refuse_shared, told_classes
+from hardpatch.data.tools.parts import told_classes, warn_of_shared
 from hardpatch.method.hpm import HPM
 from hardpatch.method.method import Method
 from hardpatch.method.student import Student
@@ -70,7 +70,7 @@ def prepare(
     folder.check_usable(config, resume)
     distributed.barrier()  # before any process makes anything there
     if (val := labelled_validation(config)) is not None:
-        distributed.from_main(lambda: refuse_shared(source, val))
+        distributed.from_main(lambda: warn_of_shared(source, val))
     say(told_classes(source))
     kept = schedule.branching_step
     _check_disk(folder.path, student, config.run.keep_last + (kept is not None))

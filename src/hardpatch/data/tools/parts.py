@@ -94,27 +94,19 @@ def told_classes(source: Source, *, most: int = 5) -> str:
     return f"{len(counts):,} classes: {shown}{more}"
 
 
-def refuse_shared(train: Source, val: Source, *, field: str = "val") -> int:
-    """Warn of validation images that are among the training images, byte for byte.
-
-    Returns:
-        How many were found.
-
-    Raises:
-        InputError: All of them are.
-    """
+def warn_of_shared(train: Source, val: Source, *, field: str = "val") -> int:
+    """Warn of validation images that are among the training images, byte for byte; how many were found."""
     pairs = _shared(train, val)
     if pairs is None:
         say(f"{field}: not compared with the training images, which are too many or far away; keep the two apart")
     if not pairs:
         return 0
     mine, other = pairs[0]
-    example = f"such as {val.name(mine)} and {train.name(other)}"
-    if len(pairs) == len(val):
-        raise InputError(f"{field}: all {len(val):,} images are among the training images, {example}; name others")
+    number = f"all {len(val):,}" if len(pairs) == len(val) else f"{len(pairs):,} of {len(val):,}"
+    means = "accuracies say nothing of other images" if len(pairs) == len(val) else "accuracies are too high by them"
     warn(
-        f"{field}: {len(pairs):,} of {len(val):,} images are among the training images, {example}: accuracies are too "
-        "high by them"
+        f"{field}: {number} images are among the training images, such as {val.name(mine)} and {train.name(other)}: "
+        f"{means}"
     )
     return len(pairs)
 

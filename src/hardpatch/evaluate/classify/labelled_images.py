@@ -13,7 +13,7 @@ from hardpatch.config.config import Config
 from hardpatch.data.images.decode import DecodeError, Sample
 from hardpatch.data.sources import FileSource, Source, class_indices, fingerprint, open_source
 from hardpatch.data.tools.describe import say_what_is_left
-from hardpatch.data.tools.parts import VAL_SHARE, find_parts, held_back_by_class, refuse_shared
+from hardpatch.data.tools.parts import VAL_SHARE, find_parts, held_back_by_class, warn_of_shared
 from hardpatch.runs.build import build_decoder, build_downloads
 from hardpatch.runtime.errors import InputError
 from hardpatch.runtime.log import say
@@ -74,8 +74,8 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
         size: Height and width at which shapes are made; None: the run's.
 
     Raises:
-        InputError: No labels, fewer than two classes, a validation class that is not among the training classes, images
-            that cannot be read as so many channels, or the same images in both.
+        InputError: No labels, fewer than two classes, a validation class that is not among the training classes, or
+            images that cannot be read as so many channels.
     """
     decoder, sources = build_decoder(run.data), []
     train, val = find_parts(train, val, field="train")
@@ -96,7 +96,7 @@ def open_labelled(train: str, val: str, run: Config, *, size: tuple[int, int] | 
         say(f"no val: {len(held):,} of {len(sources[0]):,} images are held back, {VAL_SHARE:.0%} of every class")
         return LabelledImages(Subset(sources[0], kept), Subset(sources[0], held), classes)
     class_indices(sources[1].labels or [], classes)
-    refuse_shared(*sources)
+    warn_of_shared(*sources)
     return LabelledImages(sources[0], sources[1], classes)
 
 
