@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hardpatch.runtime.errors import InputError
-from hardpatch.runtime.waiting import LIMIT, wait_limit, watched_by
+from hardpatch.runtime.waiting import LIMIT, _doing, wait_limit, watched_by
 from tiny import TINY, flags, in_child
 
 EXCHANGE = """
@@ -121,6 +121,10 @@ def test_a_process_that_works_is_waited_for_beyond_the_limit_and_named():
     (code, said), (other, _) = exchange("time.sleep(15)", 0.1)
     assert [code, other] == [0, 0]
     assert f"waiting for rank 1 on {socket.gethostname()} (alive, in its own code) since " in said
+
+
+def test_what_a_process_is_doing_is_never_that_it_says_so():
+    assert _doing() == "its own code"
 
 
 def test_a_killed_process_ends_the_other_with_the_code_of_a_run_that_can_go_on():

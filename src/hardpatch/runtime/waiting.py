@@ -128,7 +128,7 @@ class Watch:
     def _talk(self) -> None:
         """Show that this process is alive, and read what the others show."""
         others = watched_by(self.rank, self.world_size)
-        while not self._leaving.wait(BEAT):
+        while not self._leaving.wait(min(BEAT, self.said_after / 6)):  # what is said of a process is never old
             try:
                 self._show()
                 signs = self._store.multi_get([f"{self._prefix}{rank}" for rank in others])
@@ -216,8 +216,12 @@ def _is_first_here() -> bool:
 
 
 def _doing() -> str:
-    """The innermost function of hardpatch that the main thread is in."""
+    """The innermost function of hardpatch that the main thread is in, this module apart: the first sign is its own."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith("hardpatch."):
+    while frame is not None and not _is_told(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
     return "its own code" if frame is None else f"{frame.f_globals['__name__']}.{frame.f_code.co_name}"
+
+
+def _is_told(module: str) -> bool:
+    return module.startswith("hardpatch.") and module != __name__
